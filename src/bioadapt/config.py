@@ -1,0 +1,189 @@
+"""What the user asked for, validated once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+
+from ._words import suggest
+from .registry import primitive_info
+
+COMPOSITIONS = ("staged", "serial", "parallel")
+
+C = TypeVar("C", bound=type)
+
+
+def _named_unknown_fields(cls: C) -> C:
+    """Say which field is unknown and what was meant, for typing errors and for files of a newer version alike.
+
+    PEFT drops the fields it does not know with a warning, which can turn a saved adapter into another function.
+    """
+    generated: Callable[..., None] = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [spec.name for spec in fields(cls)]
+        unknown = {name: value for name, value in kwargs.items() if name not in known and value not in (None, [], {})}
+        if unknown:
+            name, value = next(iter(unknown.items()))
+            raise TypeError(
+                f"{cls.__name__} has no field {name!r} (got {value!r}); {suggest(name, known)} "
+                "If it comes from a saved file, that file was written by a newer version: upgrade bioadapt or peft."
+            )
+        generated(self, *args, **{name: value for name, value in kwargs.items() if name in known})
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_named_unknown_fields
+@dataclass
+class BioConfig(PeftConfig):
+    """Configuration of a bio adapter.
+
+    Args:
+        primitives: ordered list of registry names or ``{"name": ..., **settings}``. After construction every entry is a
+            dict with all settings, so a saved file does not change its meaning with a later version's defaults.
+        target_modules: names (suffixes), a regular expression, ``"all-linear"``, or None for the projections that write
+            into the residual stream of a known model type.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        layers_to_transform: index or indices of the layers to adapt; all if None. Needs ``target_modules`` as a list.
+        layers_pattern: name of the module list that the indices count in, such as ``"layers"``.
+        modules_to_save: further modules to train and save in full, such as a classification head.
+        rank: None: primitives run on the target's full output. r: they run on a population of r units between a
+            down- and an up-projection.
+        composition: ``staged``: primitives on the weight first, then stage by stage, parallel within a stage, whatever
+            the order of the list. ``serial``: on the weight first, then one after the other as listed. ``parallel``: all
+            read the same features.
+        init_weights: True: the fresh adapter is the identity. False: it is not, for tests.
+        causal: whether time may only be read backwards; None finds out from the model. Set it for models of your own.
+        seed: fixes the frozen random matrices.
+        trained_over: written on saving: name and fingerprint of what lay underneath.
+        fingerprint: written on saving: hash of the adapter's tensors, checked on loading.
+        bioadapt_version: written on saving.
+
+    Raises:
+        ValueError: a wrong value; the message names the field, the value, what is accepted and the nearest match.
+        TypeError: an unknown field.
+    """
+
+    primitives: list[str | dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "Names of primitives, or dicts of name and settings, in order."}
+    )
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of adapted layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
+    rank: int | None = field(default=None, metadata={"help": "Size of the population, None for the full output."})
+    composition: str = field(default="staged", metadata={"help": f"One of {', '.join(COMPOSITIONS)}."})
+    init_weights: bool = field(default=True, metadata={"help": "Whether the fresh adapter is the identity."})
+    causal: bool | None = field(default=None, metadata={"help": "Whether time is read backwards only."})
+    seed: int = field(default=0, metadata={"help": "Seed of the frozen random matrices."})
+    trained_over: dict[str, Any] | None = field(default=None, metadata={"help": "What lay underneath; set on saving."})
+    fingerprint: str | None = field(default=None, metadata={"help": "Hash of the tensors; set on saving."})
+    bioadapt_version: str | None = field(default=None, metadata={"help": "Version that wrote it; set on saving."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("BIO")
+        self.primitives = normalise_primitives(self.primitives)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check()
+
+    def _check(self) -> None:
+        if self.composition not in COMPOSITIONS:
+            raise ValueError(f"composition={self.composition!r}: {suggest(self.composition, COMPOSITIONS)}")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank={self.rank!r}: accepted are None or an integer of at least 1")
+        if self.rank is not None:
+            for entry in self.primitives:
+                if primitive_info(entry["name"]).kind == "weight":
+                    raise ValueError(
+                        f"rank={self.rank}: {entry['name']!r} acts on the layer's weight and has a size of its own; "
+                        "use rank=None with it"
+                    )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
+                f"got the expression {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+
+    def seed_of(self, path: str) -> int:
+        """The seed of a layer's frozen random matrices: another one for every layer, the same on every machine."""
+        return zlib.crc32(f"{self.seed}/{path}".encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; sets as sorted lists, so that two saves of one configuration are the same file."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` whole or not at all: a save that is cut off leaves the old file."""
+        from . import __version__
+
+        self.bioadapt_version = __version__
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory={save_directory!r} is a file, a folder is needed")
+        folder.mkdir(parents=True, exist_ok=True)
+        content = self.to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            content["auto_mapping"] = kwargs["auto_mapping_dict"]
+        unfinished = folder / f".{CONFIG_NAME}.{os.getpid()}"
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> BioConfig:
+        """Load the configuration, and refuse a folder whose weights file is damaged before any model is touched."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            from .tuner.checkpoint import check_file
+
+            check_file(weights, config.fingerprint)
+        return config
+
+
+def normalise_primitives(primitives: Any) -> list[dict[str, Any]]:
+    """Canonical names and complete, checked settings, in the order given.
+
+    Raises:
+        ValueError: not a list, an unknown name or setting, a value out of range, or a primitive listed twice.
+    """
+    if isinstance(primitives, (str, dict)) or not isinstance(primitives, (list, tuple)):
+        raise ValueError(f"primitives={primitives!r}: a list of names or of dicts with a 'name' is needed")
+    if not primitives:
+        raise ValueError("primitives=[]: name at least one; bioadapt.list_primitives() lists them")
+    entries: list[dict[str, Any]] = []
+    for index, entry in enumerate(primitives):
+        where = f"primitives[{index}]"
+        given = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(given, dict) or "name" not in given:
+            raise ValueError(f"{where}={entry!r}: a name or a dict with a 'name' is needed")
+        settings = {key: value for key, value in given.items() if key != "name"}
+        try:
+            info = primitive_info(given["name"])
+            settings = info.factory.check_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if any(info.name == other["name"] for other in entries):
+            raise ValueError(f"{where}={info.name!r} is listed twice; give one entry the settings you want")
+        entries.append({"name": info.name, **settings})
+    return entries

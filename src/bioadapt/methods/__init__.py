@@ -1,0 +1,1 @@
+"""The published weight-space methods, one file each."""

@@ -1,0 +1,84 @@
+"""What a primitive carries from one decoding step to the next.
+
+The tensors live on the key-value cache of the model, so that they are reordered with it in beam search, cropped with
+it in assisted decoding, and die with it. A primitive sees only its own part, a `Recollection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Assisted decoding takes back tokens that the large model rejects; a recurrence cannot run backwards, so this many
+# past states are kept beyond what the next step needs.
+UNDO_WINDOW = 64
+
+
+class Memory:
+    """All carried series of one cache, by key; each (B, n, ...), newest last."""
+
+    def __init__(self) -> None:
+        self.series: dict[str, Tensor] = {}
+        self.seen: dict[str, int] = {}
+
+    def part(self, key: str) -> Recollection:
+        return Recollection(self, key)
+
+    def append(self, key: str, new: Tensor, keep: int) -> None:
+        old = self.series.get(key)
+        self.seen[key] = self.seen.get(key, 0) + new.shape[1]
+        joined = new if old is None else torch.cat([old, new], dim=1)
+        self.series[key] = joined[:, -(keep + UNDO_WINDOW) :]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest ``tokens`` entries of every series.
+
+        Raises:
+            ValueError: more is taken back than is kept.
+        """
+        for key in list(self.series):
+            kept, seen = self.series[key].shape[1], self.seen[key]
+            if tokens >= seen:
+                del self.series[key], self.seen[key]
+            elif tokens >= kept:
+                raise ValueError(
+                    f"the cache was cropped by {tokens} tokens, but {key} can take back at most {kept - 1}: "
+                    "decode again from the start, or use pointwise primitives with this decoding strategy"
+                )
+            elif tokens:
+                self.series[key] = self.series[key][:, :-tokens]
+                self.seen[key] = seen - tokens
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace every series by ``fn(series)``: reorder, repeat or select along the batch axis."""
+        self.series = {key: fn(value) for key, value in self.series.items()}
+
+    def clear(self) -> None:
+        self.series.clear()
+        self.seen.clear()
+
+
+class Recollection:
+    """One primitive's part of a `Memory`."""
+
+    def __init__(self, memory: Memory, key: str) -> None:
+        self.memory, self.key = memory, key
+
+    def part(self, key: str) -> Recollection:
+        return Recollection(self.memory, f"{self.key}/{key}")
+
+    def last(self, name: str) -> Tensor | None:
+        """The newest entry of a series, (B, ...), or None before the first token."""
+        series = self.memory.series.get(f"{self.key}/{name}")
+        return None if series is None else series[:, -1]
+
+    def latest(self, name: str, count: int) -> Tensor | None:
+        """Up to ``count`` newest entries of a series, (B, n <= count, ...), or None before the first token."""
+        series = self.memory.series.get(f"{self.key}/{name}")
+        return None if series is None else series[:, -count:]
+
+    def append(self, name: str, series: Tensor, keep: int = 1) -> None:
+        """Add the entries (B, T, ...) of this step; ``keep`` is how many the next step will ask for."""
+        self.memory.append(f"{self.key}/{name}", series, keep)

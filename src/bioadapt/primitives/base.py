@@ -1,0 +1,356 @@
+"""The contract of a primitive: what it declares, what it is given, what it returns.
+
+A primitive is a small module that reads features ``x`` (B, T, d_out) and returns a change ``delta`` of the same shape.
+It knows torch alone: neither PEFT nor transformers, neither adapters' names nor caches. Whatever it has to know about
+the world (padding, positions, the layer's input, what was said in earlier decoding steps) comes with a `Context`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._words import suggest
+from ._state import Recollection
+
+STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
+KINDS = ("pointwise", "causal", "weight", "global")
+ZEROS = ("gate", "scalar_gate", "readout")
+MERGES = ("weight", "left")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a primitive: its default, the closed range or the choices it accepts, and what it means."""
+
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] | None = None
+    meaning: str = ""
+
+    @property
+    def type(self) -> type:
+        return type(self.default)
+
+    @property
+    def accepted(self) -> str:
+        """The accepted values in words, for error messages and pages."""
+        if self.choices is not None:
+            return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        if self.type is bool:
+            return "True or False"
+        return f"{'an integer' if self.type is int else 'a number'} from {self.low} to {self.high}"
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return ``value`` in the setting's type; raise `ValueError` naming the setting if it is not accepted."""
+        refusal = ValueError(f"setting {name!r} must be {self.accepted}, got {value!r}")
+        if self.choices is not None:
+            if value not in self.choices:
+                raise refusal
+            return value
+        if self.type is bool or isinstance(value, bool):
+            if self.type is not bool or not isinstance(value, bool):
+                raise refusal
+            return value
+        if not isinstance(value, (int, float)) or (self.type is int and value != int(value)):
+            raise refusal
+        if not (self.low <= value <= self.high):  # also refuses NaN
+            raise refusal
+        return self.type(value)
+
+
+def setting(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    meaning: str,
+) -> Any:
+    """Declare a setting as a class attribute; instances carry the checked value under the same name."""
+    if choices is None and not isinstance(default, bool) and (low is None or high is None):
+        raise TypeError("a numeric setting needs both low and high")
+    return Setting(default, low, high, choices, meaning)
+
+
+class Host:
+    """What a primitive may read of the layer it is born on.
+
+    Args:
+        weight: the frozen base weight as (d_out, d_in) in fp32, or a function that returns it (quantised weights are
+            expanded only if somebody asks); None where there is none.
+        seed: fixes every frozen random matrix.
+    """
+
+    def __init__(self, weight: Tensor | Callable[[], Tensor | None] | None = None, seed: int = 0) -> None:
+        self._weight, self.seed = weight, seed
+
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """(d_out, d_in) in fp32, or None."""
+        weight = self._weight() if callable(self._weight) else self._weight
+        return None if weight is None else weight.detach().float()
+
+    @cached_property
+    def level(self) -> float:
+        """Root mean square of the layer's output for inputs of unit variance, estimated without data."""
+        if self.weight is None or self.weight.is_meta:
+            return 1.0
+        return max(self.weight.square().sum(1).mean().sqrt().item(), 1e-6)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator that depends on the host's seed and the purpose alone, not on device or order."""
+        return torch.Generator(device="cpu").manual_seed(zlib.crc32(f"{self.seed}/{purpose}".encode()))
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """A frozen standard normal matrix, the same on every device and for every order of construction."""
+        return torch.randn(*shape, generator=self.generator(purpose), device="cpu")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a forward call. Every field has a neutral default, so a bare primitive needs none of them.
+
+    ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias. ``mask`` (B, T) bool: True at real
+    tokens, None if all are. ``positions`` (B, T) int: place in the document. ``resets`` (B, T) bool: True at the first
+    token of each packed document. ``state``: what earlier decoding steps left behind, None outside decoding.
+    ``bidirectional``: time may be read both ways. ``observing``: running statistics may be taken. ``grid``: the spatial
+    shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
+    """
+
+    x_in: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    resets: Tensor | None = None
+    state: Recollection | None = None
+    bidirectional: bool = False
+    observing: bool = True
+    grid: tuple[int, ...] | None = None
+    losses: list[Tensor] | None = field(default=None, repr=False)
+
+    def replace(self, **changes: Any) -> Context:
+        return dataclasses.replace(self, **changes)
+
+    def reversed(self) -> Context:
+        """The same surroundings with time running backwards; a document's last token becomes its first."""
+
+        def flip(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.flip(1)
+
+        resets = self.resets
+        if resets is not None:
+            starts = torch.cat([resets[:, 1:], torch.ones_like(resets[:, :1])], dim=1)
+            resets = starts.flip(1)
+        return self.replace(
+            x_in=flip(self.x_in), mask=flip(self.mask), positions=flip(self.positions), resets=resets, observing=False
+        )
+
+
+class Primitive(nn.Module):
+    """Base class of every mechanism.
+
+    A subclass declares settings as class attributes (`setting`), creates its tensors in `build` and computes in
+    `transform`; the decorator `bioadapt.register_primitive` adds the rest of what is declared (stage, kind, where the
+    zero of the path sits, how it merges). `forward` wraps `transform` with what all primitives share: the gate, fp32
+    arithmetic, and the bidirectional reading of time on encoders.
+
+    Args:
+        d_in: number of features of the layer's input.
+        d_out: number of features of the layer's output, which is also the size of ``x`` and ``delta``.
+        host: what may be read of the layer the primitive is born on.
+        settings: values for the declared settings, checked here.
+
+    Raises:
+        ValueError: an unknown setting, or a value outside what the setting accepts.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[str]
+    kind: ClassVar[str]
+    zero_at: ClassVar[str]
+    merge: ClassVar[str | None]
+    stochastic: ClassVar[bool]
+    learns: ClassVar[bool]
+    needs_input: ClassVar[bool]
+
+    def __init__(self, d_in: int, d_out: int, *, host: Host | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.d_in, self.d_out = d_in, d_out
+        for name, value in self.check_settings(settings).items():
+            setattr(self, name, value)
+        self._statistics: tuple[str, ...] = ()
+        self.build(host if host is not None else Host())
+        gate_shape = self.d_out if self.zero_at == "gate" else 1
+        self.gate = nn.Parameter(torch.full((gate_shape,), 1.0 if self.zero_at == "readout" else 0.0))
+
+    @classmethod
+    def declared_settings(cls) -> dict[str, Setting]:
+        """The settings that the class and its bases declare, in order of declaration."""
+        found: dict[str, Setting] = {}
+        for base in reversed(cls.__mro__):
+            found.update({name: value for name, value in vars(base).items() if isinstance(value, Setting)})
+        return found
+
+    @classmethod
+    def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the full, checked settings; raise `ValueError` naming the first one that is wrong."""
+        declared = cls.declared_settings()
+        for name in settings:
+            if name not in declared:
+                raise ValueError(f"unknown setting {name!r}; {suggest(name, declared)}")
+        return {name: spec.check(name, settings.get(name, spec.default)) for name, spec in declared.items()}
+
+    # -- what a subclass writes -------------------------------------------------------------------------------------
+
+    def build(self, host: Host) -> None:
+        """Create parameters (trainable) and buffers (frozen or learned by local rules). Default: nothing."""
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        """The mechanism: x (B, T, d_out) in fp32 -> change (B, T, d_out), before the gate."""
+        raise NotImplementedError(f"{type(self).__name__} must define transform")
+
+    def left_matrix(self) -> Tensor:
+        """For ``merge="left"``: M with transform(x) = M x, as (d_out, d_out), or (d_out,) if it is diagonal."""
+        raise NotImplementedError(f"{type(self).__name__} declares merge='left' but defines no left_matrix")
+
+    def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """For ``merge="weight"``: the change (before the gate) of weight (d_out, d_in) and of bias, if any."""
+        raise NotImplementedError(f"{type(self).__name__} declares merge='weight' but defines no weight_delta")
+
+    def learn(self, fresh: Tensor) -> None:
+        """Apply the local rule to the buffers. ``fresh`` is 1 if something was observed since the last call, else 0:
+        multiply the rate by it, so that no branch on data is needed."""
+
+    # -- what all primitives share ----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """x (..., T, d_out) -> delta of the same shape and dtype."""
+        shape, dtype = x.shape, x.dtype
+        context = self._complete(context or Context(), x)
+        x = as_sequence(x)
+        # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            delta = self._in_fp32(x.float(), context)
+        return delta.to(dtype).reshape(shape)
+
+    def _complete(self, context: Context, x: Tensor) -> Context:
+        v = context.x_in
+        if v is None and self.d_in == self.d_out:
+            v = x
+        if v is None:
+            if self.needs_input:
+                raise ValueError(
+                    f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)"
+                )
+            return context
+        return context.replace(x_in=as_sequence(v).float())
+
+    def _in_fp32(self, x: Tensor, context: Context) -> Tensor:
+        if self.gate.dtype == torch.float32:
+            return self._both_ways(x, context)
+        # A user (or FSDP) keeps the adapter in half precision: compute with upcast copies of its parameters.
+        upcast = {name: parameter.float() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(_Body(self), {f"primitive.{n}": p for n, p in upcast.items()}, (x, context))
+
+    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
+        if self.kind != "causal" or not context.bidirectional:
+            return self.gate * self.transform(x, context)
+        forwards = self.transform(x, context)
+        backwards = self.transform(x.flip(1), context.reversed()).flip(1)
+        return self.gate * (0.5 * (forwards + backwards))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Primitive:
+        # Running statistics lose small updates in half precision (0.001 steps towards 1.0 stop at 0.25 in bf16),
+        # so floating buffers stay fp32 whatever the host is cast to.
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32:
+                    module._buffers[name] = buffer.float()
+        return self
+
+    def wake(self) -> None:
+        """Leave the identity: give every trainable tensor a random, non-zero value of its own order of magnitude."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                noise = torch.randn_like(parameter)
+                if parameter is self.gate:
+                    parameter.copy_(0.5 + 0.1 * noise)
+                elif torch.count_nonzero(parameter) == 0:
+                    parameter.copy_(0.3 * noise / max(parameter.shape[-1], 1) ** 0.5)
+                else:
+                    parameter.mul_(1 + 0.1 * noise)
+
+    # -- local learning: observe in forward, commit between forwards --------------------------------------------------
+
+    def declare_statistics(self, **shapes: tuple[int, ...]) -> None:
+        """Reserve overwritable slots for batch statistics; call it in `build`."""
+        self._statistics = tuple(shapes)
+        self.register_buffer("fresh", torch.zeros(()), persistent=False)
+        for name, shape in shapes.items():
+            self.register_buffer(f"observed_{name}", torch.zeros(shape), persistent=False)
+
+    def observe(self, context: Context, **statistics: Tensor) -> None:
+        """Overwrite the slots in a training forward; a no-op in eval, under no_grad and in recomputation."""
+        if not (self.training and context.observing):
+            return
+        with torch.no_grad():
+            for name, value in statistics.items():
+                getattr(self, f"observed_{name}").copy_(value)
+            self.fresh.fill_(1.0)
+
+    def commit(self) -> None:
+        """Apply what was observed to the learned buffers, once."""
+        if self._statistics:
+            with torch.no_grad():
+                self.learn(self.fresh)
+                self.fresh.zero_()
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def merged_change(self, weight: Tensor, bias: Tensor | None, y: tuple[Tensor, Tensor | None]):
+        """The exact change of (weight, bias) that this primitive makes, gate included, all in fp32.
+
+        ``weight``, ``bias``: the layer's own; ``y``: the (weight, bias) that produce what the primitive reads, which
+        differs from the layer's own once an earlier primitive has been merged.
+        """
+        gate = self.gate.detach().float()
+        if self.merge == "weight":
+            dw, db = self.weight_delta(weight, bias)
+            return gate[:, None] * dw, None if db is None else gate * db
+        if self.merge == "left":
+            m, (w, b) = self.left_matrix(), y
+            apply = (lambda t: m[:, None] * t if t.dim() == 2 else m * t) if m.dim() == 1 else (lambda t: m @ t)
+            return gate[:, None] * apply(w), None if b is None else gate * apply(b)
+        raise ValueError(f"{self.name} depends on its input and cannot be merged into a weight")
+
+    def extra_repr(self) -> str:
+        values = [f"{name}={getattr(self, name)!r}" for name in self.declared_settings()]
+        return ", ".join([f"{self.d_in} -> {self.d_out}", *values])
+
+
+class _Body(nn.Module):
+    """Gives `torch.func.functional_call` a forward that skips the casts of `Primitive.forward`."""
+
+    def __init__(self, primitive: Primitive) -> None:
+        super().__init__()
+        self.primitive = primitive
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.primitive._both_ways(x, context)
+
+
+def as_sequence(x: Tensor) -> Tensor:
+    """(..., T, d) -> (B, T, d); a single vector (d,) becomes one token."""
+    if x.dim() == 1:
+        return x[None, None]
+    return x.reshape(-1, *x.shape[-2:])

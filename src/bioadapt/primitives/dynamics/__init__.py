@@ -1,0 +1,1 @@
+"""Stage 4, dynamics: mechanisms whose identity is a time course."""

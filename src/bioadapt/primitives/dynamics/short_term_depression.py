@@ -1,0 +1,53 @@
+"""Short-term depression: release uses up resources that recover slowly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.frames import group_matrix, inverse_softplus
+from bioadapt.primitives.time import previous, recurrence
+from bioadapt.registry import register_primitive
+
+
+@register_primitive("short_term_depression", stage="dynamics", kind="causal", zero_at="gate")
+class ShortTermDepression(Primitive):
+    """A synapse answers less and less while it is used, and recovers in silence.
+
+    Biology: each spike releases a fraction of the vesicles that are ready; they are refilled within hundreds of
+    milliseconds, so a sustained input depresses its own transmission.
+
+    Equation: A_t = tanh <|x_t / rho|>_g; R_{t+1} = R_t + (1 - R_t) / tau - U A_t R_t with R_0 = 1 and
+    U = 0.4 (1 - 1 / tau), which keeps the recurrence stable; delta_t = x_t (R_t - 1).
+
+    Reference: Tsodyks and Markram 1997, The neural code between neocortical pyramidal neurons depends on
+    neurotransmitter release probability, PNAS.
+
+    Shapes: x (B, T, d) -> (B, T, d); the resource R is (B, T, groups).
+    """
+
+    groups: int = setting(32, low=1, high=4096, meaning="number of channel groups that share a resource")
+    tau: float = setting(11.0, low=1.5, high=4096.0, meaning="recovery time constant at birth, in tokens")
+
+    def build(self, host: Host) -> None:
+        self.groups = min(self.groups, self.d_out)
+        # tau = 1 + softplus(raw): the softplus of its raw value is the recovery time beyond one token.
+        self.recovery = nn.Parameter(torch.full((self.groups,), inverse_softplus(self.tau - 1)))
+        self.release = nn.Parameter(torch.full((self.groups,), 0.4))
+        self.log_level = nn.Parameter(torch.tensor([host.level]).log())
+        membership = group_matrix(self.d_out, self.groups)
+        self.register_buffer("membership", membership, persistent=False)
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        resource = self.resource(x, context) @ self.membership.T  # (B, T, d)
+        return x * (resource - 1)
+
+    def resource(self, x: Tensor, context: Context) -> Tensor:
+        """R_t (B, T, groups): what is left for each token before it is transmitted."""
+        drive = x.abs() @ (self.membership / self.membership.sum(0)) / self.log_level.exp()
+        activity = torch.tanh(drive)
+        tau = 1 + nn.functional.softplus(self.recovery)
+        used = self.release.clamp(0.0, 1.0) * (1 - 1 / tau) * activity
+        after = recurrence("resource", 1 - 1 / tau - used, 1 / tau + torch.zeros_like(used), context, initial=1.0)
+        return previous("resource before", after, context, initial=1.0)

@@ -1,0 +1,72 @@
+"""Frames of reference and small numeric helpers that the equations share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .base import Context, Host
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """s = sqrt(mean_d x^2 + 1e-6): (..., d) -> (..., 1)."""
+    return torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def unit(x: Tensor) -> Tensor:
+    """u = x / s, the scale-free frame: (..., d) -> (..., d) of unit root mean square."""
+    return x / token_scale(x)
+
+
+def inverse_softplus(value: float) -> float:
+    """The raw number whose softplus is ``value``: positive quantities are stored unconstrained."""
+    return value + math.log(-math.expm1(-value))
+
+
+def positive(value: float, *shape: int) -> nn.Parameter:
+    """A trainable tensor that softplus maps to ``value`` everywhere."""
+    return nn.Parameter(torch.full(shape, inverse_softplus(value)))
+
+
+def read_in(rows: int, features: int) -> nn.Parameter:
+    """Trainable (rows, features) with entries N(0, 1/features): a latent of a unit-scale input has unit variance."""
+    return nn.Parameter(torch.randn(rows, features) / features**0.5)
+
+
+def read_out(features: int, rows: int) -> nn.Parameter:
+    """Trainable (features, rows) of zeros: the one zero on the path of a latent primitive."""
+    return nn.Parameter(torch.zeros(features, rows))
+
+
+def group_index(features: int, groups: int) -> Tensor:
+    """Group of each channel, (features,): contiguous groups i * groups // features, so heads stay together."""
+    return torch.arange(features) * groups // features
+
+
+def group_matrix(features: int, groups: int) -> Tensor:
+    """Frozen 0/1 membership (features, groups). A product with it replaces gathers with repeated indices."""
+    return nn.functional.one_hot(group_index(features, groups), groups).float()
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over batch and real tokens: (B, T, ...) -> (...)."""
+    if mask is None:
+        return values.mean((0, 1))
+    real = mask.reshape(*mask.shape, *(1,) * (values.dim() - 2))
+    return torch.where(real, values, 0.0).sum((0, 1)) / mask.sum().clamp(min=1)
+
+
+def report_loss(context: Context, weight: float, penalty: Tensor) -> None:
+    """Put ``weight`` times the mean of a penalty (B, T, ...) over real tokens among the losses, if they are asked for."""
+    if weight and context.losses is not None:
+        share = 0.5 if context.bidirectional else 1.0  # each of the two readings of time reports
+        context.losses.append(share * weight * masked_mean(penalty, context.mask).mean())
+
+
+def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
+    """The layer's weight (d_out, d_in), or where there is none a frozen Gaussian one that keeps unit variance."""
+    if host.weight is None:
+        return host.normal("weight", d_out, d_in) / d_in**0.5
+    return host.weight.detach().float()

@@ -1,0 +1,1 @@
+"""Stage 5, memory: expectations and stored items that the present is compared with."""

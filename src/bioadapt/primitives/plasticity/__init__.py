@@ -1,0 +1,1 @@
+"""Stage 6, plasticity: global signals and laws of slow change."""

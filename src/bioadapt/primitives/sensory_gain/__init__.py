@@ -1,0 +1,1 @@
+"""Stage 1, sensory gain: laws that set the operating point of a signal."""

@@ -1,0 +1,1 @@
+"""The bridge to PEFT: the only place that touches PEFT's internals."""

@@ -1,0 +1,96 @@
+"""One adapter at one site: its primitives, their order, and the population they run on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BioConfig
+from ..primitives.base import STAGES, Context, Host, Primitive
+from ..primitives.frames import read_in, read_out
+from ..registry import build_primitive
+from .sites import Site
+
+
+class Circuit(nn.ModuleDict):
+    """Primitives by name, run in waves: within a wave all read the same features, waves follow each other.
+
+    Primitives of kind ``weight`` act on the layer itself and therefore always come first.
+    """
+
+    def __init__(self, config: BioConfig, site: Site, host: Host) -> None:
+        population = site.d_out if config.rank is None else config.rank
+        super().__init__()
+        for entry in config.primitives:
+            settings = {key: value for key, value in entry.items() if key != "name"}
+            self[entry["name"]] = build_primitive(entry["name"], site.d_in, population, host=host, **settings)
+        self.waves = _waves(list(self.values()), config.composition)
+        self.down = self.up = None
+        if config.rank is not None:
+            self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
+        if not config.init_weights:
+            self.wake()
+
+    def wake(self) -> None:
+        """Leave the identity."""
+        for primitive in self.values():
+            primitive.wake()
+        if self.up is not None:
+            nn.init.normal_(self.up, std=0.3 / self.up.shape[1] ** 0.5)
+
+    def forward(self, y: Tensor, context: Context) -> Tensor:
+        """Features y (B, T, d_out) -> the adapter's change of them, in fp32."""
+        y = y.float()
+        if self.down is None or self.up is None:
+            return self._change(y, context)
+        with torch.autocast(y.device.type, enabled=False):
+            population = y @ self.down.float().T
+            return (population + self._change(population, context)) @ self.up.float().T
+
+    def _change(self, y: Tensor, context: Context) -> Tensor:
+        total: Tensor | None = None
+        for wave in self.waves:
+            read = y if total is None else y + total
+            for name in wave:
+                primitive = self[name]
+                state = None if context.state is None else context.state.part(name)
+                # On the weight means on what the layer itself wrote, whatever has been added since.
+                delta = primitive(y if primitive.kind == "weight" else read, context.replace(state=state))
+                total = delta if total is None else total + delta
+        assert total is not None
+        return total
+
+    def unmergeable(self) -> list[str]:
+        """Names of the primitives that depend on their input, hence cannot become part of a weight."""
+        return [name for name, primitive in self.items() if primitive.merge is None]
+
+    def merged_change(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The exact change of the layer's (weight, bias) in fp32; weight (d_out, n)."""
+        if self.down is None or self.up is None:
+            return self._merged_change(weight, bias)
+        down, up = self.down.detach().float(), self.up.detach().float()
+        w, b = down @ weight, None if bias is None else down @ bias
+        dw, db = self._merged_change(w, b)
+        return up @ (w + dw), None if b is None else up @ (b if db is None else b + db)
+
+    def _merged_change(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        total_w, total_b = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for wave in self.waves:
+            read = (weight + total_w, None if bias is None or total_b is None else bias + total_b)
+            changes = [self[name].merged_change(weight, bias, read) for name in wave]
+            for dw, db in changes:
+                total_w = total_w + dw
+                total_b = total_b if total_b is None or db is None else total_b + db
+        return total_w, total_b
+
+
+def _waves(primitives: list[Primitive], composition: str) -> list[list[str]]:
+    on_weight = [primitive.name for primitive in primitives if primitive.kind == "weight"]
+    others = [primitive for primitive in primitives if primitive.kind != "weight"]
+    if composition == "serial":
+        waves = [[primitive.name] for primitive in others]
+    elif composition == "parallel":
+        waves = [[primitive.name for primitive in others]]
+    else:
+        waves = [[primitive.name for primitive in others if primitive.stage == stage] for stage in STAGES]
+    return [wave for wave in ([on_weight, *waves]) if wave]

@@ -1,0 +1,397 @@
+"""The one layer that carries bio adapters: all plumbing that PEFT expects of a tuner layer, written once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..config import BioConfig
+from ..primitives.base import Context, Host
+from ..registry import primitive_info
+from .bridge import CONTAINER
+from .circuit import Circuit
+from .learning import WithGradientOf
+from .scope import Scope, Surroundings
+from .sites import Layout, Site, describe
+
+
+@dataclass
+class _Original:
+    """The base layer's tensors as they were before merging, so that unmerging restores every bit."""
+
+    weight: nn.Parameter
+    weight_data: Tensor
+    bias: nn.Parameter | None
+    bias_data: Tensor | None
+    below_was_merged: bool
+    matrix: Tensor  # what adapters are merged onto: the weight with everything below, fp32
+    bias_vector: Tensor | None
+
+
+class BioLayer(nn.Module, BaseTunerLayer):
+    """Wraps a layer, plain or already adapted by another PEFT method, and adds the change its circuits compute.
+
+    Over another tuner's layer it is transparent: modules, parameters and state-dict keys of that layer keep the names
+    they have without a bio adapter, so the tuner below saves and loads as if it were alone.
+
+    Args:
+        base_layer: the layer to wrap.
+        site: geometry of the innermost plain layer.
+        path: name of the layer in the plain model; it names decoding state and checkpoint keys.
+        scope: what surrounds the layer's forwards.
+        causal: whether time is read backwards only here.
+        across: whether the layer reads the encoder's output inside a decoder.
+    """
+
+    adapter_layer_names = (CONTAINER,)
+    other_param_names = ()
+
+    def __init__(
+        self, base_layer: nn.Module, site: Site, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        setattr(self, CONTAINER, nn.ModuleDict())
+        self.site, self.path, self.scope = site, path, scope
+        self.causal, self.across = causal and not across, across
+        self.in_features, self.out_features = site.d_in, site.d_out
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._original: _Original | None = None
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        scope.layers.append(self)
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def circuits(self) -> nn.ModuleDict:
+        return getattr(self, CONTAINER)
+
+    def circuit(self, adapter_name: str) -> list[nn.Module]:
+        """The primitives of an adapter at this layer, none if it is not here."""
+        return list(self.circuits[adapter_name].values()) if adapter_name in self.circuits else []
+
+    @property
+    def below(self) -> BaseTunerLayer | None:
+        """The layer of another tuner that this one is stacked over."""
+        return self.base_layer if isinstance(self.base_layer, BaseTunerLayer) else None
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether decoding has to carry anything over tokens here."""
+        return self.causal and any(
+            primitive.kind == "causal" for circuit in self.circuits.values() for primitive in circuit.values()
+        )
+
+    def update_layer(self, adapter_name: str, config: BioConfig) -> None:
+        """Add an adapter.
+
+        Raises:
+            ValueError: the name is taken, or a primitive cannot act here; the layer is as before.
+        """
+        if adapter_name in self.circuits:
+            raise ValueError(f"{self.path} already has an adapter called {adapter_name!r}")
+        for entry in config.primitives:
+            info = primitive_info(entry["name"])
+            refusal = self.site.serves(info)
+            if info.kind == "global" and self.causal:
+                refusal = "it reads later tokens, which this model must not see"
+            if refusal is not None:
+                raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
+        circuit = Circuit(config, self.site, Host(self._matrix_or_none, seed=config.seed_of(self.path)))
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type != "meta" and not any(p.is_meta for p in circuit.parameters()):
+            circuit.to(device)
+        circuit.train(self.training)
+        self.circuits[adapter_name] = circuit
+        # A fresh adapter takes part only once it is set active, and must not disturb what is trained already.
+        circuit.requires_grad_(adapter_name in self.active_adapters)
+
+    def _matrix_or_none(self) -> Tensor | None:
+        if self.site.weight is None:
+            return None
+        try:
+            return self.site.matrix(self.get_base_weight())
+        except TypeError:  # a quantised format that PEFT cannot expand
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        """Expose what the wrapped layer exposes (`num_embeddings`, `stride`, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            return getattr(self.base_layer, name)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        output = self.base_layer(*args, **kwargs)
+        names = self.scope.adapter_names
+        if self.merged:
+            if names is not None:
+                raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
+            return output
+        active = self.active_adapters if names is None else sorted(set(names))
+        circuits = {name: self.circuits[name] for name in active if name in self.circuits}
+        if not circuits:
+            return output
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        read = args[0] if args else next(iter(kwargs.values()))
+        changed = self._changed(first, read, circuits)
+        return (changed, *rest) if isinstance(output, tuple) else changed
+
+    def _changed(self, y: Tensor, v: Tensor, circuits: dict[str, Circuit]) -> Tensor:
+        around = self.scope.surroundings or Surroundings()
+        layout = Layout.of(y, self.site, None if self.across else around.tokens)
+        context = self._context(layout, v, around)
+        features = layout.to_sequence(y)
+        total: Tensor | None = None
+        for name, circuit in circuits.items():
+            state = None
+            if around.memory is not None and self.causal:
+                state = around.memory.part(f"{self.path}/{name}")
+            delta = circuit(features, context.replace(state=state))
+            if self.scope.adapter_names is not None:
+                delta = delta * _rows_of(name, self.scope.adapter_names, delta)
+            total = delta if total is None else total + delta
+        assert total is not None
+        changed = (y + layout.restore(total)).to(y.dtype)
+        return self._with_terms(changed, context, around)
+
+    def _context(self, layout: Layout, v: Tensor, around: Surroundings) -> Context:
+        sequence = layout.sequence
+        mask = around.encoder_mask if self.across else around.mask
+        in_time = any(p.kind == "causal" for circuit in self.circuits.values() for p in circuit.values())
+        if in_time and around.unreadable_mask and not self.across:
+            raise ValueError(
+                f"{self.path} carries state over tokens and needs attention_mask as (batch, tokens); a mask of another "
+                "form does not tell which tokens are padding"
+            )
+        if in_time and around.tokens is not None and not layout.spatial and len(layout.shape) > 3:
+            raise ValueError(
+                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: primitives "
+                "that carry state over tokens cannot act here"
+            )
+
+        def fitting(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is not None and tuple(tensor.shape) == sequence else None
+
+        return Context(
+            x_in=layout.input_to_sequence(v, self.site),
+            bias=self._bias(),
+            mask=fitting(mask),
+            positions=None if self.across else fitting(around.positions),
+            resets=None if self.across else fitting(around.resets),
+            bidirectional=not self.causal or len(layout.grid or ()) > 1,
+            observing=around.live,
+            grid=layout.grid,
+            losses=[] if self.training and torch.is_grad_enabled() else None,
+        )
+
+    def _bias(self) -> Tensor | None:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    def _with_terms(self, changed: Tensor, context: Context, around: Surroundings) -> Tensor:
+        if not context.losses:
+            return changed
+        if self.scope.injected is None:
+            if around.live:
+                self.scope.terms.extend(context.losses)
+            return changed
+        return WithGradientOf.apply(changed, torch.stack(context.losses).sum(), self.scope.injected)
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raise `ValueError` if an adapter cannot become part of this layer's weight; touches nothing."""
+        for name in adapter_names if adapter_names is not None else self.active_adapters:
+            if name not in self.circuits:
+                continue
+            refused = self.circuits[name].unmergeable()
+            if refused:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {', '.join(refused)} "
+                    f"{'depend' if len(refused) > 1 else 'depends'} on the input (at {self.path}). Keep the adapter as "
+                    "it is, or train one of primitives that merge"
+                )
+            if self.site.weight is None:
+                raise ValueError(f"adapter {name!r} cannot be merged: {self.path} ({self.site.layer}) has no matrix")
+            if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {self.path} is quantised with "
+                    f"{self.quantization_backend.backend_name}, which cannot be written back"
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make adapters part of the base weight, exactly; whatever other tuner lies below is merged first.
+
+        Args:
+            safe_merge: passed to the tuner below. A result that is not finite is refused in any case.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            ValueError: a primitive depends on its input, or the result is not finite; the layer is as before.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.circuits]
+        if not names:
+            return
+        self.check_mergeable(names)
+        fresh = self._original is None
+        original = self._original = self._original or self._keep_original(safe_merge)
+        try:
+            weight, bias = self._current()
+            for name in names:
+                dw, db = self.circuits[name].merged_change(original.matrix, original.bias_vector)
+                weight = weight + dw
+                bias = bias if bias is None or db is None else bias + db
+            if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+                raise ValueError(
+                    f"merging {', '.join(repr(name) for name in names)} gives weights at {self.path} that are not "
+                    "finite: the adapter seems to be broken"
+                )
+        except Exception:
+            if fresh:
+                self._restore()
+            raise
+        self._write(weight, bias)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base layer bit for bit, and the tuner below to the state it was in."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self._restore()
+
+    def _keep_original(self, safe_merge: bool) -> _Original:
+        base = self.get_base_layer()
+        bias = base.bias if isinstance(getattr(base, "bias", None), nn.Parameter) else None
+        base_weight, data = base.weight, (base.weight.data, None if bias is None else bias.data)
+        merges_below = self.below is not None and not self.below.disable_adapters and not self.below.merged
+        if merges_below:
+            data = tuple(None if tensor is None else tensor.clone() for tensor in data)  # it writes in place
+            self.below.merge(safe_merge=safe_merge)
+        matrix = self.site.matrix(self.get_base_weight())
+        vector = None if bias is None else bias.detach().float()
+        return _Original(base_weight, data[0], bias, data[1], merges_below, matrix, vector)
+
+    def _restore(self) -> None:
+        original, self._original = self._original, None
+        assert original is not None
+        base = self.get_base_layer()
+        if original.below_was_merged:
+            self.below.unmerge()
+            base = self.get_base_layer()
+        base.weight = original.weight
+        base.weight.data = original.weight_data.to(original.weight.device)
+        if original.bias is not None:
+            base.bias = original.bias
+            base.bias.data = original.bias_data.to(original.bias.device)
+
+    def _current(self) -> tuple[Tensor, Tensor | None]:
+        bias = self._bias()
+        return self.site.matrix(self.get_base_weight()), None if bias is None else bias.float()
+
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        holder: BaseTunerLayer = self
+        while isinstance(holder.base_layer, BaseTunerLayer):  # some quantised formats replace the layer in its holder
+            holder = holder.base_layer
+        current = self.get_base_weight()
+        data = self.site.unmatrix(weight, current)
+        if self.quantization_backend is None:
+            # A new storage: the kept original stays what it is.
+            self.get_base_layer().weight.data = data
+        else:
+            self.quantization_backend.set_base_weight(holder, data)
+        base = self.get_base_layer()
+        if bias is not None and base.bias is not None:
+            base.bias.data = bias.to(base.bias.dtype)
+
+    # -- transparency over another tuner --------------------------------------------------------------------------------
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if self.below is None:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        for name, module in self._modules.items():
+            if module is not None:
+                inner = prefix if name == "base_layer" else f"{prefix}.{name}" if prefix else name
+                yield from module.named_modules(memo, inner, remove_duplicate)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        if self.below is None:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        own = super().state_dict(prefix=prefix, keep_vars=keep_vars)
+        hidden = f"{prefix}base_layer."
+        renamed = type(own)(
+            (prefix + key[len(hidden) :] if key.startswith(hidden) else key, value) for key, value in own.items()
+        )
+        renamed._metadata = own._metadata
+        if destination is None:
+            return renamed
+        destination.update(renamed)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.update(own._metadata)
+        return destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.below is not None:
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                rest = key[len(prefix) :]
+                if not rest.startswith(f"{CONTAINER}."):
+                    state_dict[f"{prefix}base_layer.{rest}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class BioLinear(BioLayer):
+    """A `BioLayer` on a linear layer; PEFT finds linear layers that are already adapted by the name of their class."""
+
+
+def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any) -> BioLayer:
+    """A layer without adapters around ``base_layer``.
+
+    Raises:
+        TypeError: a layer whose feature axis is not known.
+    """
+    plain = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+    try:
+        site = describe(plain)
+    except TypeError as error:
+        raise TypeError(f"{path} cannot be adapted: {error}") from None
+    cls = BioLinear if site.weight in ("rows", "columns") and site.reads_features else BioLayer
+    return cls(base_layer, site, path, scope, causal, across, **kwargs)
+
+
+def _rows_of(name: str, adapter_names: list[str], delta: Tensor) -> Tensor:
+    """1 for the samples of the batch that use the adapter, else 0, as (B, 1, 1). Beam search repeats samples."""
+    chosen = torch.tensor([given == name for given in adapter_names], device=delta.device)
+    if delta.shape[0] % len(chosen):
+        raise ValueError(f"adapter_names has {len(chosen)} entries, but the batch has {delta.shape[0]} samples")
+    return chosen.repeat_interleave(delta.shape[0] // len(chosen)).to(delta.dtype)[:, None, None]

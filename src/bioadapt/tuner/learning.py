@@ -1,0 +1,110 @@
+"""What learning needs beyond gradients of the user's loss: local rules and auxiliary terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from .layer import BioLayer
+    from .scope import Scope
+
+
+def commit(layers: Iterable[BioLayer]) -> None:
+    """Let the local rules take in what the last training forward observed; replicas agree on it first."""
+    for layer in layers:
+        if layer.disable_adapters:
+            continue
+        for name in layer.active_adapters:
+            for primitive in layer.circuit(name):
+                if primitive.learns:
+                    _average_over_replicas(primitive)
+                    primitive.commit()
+
+
+def _average_over_replicas(primitive: nn.Module) -> None:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for name in ("fresh", *(f"observed_{statistic}" for statistic in primitive._statistics)):
+        buffer = getattr(primitive, name)
+        dist.all_reduce(buffer)
+        buffer.div_(dist.get_world_size())
+
+
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """The scopes of all bio layers of a model, each once."""
+    from .layer import BioLayer
+
+    found = {id(m.scope): m.scope for m in model.modules() if isinstance(m, BioLayer) and m.scope is not None}
+    return list(found.values())
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Sum of the auxiliary terms that the forwards since the last call left behind; 0 if there are none.
+
+    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``. With
+    `transformers.Trainer` pass `BioTrainerCallback` instead. Weights are part of the terms: they are settings of the
+    primitives.
+
+    Returns:
+        A scalar on the device of the model, with a graph if there are terms.
+
+    Raises:
+        RuntimeError: the terms have no graph, as happens with re-entrant gradient checkpointing.
+    """
+    terms: list[Tensor] = []
+    for scope in scopes_of(model):
+        terms.extend(scope.terms)
+        scope.terms.clear()
+    if not terms:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return torch.zeros((), device=device)
+    if not all(term.requires_grad for term in terms):
+        raise RuntimeError(
+            "auxiliary terms without a graph: re-entrant gradient checkpointing computes the forward without one. "
+            "Use gradient_checkpointing_kwargs={'use_reentrant': False}, or train with BioTrainerCallback"
+        )
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+class WithGradientOf(torch.autograd.Function):
+    """Passes features through unchanged and adds ``factor * term`` to whatever loss is differentiated later."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, term: Tensor, factor: float) -> Tensor:
+        ctx.factor, ctx.like = factor, term
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.factor), None
+
+
+class BioTrainerCallback(TrainerCallback):
+    """Brings the auxiliary terms into a `transformers.Trainer` (and whatever derives from it) by their gradient.
+
+    The reported loss stays the task's own. Under gradient accumulation and fp16 loss scaling the terms are scaled as
+    the task's loss is.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(args, kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set(args, kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for scope in scopes_of(kwargs["model"]):
+            scope.injected = None
+            commit(scope.layers)
+
+    def _set(self, args: Any, kwargs: dict[str, Any]) -> None:
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        for scope in scopes_of(kwargs["model"]):
+            scope.injected = scale / max(args.gradient_accumulation_steps, 1)

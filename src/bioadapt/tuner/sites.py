@@ -1,0 +1,156 @@
+"""Where an adapter can sit: the feature axis of a layer, its sizes, and its weight as a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Geometry of a layer.
+
+    ``d_in``, ``d_out``: features read and written. ``spatial``: number of spatial axes behind a channel axis, 0 if the
+    features are last. ``reads_features``: whether the layer's input is made of features (an embedding's is not).
+    ``weight``: how the weight becomes a (d_out, n) matrix: ``rows`` as it is, ``columns`` transposed, ``kernel``
+    flattened, None if it is no matrix.
+    """
+
+    layer: str
+    d_in: int
+    d_out: int
+    spatial: int = 0
+    reads_features: bool = True
+    weight: str | None = None
+    pointwise_weight: bool = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (d_out, n) in fp32."""
+        weight = weight.detach().float()
+        return {"rows": weight, "columns": weight.T, "kernel": weight.flatten(1)}[self.weight or "rows"]
+
+    def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Inverse of `matrix`, in the shape and dtype of ``like``."""
+        shaped = matrix.T if self.weight == "columns" else matrix
+        return shaped.reshape(like.shape).to(like.dtype).contiguous()
+
+    def serves(self, info) -> str | None:
+        """Why a primitive cannot act here, in words, or None if it can."""
+        if info.needs_input and not self.reads_features:
+            return f"it reads the layer's input, and the input of {self.layer} is not made of features"
+        if info.kind == "weight" and (self.weight is None or not self.pointwise_weight or not self.reads_features):
+            return f"it acts on a weight matrix, and {self.layer} does not multiply its input by one"
+        return None
+
+
+def describe(layer: nn.Module) -> Site:
+    """The site that a plain layer offers.
+
+    Raises:
+        TypeError: a layer without a known feature axis; the message names it.
+    """
+    name = type(layer).__name__
+    if isinstance(layer, nn.MultiheadAttention):
+        raise TypeError(
+            "nn.MultiheadAttention multiplies by its projections without calling them, so they cannot be adapted: "
+            "target the module that contains it or a layer behind it"
+        )
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "this is the output projection inside an nn.MultiheadAttention, which multiplies by its weight without "
+            "calling it, so an adapter here would never run: target a layer behind it"
+        )
+    if isinstance(layer, nn.Linear):
+        return Site(name, layer.in_features, layer.out_features, weight="rows")
+    if isinstance(layer, Conv1D):
+        return Site(name, layer.nx, layer.nf, weight="columns")
+    if isinstance(layer, nn.Embedding):
+        d = layer.embedding_dim
+        return Site(name, d, d, reads_features=False, weight="columns", pointwise_weight=False)
+    if isinstance(layer, _CONVOLUTIONS):
+        spatial = len(layer.kernel_size)
+        pointwise = layer.groups == 1 and set(layer.kernel_size) == {1} and set(layer.stride) == {1}
+        weight = "kernel" if layer.groups == 1 and not layer.transposed else None
+        unpadded = layer.padding == "valid" or (not isinstance(layer.padding, str) and not any(layer.padding))
+        return Site(
+            name, layer.in_channels, layer.out_channels, spatial, weight=weight, pointwise_weight=pointwise and unpadded
+        )
+    if isinstance(layer, _CHANNEL_NORMS):
+        d = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
+        return Site(name, d, d, spatial=-1)
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.LayerNorm) or (name.endswith(("RMSNorm", "LayerNorm")) and isinstance(weight, Tensor)):
+        if weight is None or weight.dim() != 1:
+            raise TypeError(f"{name} normalises over several axes or has no weight, so its feature axis is not known")
+        return Site(name, weight.shape[0], weight.shape[0])
+    d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(d_in, int) and isinstance(d_out, int):
+        plain = isinstance(weight, Tensor) and tuple(weight.shape) == (d_out, d_in) and weight.is_floating_point()
+        return Site(name, d_in, d_out, weight="rows" if plain else None)
+    raise TypeError(
+        f"{name} has no feature axis that bioadapt knows; accepted are Linear, Conv1D, Conv1d/2d/3d, Embedding, "
+        "normalisations with a weight vector, and modules with integer in_features and out_features"
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one activation of a site lies in memory, and the way to (B, T, d) and back."""
+
+    shape: torch.Size
+    spatial: bool
+    sequence: tuple[int, ...]  # (B, T) after the reshape
+    grid: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None) -> Layout:
+        """``tokens``: (B, T) of the running forward where it is known; it tells a flattened batch of sequences from a
+        batch of single vectors, which have no time axis."""
+        if site.spatial:
+            shape = y.shape if site.spatial < 0 or y.dim() == site.spatial + 2 else (1, *y.shape)
+            grid = tuple(shape[2:])
+            return cls(y.shape, True, (shape[0], max(torch.Size(grid).numel(), 1)), grid or None)
+        if y.dim() == 1:
+            return cls(y.shape, False, (1, 1), None)
+        if y.dim() == 2:
+            rows = y.shape[0]
+            flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
+            return cls(y.shape, False, tokens if flattened else (rows, 1), None)
+        return cls(y.shape, False, (y.shape[0], torch.Size(y.shape[1:-1]).numel()), None)
+
+    def to_sequence(self, y: Tensor) -> Tensor:
+        if not self.spatial:
+            return y.reshape(*self.sequence, y.shape[-1])
+        return y.reshape(self.sequence[0], -1, self.sequence[1]).transpose(1, 2)
+
+    def restore(self, sequence: Tensor) -> Tensor:
+        if not self.spatial:
+            return sequence.reshape(self.shape)
+        return sequence.transpose(1, 2).reshape(self.shape)
+
+    def input_to_sequence(self, v: Tensor, site: Site) -> Tensor | None:
+        """The layer's input on the grid of its output, (B, T, d_in), or None where it does not correspond."""
+        if not site.reads_features:
+            return None
+        if self.spatial:
+            v = v if v.dim() == len(self.grid or ()) + 2 else v[None]
+            if self.grid and tuple(v.shape[2:]) != self.grid:
+                v = _POOLS[len(self.grid)](v, self.grid)  # a strided convolution reads a neighbourhood of each place
+            return v.reshape(self.sequence[0], v.shape[1], -1).transpose(1, 2)
+        if v.dim() != len(self.shape) or v.shape[:-1] != self.shape[:-1]:
+            return None
+        return v.reshape(*self.sequence, v.shape[-1])
+
+
+_POOLS = {
+    1: nn.functional.adaptive_avg_pool1d,
+    2: nn.functional.adaptive_avg_pool2d,
+    3: nn.functional.adaptive_avg_pool3d,
+}
