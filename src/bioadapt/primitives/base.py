@@ -290,30 +290,35 @@ class Primitive(nn.Module):
                 else:
                     parameter.mul_(1 + 0.1 * noise)
 
-    # -- local learning: observe in forward, commit between forwards --------------------------------------------------
+    # -- local learning: observe in forward, commit after the optimiser's step -----------------------------------------
+    #
+    # A buffer that changed between a forward and its recomputation under gradient checkpointing, or between two forwards
+    # that share a backward, would make gradients belong to another function than the loss.
 
     def declare_statistics(self, **shapes: tuple[int, ...]) -> None:
-        """Reserve overwritable slots for batch statistics; call it in `build`."""
+        """Reserve slots for statistics of the running step; call it in `build`."""
         self._statistics = tuple(shapes)
-        self.register_buffer("fresh", torch.zeros(()), persistent=False)
+        self.register_buffer("forwards", torch.zeros(()), persistent=False)
         for name, shape in shapes.items():
             self.register_buffer(f"observed_{name}", torch.zeros(shape), persistent=False)
 
     def observe(self, context: Context, **statistics: Tensor) -> None:
-        """Overwrite the slots in a training forward; a no-op in eval, under no_grad and in recomputation."""
+        """Average a training forward into the slots; a no-op in eval, under no_grad and in recomputation."""
         if not (self.training and context.observing):
             return
         with torch.no_grad():
+            self.forwards.add_(1.0)
             for name, value in statistics.items():
-                getattr(self, f"observed_{name}").copy_(value)
-            self.fresh.fill_(1.0)
+                slot = getattr(self, f"observed_{name}")
+                slot.add_((value - slot) / self.forwards)
 
     def commit(self) -> None:
-        """Apply what was observed to the learned buffers, once."""
+        """Apply what was observed since the last call to the learned buffers, once."""
         if self._statistics:
             with torch.no_grad():
-                self.learn(self.fresh)
-                self.fresh.zero_()
+                self.learn(self.forwards.clamp(max=1.0))
+                for name in ("forwards", *(f"observed_{name}" for name in self._statistics)):
+                    getattr(self, name).zero_()
 
     # -- merging ------------------------------------------------------------------------------------------------------
 

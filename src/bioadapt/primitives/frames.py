@@ -10,9 +10,25 @@ from torch import Tensor, nn
 from .base import Context, Host
 
 
+class _TokenScale(torch.autograd.Function):
+    """One pass forward and one backward; what autograd records for the same formula takes five."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.sqrt(norm.square() / x.shape[-1] + 1e-6)
+        ctx.save_for_backward(x, scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, scale = ctx.saved_tensors
+        return x * (grad / (scale * x.shape[-1]))
+
+
 def token_scale(x: Tensor) -> Tensor:
     """s = sqrt(mean_d x^2 + 1e-6): (..., d) -> (..., 1)."""
-    return torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return _TokenScale.apply(x)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -61,8 +77,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 def report_loss(context: Context, weight: float, penalty: Tensor) -> None:
     """Put ``weight`` times the mean of a penalty (B, T, ...) over real tokens among the losses, if they are asked for."""
     if weight and context.losses is not None:
-        share = 0.5 if context.bidirectional else 1.0  # each of the two readings of time reports
-        context.losses.append(share * weight * masked_mean(penalty, context.mask).mean())
+        context.losses.append(weight * masked_mean(penalty, context.mask).mean())
 
 
 def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:

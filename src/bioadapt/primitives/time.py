@@ -6,6 +6,8 @@ recurrence is the identity), a reset forgets everything before it, and decoding 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,13 @@ def _doubling(decay: Tensor, drive: Tensor) -> Tensor:
 
     The shorter cumprod/cumsum form divides by a product that underflows at a = 0.5 after 512 tokens.
     """
-    steps, shift = drive.shape[1], 1
+    steps, shift, constant = drive.shape[1], 1, decay.shape[1] == 1
     while shift < steps:
-        drive = torch.cat([drive[:, :shift], torch.addcmul(drive[:, shift:], decay[:, shift:], drive[:, :-shift])], 1)
+        factor = decay if constant else decay[:, shift:]
+        drive = torch.cat([drive[:, :shift], torch.addcmul(drive[:, shift:], factor, drive[:, :-shift])], 1)
         if 2 * shift < steps:
-            decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], 1)
+            longer = factor * (decay if constant else decay[:, :-shift])
+            decay = longer if constant else torch.cat([decay[:, :shift], longer], 1)
         shift *= 2
     return drive
 
@@ -39,16 +43,17 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, decay: Tensor, drive: Tensor) -> Tensor:
-        h = _doubling(decay.expand(*torch.broadcast_shapes(decay.shape, drive.shape)), drive)
+        h = _doubling(decay, drive)
         ctx.save_for_backward(decay, h)
         return h
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         decay, h = ctx.saved_tensors
-        full = decay.expand_as(h)
-        later = torch.cat([full[:, 1:], torch.zeros_like(full[:, :1])], 1)  # h_t reaches h_{t+1} through decay_{t+1}
-        adjoint = _doubling(later.flip(1), grad.flip(1)).flip(1)
+        later = decay  # h_t reaches h_{t+1} through decay_{t+1}
+        if decay.shape[1] > 1:
+            later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1).flip(1)
+        adjoint = _doubling(later, grad.flip(1)).flip(1)
         grad_decay = None
         if ctx.needs_input_grad[0]:
             before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
@@ -67,8 +72,9 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
     Returns:
         h of the shape of ``drive``.
     """
+    decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
     if initial is not None:
-        first = drive[:, :1] + decay.expand_as(drive)[:, :1] * initial.expand_as(drive[:, 0])[:, None]
+        first = torch.addcmul(drive[:, :1], decay[:, :1], initial.expand_as(drive[:, 0])[:, None])
         drive = torch.cat([first, drive[:, 1:]], 1)
     return _LinearScan.apply(decay, drive)
 
@@ -172,6 +178,22 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     if context.state is not None:
         context.state.append(name, h)
     return shifted
+
+
+def both_ways(read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context) -> Tensor:
+    """``read(series, context)``, or where time may be read both ways the mean of that and of the reading backwards.
+
+    For primitives of which only a narrow series (B, T, ...) depends on the past: x itself need not be reversed. Both
+    readings go through ``read`` side by side along the batch axis; it must not ask for the layer's input.
+    """
+    if not context.bidirectional:
+        return read(series, context)
+    context = context.replace(x_in=None, bidirectional=False)
+    back = context.reversed()
+    pairs = {name: (getattr(context, name), getattr(back, name)) for name in ("mask", "positions", "resets")}
+    sides = {name: None if there is None else torch.cat([there, here]) for name, (there, here) in pairs.items()}
+    onwards, backwards = read(torch.cat([series, series.flip(1)]), context.replace(**sides)).chunk(2)
+    return 0.5 * (onwards + backwards.flip(1))
 
 
 def token_positions(name: str, x: Tensor, context: Context) -> Tensor:

@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import Tensor, nn
 
 from ..config import BioConfig
-from ..primitives.base import Context, Host
+from ..primitives.base import Context, Host, Primitive
 from ..registry import primitive_info
 from .bridge import CONTAINER
 from .circuit import Circuit
@@ -75,9 +75,9 @@ class BioLayer(nn.Module, BaseTunerLayer):
     def circuits(self) -> nn.ModuleDict:
         return getattr(self, CONTAINER)
 
-    def circuit(self, adapter_name: str) -> list[nn.Module]:
-        """The primitives of an adapter at this layer, none if it is not here."""
-        return list(self.circuits[adapter_name].values()) if adapter_name in self.circuits else []
+    def primitives(self) -> Iterator[Primitive]:
+        """All primitives of all adapters at this layer."""
+        return (primitive for circuit in self.circuits.values() for primitive in circuit.values())
 
     @property
     def below(self) -> BaseTunerLayer | None:
@@ -87,9 +87,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
     @property
     def carries_state(self) -> bool:
         """Whether decoding has to carry anything over tokens here."""
-        return self.causal and any(
-            primitive.kind == "causal" for circuit in self.circuits.values() for primitive in circuit.values()
-        )
+        return self.causal and any(primitive.kind == "causal" for primitive in self.primitives())
 
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
         """Add an adapter.
@@ -175,7 +173,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
     def _context(self, layout: Layout, v: Tensor, around: Surroundings) -> Context:
         sequence = layout.sequence
         mask = around.encoder_mask if self.across else around.mask
-        in_time = any(p.kind == "causal" for circuit in self.circuits.values() for p in circuit.values())
+        in_time = any(primitive.kind == "causal" for primitive in self.primitives())
         if in_time and around.unreadable_mask and not self.across:
             raise ValueError(
                 f"{self.path} carries state over tokens and needs attention_mask as (batch, tokens); a mask of another "

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
+
+from ..primitives.base import Primitive
 
 if TYPE_CHECKING:
     from .layer import BioLayer
     from .scope import Scope
 
 
+_live: weakref.WeakSet[Scope] = weakref.WeakSet()
+
+
+def follow(scope: Scope) -> None:
+    """Let the local rules beneath a scope run after every step of the optimiser that trains it."""
+    _live.add(scope)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for scope in list(_live):
+        if any(id(parameter) in trained for layer in scope.layers for parameter in layer.circuits.parameters()):
+            commit(scope.layers)
+
+
 def commit(layers: Iterable[BioLayer]) -> None:
-    """Let the local rules take in what the last training forward observed; replicas agree on it first."""
+    """Let the local rules take in what the forwards since the last call observed; replicas agree on it first."""
     for layer in layers:
-        if layer.disable_adapters:
-            continue
-        for name in layer.active_adapters:
-            for primitive in layer.circuit(name):
-                if primitive.learns:
-                    _average_over_replicas(primitive)
-                    primitive.commit()
+        for primitive in layer.primitives():
+            if primitive.learns:
+                _average_over_replicas(primitive)
+                primitive.commit()
 
 
-def _average_over_replicas(primitive: nn.Module) -> None:
+def _average_over_replicas(primitive: Primitive) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    for name in ("fresh", *(f"observed_{statistic}" for statistic in primitive._statistics)):
+    for name in ("forwards", *(f"observed_{statistic}" for statistic in primitive._statistics)):
         buffer = getattr(primitive, name)
         dist.all_reduce(buffer)
         buffer.div_(dist.get_world_size())
@@ -98,13 +114,20 @@ class BioTrainerCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._set(args, kwargs)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Where the optimiser holds partitions instead of the parameters (ZeRO), its step does not tell whose they are.
+        for scope in scopes_of(kwargs["model"]):
+            commit(scope.layers)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for scope in scopes_of(kwargs["model"]):
             scope.injected = None
-            commit(scope.layers)
 
     def _set(self, args: Any, kwargs: dict[str, Any]) -> None:
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         for scope in scopes_of(kwargs["model"]):
             scope.injected = scale / max(args.gradient_accumulation_steps, 1)
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -25,7 +25,7 @@ from .bridge import CONTAINER, PREFIX
 from .checkpoint import ROOT, check_fingerprint, check_keys, fingerprint, own_tensors, without_adapter_name
 from .layer import BioLayer, build_layer
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
-from .targets import RESIDUAL_WRITERS
+from .targets import RESIDUAL_WRITERS, residual_writers
 
 
 class BioModel(BaseTuner):
@@ -102,15 +102,14 @@ class BioModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BioConfig, model_config: dict) -> BioConfig:
         if peft_config.target_modules is None:
-            model_type = model_config.get("model_type")
-            if model_type not in self.target_module_mapping:
+            targets = residual_writers(model_config)
+            if targets is None:
                 raise ValueError(
-                    f"target_modules=None: no default targets are known for model type {model_type!r}; "
-                    "give target_modules, a list of module names or 'all-linear'"
+                    f"target_modules=None: no default targets are known for model type "
+                    f"{model_config.get('model_type')!r}; give target_modules, a list of module names or 'all-linear'"
                 )
             # Not written into the user's object: one configuration may serve several model types.
             peft_config = self._replace_config(peft_config)
-            targets = self.target_module_mapping[model_type]
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         return peft_config
 

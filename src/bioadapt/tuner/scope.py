@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..primitives._state import Memory
 from .decoding import attach_memory, find_cache, memory_of
-from .learning import commit
+from .learning import follow
 
 if TYPE_CHECKING:
     from .layer import BioLayer
@@ -61,6 +61,11 @@ class Scope:
             stack.register_forward_pre_hook(self.enter, with_kwargs=True),
             stack.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
+        follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copied or unpickled model learns like the original
+        follow(self)
 
     @classmethod
     def of(cls, stack: nn.Module) -> Scope:
@@ -93,7 +98,6 @@ class Scope:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         found = Surroundings(live=stack.training and torch.is_grad_enabled())
         if found.live:
-            commit(self.layers)
             for module in self.checkpointing:
                 self._carry_through_recomputation(module)
         self._read_tokens(found, given)

@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target that needs it creates. Pip's own environment variables are honoured.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: demo test lint bench readme clean
+
+demo: $(READY)
+	$(VENV)/bin/bioadapt demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) benchmarks/primitives.py $(ARGS)
+
+readme: $(READY)
+	$(PY) scripts/readme_table.py
+
+clean:
+	rm -rf $(VENV)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bioadapt needs Python 3.11 or newer; name one with: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this takes some minutes."
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo,st]"
+	touch $@

@@ -1,0 +1,62 @@
+"""NMDA branches: inputs that meet on one dendritic branch add up more than linearly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.frames import group_index, positive, read_out, token_scale
+from bioadapt.registry import register_primitive
+
+
+def branch_spikes(drive: Tensor, threshold: Tensor, steepness: Tensor) -> Tensor:
+    """The sigmoid response of each branch above its response at rest: drive (..., M) -> (..., M)."""
+    rest = torch.sigmoid(-steepness * threshold)
+    return torch.sigmoid(steepness * (drive - threshold)) - rest
+
+
+@register_primitive(
+    "nmda_branches",
+    stage="dendritic",
+    kind="pointwise",
+    zero_at="readout",
+    needs_input=True,
+    aliases=("dendritic_branches",),
+)
+class NmdaBranches(Primitive):
+    """Input synapses sit on separate dendritic branches, each with a local spike of its own.
+
+    Biology: thin dendrites of pyramidal cells answer supralinearly to inputs on the same branch, through NMDA spikes,
+    and the cell body adds the branches up linearly.
+
+    Equation: a_b = sum over synapses j of branch b of w_j v_j / rms(v);
+    h_b = sigmoid(beta (a_b - theta)) - sigmoid(-beta theta); delta = s U h, with branches a random partition.
+
+    Reference: Polsky, Mel and Schiller 2004, Computational subunits in thin dendrites of pyramidal cells, Nat Neurosci;
+    Poirazi, Brannon and Mel 2003, Pyramidal neuron as two-layer neural network, Neuron.
+
+    Shapes: v (B, T, n), x (B, T, d) -> (B, T, d); the branches are (B, T, branches).
+    """
+
+    branches: int = setting(16, low=1, high=4096, meaning="number M of branches")
+
+    def build(self, host: Host) -> None:
+        self.branches = min(self.branches, self.d_in)
+        shuffled = host.normal("branch of each synapse", self.d_in).argsort()
+        self.register_buffer("branch", group_index(self.d_in, self.branches)[shuffled])
+        self.synapses = nn.Parameter(torch.randn(self.d_in) * (self.branches / self.d_in) ** 0.5)
+        self.threshold = positive(1.0, self.branches)
+        self.steepness = positive(4.0, self.branches)
+        self.soma = read_out(self.d_out, self.branches)
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        v = context.x_in
+        drive = (v @ self.wiring()) / token_scale(v)
+        threshold, steepness = nn.functional.softplus(self.threshold), nn.functional.softplus(self.steepness)
+        return (token_scale(x) * branch_spikes(drive, threshold, steepness)) @ self.soma.T
+
+    def wiring(self) -> Tensor:
+        """The weights of the synapses, each in the column of its branch: (n, branches)."""
+        branches = torch.arange(self.branches, device=self.branch.device)
+        return self.synapses[:, None] * (self.branch[:, None] == branches)

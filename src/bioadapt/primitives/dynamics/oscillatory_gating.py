@@ -1,0 +1,53 @@
+"""Oscillatory gating: a theta clock sets the gain, and gamma rides on theta's crest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bioadapt.primitives.base import Context, Host, Primitive
+from bioadapt.primitives.time import token_positions
+from bioadapt.registry import register_primitive
+
+PERIOD = 32  # tokens in a theta cycle
+RATIO = 7  # gamma cycles in a theta cycle; an integer, so that the whole clock repeats
+
+
+def theta_gamma(theta_phase: Tensor, gamma_phase: Tensor, coupling: Tensor) -> Tensor:
+    """One cycle of the clock: phases (d,), coupling (1,) -> (PERIOD, d)."""
+    angle = torch.arange(PERIOD, device=theta_phase.device, dtype=theta_phase.dtype)[:, None] * (math.tau / PERIOD)
+    theta = torch.cos(angle + theta_phase)
+    return theta + coupling * 0.5 * (1 + theta) * torch.cos(RATIO * angle + gamma_phase)
+
+
+@register_primitive("oscillatory_gating", stage="dynamics", kind="pointwise", zero_at="gate")
+class OscillatoryGating(Primitive):
+    """Each channel opens and closes with the position in the document, whatever the content.
+
+    Biology: hippocampal cells are excitable at some phases of the theta rhythm and not at others, and the amplitude of
+    the faster gamma rhythm follows the phase of theta.
+
+    Equation: with angle = 2 pi (t mod 32) / 32, o = cos(angle + phi) + m (1 + cos(angle + phi)) / 2 cos(7 angle + psi);
+    delta = x o.
+
+    Reference: Lisman and Jensen 2013, The theta-gamma neural code, Neuron.
+
+    Shapes: x (B, T, d) -> (B, T, d); phi and psi are (d,).
+    """
+
+    def build(self, host: Host) -> None:
+        self.theta_phase = nn.Parameter(math.tau * torch.rand(self.d_out))
+        self.gamma_phase = nn.Parameter(math.tau * torch.rand(self.d_out))
+        self.coupling = nn.Parameter(torch.full((1,), 0.5))
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        return x * self.clock(token_positions("count", x, context))
+
+    def clock(self, positions: Tensor) -> Tensor:
+        """The gain o at integer positions (B, T): (B, T, d)."""
+        # Reducing the integer first keeps a position in the millions exact; a product reads the table, since the
+        # backward of a gather with repeated indices is a slow scatter.
+        place = positions[..., None] % PERIOD == torch.arange(PERIOD, device=positions.device)
+        return place.float() @ theta_gamma(self.theta_phase, self.gamma_phase, self.coupling)

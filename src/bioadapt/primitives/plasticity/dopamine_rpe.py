@@ -1,0 +1,62 @@
+"""Dopamine: an error in predicted reward gates what is happening now."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.frames import positive, read_in, report_loss, token_scale
+from bioadapt.primitives.time import both_ways, previous, recurrence
+from bioadapt.registry import register_primitive
+
+
+@register_primitive(
+    "dopamine_rpe", stage="plasticity", kind="causal", zero_at="gate", aliases=("dopamine_gain",)
+)
+class DopamineRpe(Primitive):
+    """A temporal-difference error, read from the features, raises or lowers all of them together.
+
+    Biology: dopamine cells fire in bursts for unexpected reward, fall silent when an expected one fails to come, and do
+    not respond to what was fully predicted.
+
+    Equation: V = w_v u + b; reward = w_r u; e_t = reward_t + gamma V_t - V_{t-1}, 0 on the first token;
+    delta = x tanh(beta e).
+
+    Reference: Schultz, Dayan and Montague 1997, A neural substrate of prediction and reward, Science; Barto, Sutton and
+    Anderson 1983, Neuronlike adaptive elements that can solve difficult learning control problems, IEEE Trans SMC.
+
+    Shapes: x (B, T, d) -> (B, T, d); the error is (B, T, 1).
+    """
+
+    auxiliary: float = setting(0.0, low=0.0, high=10.0, meaning="weight of the squared error among the losses")
+
+    def build(self, host: Host) -> None:
+        self.critic = read_in(2, self.d_out)  # rows: value, reward
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.discount = nn.Parameter(torch.logit(torch.tensor([0.9])))
+        self.steepness = positive(1.0, 1)
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        scores = (x @ self.critic.T) / token_scale(x)
+        gain, penalty = both_ways(self.gain, scores, context).split(1, dim=-1)
+        report_loss(context, self.auxiliary, penalty)
+        return x * gain
+
+    def gain(self, scores: Tensor, context: Context) -> Tensor:
+        """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""
+        error = self.error(scores, context)
+        return torch.cat([torch.tanh(nn.functional.softplus(self.steepness) * error), error.square()], -1)
+
+    def error(self, scores: Tensor, context: Context) -> Tensor:
+        """The temporal-difference error at each token, (B, T, 1)."""
+        value, reward = scores.split(1, dim=-1)
+        value = value + self.bias
+        # A recurrence without memory holds its value over padding; the ones tell later tokens from a first one.
+        series = torch.cat([value, torch.ones_like(value)], -1)
+        held = recurrence("value", torch.zeros_like(series), series, context)
+        before, known = previous("value before", held, context).split(1, dim=-1)
+        return known * (reward + torch.sigmoid(self.discount) * value - before)
+
+    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
+        return self.gate * self.transform(x, context)  # transform reverses the narrow series, not x

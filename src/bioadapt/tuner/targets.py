@@ -1,0 +1,110 @@
+"""Which modules are adapted when the user names none: the projections that write into the residual stream.
+
+In a transformer block these are the attention's output projection and the MLP's down projection, in a decoder with
+cross-attention that one's output projection as well; in a convolutional block it is the last convolution. A population
+of units that the next block reads is thus complete at the targets, which a query or a value is not.
+
+Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
+expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
+module on the way, both names are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_BERT = ["output.dense"]  # attention.output.dense, crossattention.output.dense and output.dense; not pooler.dense
+_BART = ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]  # not classification_head.out_proj
+_T5 = ["SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"]
+_GPT2 = ["attn.c_proj", "crossattention.c_proj", "mlp.c_proj"]
+_GPTJ = ["attn.out_proj", "mlp.fc_out"]
+_NEOX = ["attention.dense", "self_attention.dense", "dense_4h_to_h"]
+_LLAMA = ["o_proj", "down_proj"]
+_VIT = ["attention.o_proj", "mlp.fc2", "output.dense"]
+# A tower's pooling head has an MLP of its own, outside the numbered layers.
+_CLIP = r"(.*\.)?layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)"
+# Around a language model, the language model alone, as PEFT's own defaults have it.
+_LANGUAGE_MODEL = r"(.*\.)?language_model\..*\.(o_proj|down_proj)"
+_BLIP2 = r"(.*\.)?language_model\..*\.(self_attn\.out_proj|fc2|SelfAttention\.o|EncDecAttention\.o|DenseReluDense\.wo)"
+
+RESIDUAL_WRITERS: dict[str, list[str] | str] = {
+    # text encoders
+    "albert": ["attention.dense", "ffn_output"],
+    "bert": _BERT,
+    "camembert": _BERT,
+    "deberta": _BERT,
+    "deberta-v2": _BERT,
+    "distilbert": ["attention.out_lin", "ffn.lin2"],
+    "electra": _BERT,
+    "layoutlm": _BERT,
+    "modernbert": ["attn.Wo", "mlp.Wo"],
+    "mpnet": ["attention.attn.o", "output.dense"],
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    # encoder-decoders
+    "bart": _BART,
+    "mbart": _BART,
+    "mt5": _T5,
+    "t5": _T5,
+    "whisper": _BART,
+    # decoders
+    "RefinedWeb": _NEOX,
+    "RefinedWebModel": _NEOX,
+    "bloom": _NEOX,
+    "btlm": _GPT2,
+    "chatglm": _NEOX,
+    "codegen": _GPTJ,
+    "falcon": _NEOX,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gemma4_text": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": ["attention.out_proj", "mlp.c_proj"],
+    "gpt_neox": _NEOX,
+    "gptj": _GPTJ,
+    "llama": _LLAMA,
+    "llama4_text": _LLAMA,  # of the experts, the shared one: the routed ones are fused parameters, not modules
+    "mistral": _LLAMA,
+    "mixtral": ["o_proj"],  # the experts are fused parameters, not modules
+    "mpt": ["attn.out_proj", "ffn.down_proj"],
+    "nemotron_h": _LLAMA,  # not the Mamba mixers' out_proj: their kernel reads its weight past any adapter
+    "opt": _BART,
+    "phi": ["self_attn.dense", "mlp.fc2"],
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "rwkv": ["attention.output", "feed_forward.value"],
+    "rwkv7": ["o_proj", "ffn.value"],
+    "stablelm": _LLAMA,
+    # vision
+    "convnext": ["pwconv2"],
+    "convnextv2": ["pwconv2"],
+    "deit": _VIT,
+    "dinov2": ["attention.o_proj", "attention.output.dense", "mlp.fc2", "mlp.down_proj", "mlp.weights_out"],
+    "resnet": ["layer.2.convolution"],  # bottleneck blocks; see residual_writers
+    "swin": _VIT,
+    "vit": _VIT,
+    # text and vision
+    "blip-2": _BLIP2,
+    "clip": _CLIP,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "gemma3": _LANGUAGE_MODEL,
+    "gemma4": _LANGUAGE_MODEL,
+    "llama4": _LANGUAGE_MODEL,
+    "llava": _LANGUAGE_MODEL,
+    "siglip": _CLIP,
+    "siglip_text_model": _CLIP,
+    "siglip_vision_model": _CLIP,
+}
+
+
+def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:
+    """The default targets for a model's configuration (as a dict), or None where no default is known."""
+    model_type = model_config.get("model_type")
+    if model_type == "resnet" and model_config.get("layer_type") == "basic":
+        return ["layer.1.convolution"]  # basic blocks end one convolution earlier, and names alone do not tell
+    return RESIDUAL_WRITERS.get(model_type) if isinstance(model_type, str) else None
