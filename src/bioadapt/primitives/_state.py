@@ -22,6 +22,7 @@ class Memory:
     def __init__(self) -> None:
         self.series: dict[str, Tensor] = {}
         self.seen: dict[str, int] = {}
+        self.past: int | None = None  # tokens in the cache when the running forward began, where that is known
 
     def part(self, key: str) -> Recollection:
         return Recollection(self, key)
@@ -31,6 +32,20 @@ class Memory:
         self.seen[key] = self.seen.get(key, 0) + new.shape[1]
         joined = new if old is None else torch.cat([old, new], dim=1)
         self.series[key] = joined[:, -(keep + UNDO_WINDOW) :]
+
+    def get(self, key: str) -> Tensor | None:
+        """A series, None before the first token.
+
+        Raises:
+            ValueError: the series has not seen all tokens of the cache.
+        """
+        seen = self.seen.get(key, 0)
+        if self.past is not None and seen != self.past:
+            raise ValueError(
+                f"the cache holds {self.past} tokens, of which {key} has seen {seen}: it was filled before the adapter was "
+                "added, while it was inactive or disabled, or in training. Start from an empty cache"
+            )
+        return self.series.get(key)
 
     def crop(self, tokens: int) -> None:
         """Forget the newest ``tokens`` entries of every series.
@@ -71,12 +86,12 @@ class Recollection:
 
     def last(self, name: str) -> Tensor | None:
         """The newest entry of a series, (B, ...), or None before the first token."""
-        series = self.memory.series.get(f"{self.key}/{name}")
+        series = self.memory.get(f"{self.key}/{name}")
         return None if series is None else series[:, -1]
 
     def latest(self, name: str, count: int) -> Tensor | None:
         """Up to ``count`` newest entries of a series, (B, n <= count, ...), or None before the first token."""
-        series = self.memory.series.get(f"{self.key}/{name}")
+        series = self.memory.get(f"{self.key}/{name}")
         return None if series is None else series[:, -count:]
 
     def append(self, name: str, series: Tensor, keep: int = 1) -> None:

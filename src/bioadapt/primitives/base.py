@@ -239,8 +239,8 @@ class Primitive(nn.Module):
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
         with torch.autocast(device_type=x.device.type, enabled=False):
-            delta = self._in_fp32(x.float(), context)
-        return delta.to(dtype).reshape(shape)
+            delta = self._in_fp32(x.float(), context).to(dtype)
+        return delta if delta.shape == shape else delta.reshape(shape)
 
     def _complete(self, context: Context, x: Tensor) -> Context:
         v = context.x_in
@@ -252,7 +252,8 @@ class Primitive(nn.Module):
                     f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)"
                 )
             return context
-        return context.replace(x_in=as_sequence(v).float())
+        v = as_sequence(v).float()
+        return context if v is context.x_in else context.replace(x_in=v)
 
     def _in_fp32(self, x: Tensor, context: Context) -> Tensor:
         if self.gate.dtype == torch.float32:
@@ -356,6 +357,8 @@ class _Body(nn.Module):
 
 def as_sequence(x: Tensor) -> Tensor:
     """(..., T, d) -> (B, T, d); a single vector (d,) becomes one token."""
+    if x.dim() == 3:  # no view, which autograd would record
+        return x
     if x.dim() == 1:
         return x[None, None]
     return x.reshape(-1, *x.shape[-2:])

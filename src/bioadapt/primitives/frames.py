@@ -10,25 +10,28 @@ from torch import Tensor, nn
 from .base import Context, Host
 
 
-class _TokenScale(torch.autograd.Function):
+class _MeanSquare(torch.autograd.Function):
     """One pass forward and one backward; what autograd records for the same formula takes five."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.sqrt(norm.square() / x.shape[-1] + 1e-6)
-        ctx.save_for_backward(x, scale)
-        return scale
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        x, scale = ctx.saved_tensors
-        return x * (grad / (scale * x.shape[-1]))
+        (x,) = ctx.saved_tensors
+        return x * (grad * (2 / x.shape[-1]))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of x^2 over the last axis: (..., d) -> (..., 1)."""
+    return _MeanSquare.apply(x)
 
 
 def token_scale(x: Tensor) -> Tensor:
     """s = sqrt(mean_d x^2 + 1e-6): (..., d) -> (..., 1)."""
-    return _TokenScale.apply(x)
+    return torch.sqrt(mean_square(x) + 1e-6)
 
 
 def unit(x: Tensor) -> Tensor:

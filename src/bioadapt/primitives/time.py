@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context
 
-CHUNK = 64  # tokens that one matrix product covers in `trace`
+CHUNK = 64  # tokens that one matrix product covers in `past_trace`
 
 
 def _doubling(decay: Tensor, drive: Tensor) -> Tensor:
@@ -107,62 +107,8 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
 
 
 def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
-    """Exponential trace E_tau(z)_t = a E_tau(z)_{t-1} + (1 - a) z_t, with a = exp(-1 / tau) given as ``decay``.
-
-    Where z is (B, T, groups, channels) and ``decay`` is one constant in (0, 1] per group, (groups, 1), the trace is
-    solved by matrix products, which for wide series is several times faster than a scan.
-    """
-    if z.dim() == 4 and decay.shape == (z.shape[2], 1):
-        return _grouped_trace(name, z, decay, context, initial)
+    """Exponential trace E_tau(z)_t = a E_tau(z)_{t-1} + (1 - a) z_t, with a = exp(-1 / tau) given as ``decay``."""
     return recurrence(name, decay, (1 - decay) * z, context, initial)
-
-
-def _grouped_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor) -> Tensor:
-    """`trace` of z (B, T, G, c): a lower-triangular product within chunks, and a short recurrence across them."""
-    steps, size = z.shape[1], min(z.shape[1], CHUNK)
-    at_zero = not torch.is_tensor(initial) and initial == 0
-    start = torch.as_tensor(initial, dtype=z.dtype, device=z.device).expand_as(z[:, 0])
-    before = None if context.state is None else context.state.last(name)
-    # A trace from any start is that start plus the trace, from zero, of what differs from it.
-    drive = z if at_zero else z - start[:, None]
-    if before is not None:
-        before = before - start
-    if context.mask is not None:
-        drive = torch.where(_like(context.mask, drive), drive, 0.0)
-
-    def chunks(series: Tensor) -> Tensor:
-        """(B, T, ...) -> (B, N, C, ...), filled up with zeros, which are padded tokens."""
-        fill = series.new_zeros(series.shape[0], -steps % size, *series.shape[2:])
-        return torch.cat([series, fill], 1).unflatten(1, (-1, size))
-
-    drive = chunks(drive) if steps % size else drive.unflatten(1, (-1, size))
-    clock = torch.arange(1, size + 1, device=z.device)[None, None]  # real tokens of the chunk so far, (B or 1, N or 1, C)
-    if context.mask is not None:
-        clock = chunks(context.mask.long()).cumsum(-1)
-    linked = torch.ones(size, size, dtype=torch.bool, device=z.device).tril()  # which token hears which, (..., C, C)
-    carried = torch.ones_like(clock, dtype=torch.bool)  # which token hears what was before the chunk
-    if context.resets is not None:
-        document = chunks(context.resets.long()).cumsum(-1)
-        linked = linked & (document[..., :, None] == document[..., None, :])
-        carried = document == 0
-
-    never, rate = 1e12, decay.log()
-    age = torch.where(linked, clock[..., :, None] - clock[..., None, :], never)
-    kernel = torch.exp(age[:, :, None] * rate[..., None] + torch.log1p(-decay)[..., None])  # (B or 1, N or 1, G, C, C)
-    if kernel.shape[:2] == (1, 1):
-        h = torch.einsum("gts,bnsgc->bntgc", kernel[0, 0], drive)
-    else:
-        h = torch.einsum("bngts,bnsgc->bntgc", kernel.expand(*drive.shape[:2], *kernel.shape[2:]), drive)
-    if before is not None or h.shape[1] > 1:
-        fade = torch.exp(torch.where(carried, clock, never)[..., None, None] * rate)  # (B or 1, N or 1, C, G, 1)
-        ends = linear_scan(fade[:, :, -1], h[:, :, -1], before)
-        first = torch.zeros_like(start) if before is None else before
-        h = h + fade * torch.cat([first[:, None], ends[:, :-1]], 1)[:, :, None]
-    h = h.flatten(1, 2)[:, :steps]
-    h = h if at_zero else h + start[:, None]
-    if context.state is not None:
-        context.state.append(name, h)
-    return h
 
 
 def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -178,6 +124,72 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     if context.state is not None:
         context.state.append(name, h)
     return shifted
+
+
+def past_trace(
+    name: str, z: Tensor, decay: Tensor, context: Context, initial: float = 0.0, backwards: bool = False
+) -> Tensor:
+    """E_tau(z)_{t-1}: the `trace` of what came before each token, or ``backwards`` of what comes after it.
+
+    Where z is (B, T, G) with one decay per group, (G,), or (B, T, G, c) with (G, 1), all strictly between 0 and 1, it is
+    solved by matrix products: several times cheaper than a scan and its shift. Packed documents and decoding take those.
+    """
+    constant = decay.shape == (z.shape[2], *(1,) * (z.dim() - 3)) and z.shape[2] <= CHUNK
+    if constant and context.state is None and context.resets is None:
+        grouped = z.reshape(*z.shape[:3], -1) - initial if initial else z.reshape(*z.shape[:3], -1)
+        past = _grouped_past(grouped, decay.reshape(-1), context.mask, backwards).reshape(z.shape)
+        return past + initial if initial else past  # from any start, a trace is that start plus one from zero
+    if backwards:
+        return past_trace(name, z.flip(1), decay, context.reversed(), initial).flip(1)
+    return previous(f"{name} before", trace(name, z, decay, context, initial), context, initial)
+
+
+def _grouped_past(z: Tensor, decay: Tensor, mask: Tensor | None, backwards: bool) -> Tensor:
+    """z (B, T, G, c), decay (G,): strictly triangular products in chunks of C tokens, and a recurrence across chunks."""
+    size = min(z.shape[1], CHUNK)
+    rate = decay.log()[:, None]  # (G, 1)
+    series = z if mask is None else z.masked_fill(_like(~mask, z), 0.0)
+    series = _chunks(series, size)  # (B, N, C, G, c)
+    if mask is not None:
+        # The products take a^(t - s). Scaling both ends by the padded tokens before them in the chunk turns that into a
+        # power of the number of real tokens in between.
+        padded = _chunks(~mask, size).long()
+        padded = (padded.flip(2).cumsum(2).flip(2) if backwards else padded.cumsum(2))[..., None, None]
+        series = series * torch.exp(padded * rate)
+
+    place = torch.arange(size + 1, device=z.device)
+    age = (place[:, None] - place[1:]).clamp(min=0)
+    weights = (age * rate[..., None]).add_(torch.log1p(-decay)[:, None, None]).exp_().tril(-1)
+    found, left = weights[:, :-1], weights[:, -1:]  # by token t, (G, C, C); by the chunks after this one, (G, 1, C)
+    if backwards:
+        found, left = found.transpose(1, 2), left.flip(2)
+    past = torch.einsum("gts,bnsgc->bntgc", found, series)
+    if series.shape[1] > 1:
+        left, kept = torch.einsum("gts,bnsgc->bntgc", left, series)[:, :, 0], torch.exp(size * rate)[None, None]
+        if mask is not None:
+            regained = torch.exp(-padded[:, :, 0 if backwards else -1] * rate)  # (B, N, G, 1)
+            left, kept = left * regained, kept * regained
+        reach = torch.exp(place[:-1, None, None] * rate)  # (C, G, 1)
+        past = past + (reach.flip(0) if backwards else reach) * _passed_on(kept, left, backwards)[:, :, None]
+    if mask is not None:
+        past = past * torch.exp(-padded * rate)
+    return past.flatten(1, 2)[:, : z.shape[1]]
+
+
+def _passed_on(kept: Tensor, left: Tensor, backwards: bool) -> Tensor:
+    """What each chunk receives from the ones before it, or ``backwards`` from those after it: (B, N, ...)."""
+    if backwards:
+        return _passed_on(kept.flip(1), left.flip(1), False).flip(1)
+    carry = linear_scan(kept, left)
+    return torch.cat([torch.zeros_like(carry[:, :1]), carry[:, :-1]], 1)
+
+
+def _chunks(series: Tensor, size: int) -> Tensor:
+    """(B, T, ...) -> (B, N, size, ...), filled up with zeros at the end."""
+    fill = -series.shape[1] % size
+    if fill:
+        series = torch.cat([series, series.new_zeros(series.shape[0], fill, *series.shape[2:])], 1)
+    return series.unflatten(1, (-1, size))
 
 
 def both_ways(read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context) -> Tensor:

@@ -28,7 +28,7 @@ class Circuit(nn.ModuleDict):
         self.down = self.up = None
         if config.rank is not None:
             self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
-        if not config.init_weights:
+        if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):
             self.wake()
 
     def wake(self) -> None:
@@ -53,9 +53,9 @@ class Circuit(nn.ModuleDict):
             read = y if total is None else y + total
             for name in wave:
                 primitive = self[name]
-                state = None if context.state is None else context.state.part(name)
+                own = context if context.state is None else context.replace(state=context.state.part(name))
                 # On the weight means on what the layer itself wrote, whatever has been added since.
-                delta = primitive(y if primitive.kind == "weight" else read, context.replace(state=state))
+                delta = primitive(y if primitive.kind == "weight" else read, own)
                 total = delta if total is None else total + delta
         assert total is not None
         return total

@@ -61,25 +61,20 @@ def attach_memory(cache: Cache, memory: Memory) -> None:
 
 
 def memory_of(cache: Any, stack: str) -> Memory:
-    """The memory of a cache that was passed to a forward; a fresh one is attached to an empty cache.
+    """The memory of a cache that was passed to a forward, attached now if it has none.
 
     Raises:
-        ValueError: the cache already holds tokens that the bio adapter has not seen, or is of an unknown class.
+        ValueError: a cache of an unknown class.
     """
-    if isinstance(cache, _Remembering):
-        return cache.bio_memory
     if not isinstance(cache, Cache):
         raise ValueError(
             f"{stack} was given a cache of class {type(cache).__name__}; primitives that carry state over tokens need "
             "a transformers Cache"
         )
-    if int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            f"{stack} was given a cache with {int(cache.get_seq_length())} tokens that the bio adapter has not seen "
-            "(filled before it was added, while it was disabled, or in training): start from an empty cache"
-        )
-    memory = Memory()
-    attach_memory(cache, memory)
+    if not isinstance(cache, _Remembering):
+        attach_memory(cache, Memory())
+    memory: Memory = cache.bio_memory  # type: ignore[attr-defined]
+    memory.past = int(cache.get_seq_length())
     return memory
 
 

@@ -159,10 +159,10 @@ class BioLayer(nn.Module, BaseTunerLayer):
         features = layout.to_sequence(y)
         total: Tensor | None = None
         for name, circuit in circuits.items():
-            state = None
+            own = context
             if around.memory is not None and self.causal:
-                state = around.memory.part(f"{self.path}/{name}")
-            delta = circuit(features, context.replace(state=state))
+                own = context.replace(state=around.memory.part(f"{self.path}/{name}"))
+            delta = circuit(features, own)
             if self.scope.adapter_names is not None:
                 delta = delta * _rows_of(name, self.scope.adapter_names, delta)
             total = delta if total is None else total + delta
@@ -186,7 +186,8 @@ class BioLayer(nn.Module, BaseTunerLayer):
             )
 
         def fitting(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is not None and tuple(tensor.shape) == sequence else None
+            fits = tensor is not None and tuple(tensor.shape) == sequence
+            return tensor.to(v.device) if fits else None  # a model spread over devices has its mask on the first
 
         return Context(
             x_in=layout.input_to_sequence(v, self.site),
@@ -197,7 +198,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=around.live,
             grid=layout.grid,
-            losses=[] if self.training and torch.is_grad_enabled() else None,
+            losses=[] if self.training and (around.live or torch.is_grad_enabled()) else None,
         )
 
     def _bias(self) -> Tensor | None:

@@ -34,7 +34,9 @@ class Site:
     def matrix(self, weight: Tensor) -> Tensor:
         """The layer's weight as (d_out, n) in fp32."""
         weight = weight.detach().float()
-        return {"rows": weight, "columns": weight.T, "kernel": weight.flatten(1)}[self.weight or "rows"]
+        if self.weight == "kernel":
+            return weight.flatten(1)
+        return weight.T if self.weight == "columns" else weight
 
     def unmatrix(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Inverse of `matrix`, in the shape and dtype of ``like``."""
@@ -127,12 +129,12 @@ class Layout:
 
     def to_sequence(self, y: Tensor) -> Tensor:
         if not self.spatial:
-            return y.reshape(*self.sequence, y.shape[-1])
+            return self._flat(y)
         return y.reshape(self.sequence[0], -1, self.sequence[1]).transpose(1, 2)
 
     def restore(self, sequence: Tensor) -> Tensor:
         if not self.spatial:
-            return sequence.reshape(self.shape)
+            return sequence if sequence.shape == self.shape else sequence.reshape(self.shape)
         return sequence.transpose(1, 2).reshape(self.shape)
 
     def input_to_sequence(self, v: Tensor, site: Site) -> Tensor | None:
@@ -146,7 +148,11 @@ class Layout:
             return v.reshape(self.sequence[0], v.shape[1], -1).transpose(1, 2)
         if v.dim() != len(self.shape) or v.shape[:-1] != self.shape[:-1]:
             return None
-        return v.reshape(*self.sequence, v.shape[-1])
+        return self._flat(v)
+
+    def _flat(self, features: Tensor) -> Tensor:
+        shape = (*self.sequence, features.shape[-1])
+        return features if features.shape == shape else features.reshape(shape)
 
 
 _POOLS = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import group_matrix, positive
-from bioadapt.primitives.time import both_ways, decay_of, previous, trace
+from bioadapt.primitives.frames import group_matrix, mean_square, positive
+from bioadapt.primitives.time import decay_of, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -50,28 +50,35 @@ class PrecisionWeightedError(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return both_ways(self.weighted, x, context)
+        if not context.bidirectional:
+            return self.weighted(x, context)
+        return self.weighted(x, context, share=0.5) + self.weighted(x, context, share=0.5, backwards=True)
 
-    def weighted(self, x: Tensor, context: Context) -> Tensor:
-        error = self.error(x, context)  # in units of x: the trace is linear, so the level cancels
-        gain = self.precision(error.flatten(-2), context)
+    def weighted(self, x: Tensor, context: Context, share: float = 1.0, backwards: bool = False) -> Tensor:
+        """The errors of one reading of time, times their precision: (B, T, d) -> (B, T, d)."""
+        error = self.error(x, context, backwards)  # in units of x: the trace is linear, so the level cancels
+        gain = share * self.precision(error, context, backwards)
         return (error * self.spread(gain)).flatten(-2)
 
-    def error(self, x: Tensor, context: Context) -> Tensor:
+    def error(self, x: Tensor, context: Context, backwards: bool = False) -> Tensor:
         """x minus what its own past leads to expect: (B, T, d) -> (B, T, groups, channels of a group)."""
         z = x.unflatten(-1, (self.groups if self.even else self.d_out, -1))
-        mean = trace("mean", z, self.spread(decay_of(self.log_tau)), context)
-        return z - previous("mean before", mean, context)
+        return z - past_trace("mean", z, self.spread(decay_of(self.log_tau)), context, backwards=backwards)
 
-    def precision(self, error: Tensor, context: Context) -> Tensor:
-        """The gain of each group from the errors before each token: (B, T, d) -> (B, T, groups)."""
-        power = error.square() @ (self.membership / self.membership.sum(0)) * torch.exp(-2 * self.log_level)
-        variance = trace("variance", power, decay_of(self.log_tau_variance), context, initial=1.0)
+    def precision(self, error: Tensor, context: Context, backwards: bool = False) -> Tensor:
+        """The gain of each group, (B, T, groups), from the errors before each token."""
+        power = mean_square(error).squeeze(-1)
+        if not self.even:
+            power = power @ (self.membership / self.membership.sum(0))
+        power = power * torch.exp(-2 * self.log_level)
+        variance = past_trace(
+            "variance", power, decay_of(self.log_tau_variance), context, initial=1.0, backwards=backwards
+        )
         sigma = nn.functional.softplus(self.sigma)
-        return (1 + sigma) / (previous("variance before", variance, context, initial=1.0) + sigma)
+        return (1 + sigma) / (variance + sigma)
 
     def _both_ways(self, x: Tensor, context: Context) -> Tensor:
-        return self.gate * self.transform(x, context)  # both readings side by side, in one pass
+        return self.gate * self.transform(x, context)  # reads backwards without reversing x
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group (..., groups) -> one per group or per channel, (..., groups or d, 1)."""

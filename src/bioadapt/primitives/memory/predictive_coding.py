@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import report_loss, token_scale
-from bioadapt.primitives.time import both_ways, decay_of, previous, trace
+from bioadapt.primitives.time import both_ways, decay_of, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -48,8 +48,7 @@ class PredictiveCoding(Primitive):
 
     def expected(self, causes: Tensor, context: Context) -> Tensor:
         """What the causes before each token lead to expect: (B, T, rank) -> (B, T, rank)."""
-        held = trace("causes", causes, decay_of(self.log_tau), context)
-        return previous("causes before", held, context)
+        return past_trace("causes", causes, decay_of(self.log_tau), context)
 
     def _both_ways(self, x: Tensor, context: Context) -> Tensor:
         return self.gate * self.transform(x, context)  # transform reverses the narrow series, not x

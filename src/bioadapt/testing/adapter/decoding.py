@@ -1,0 +1,55 @@
+"""Cached decoding equals the full forward: contract, point 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..compare import assert_same
+from .leaks import padded, with_padding
+from .subject import Adapted, Inside, on
+
+DECODERS = on("gpt2", "qwen2", "t5")
+PROMPT, NEW = 3, 6
+
+
+class Decoding(Inside):
+    """Greedy, beam, and by hand: the cache carries all there is."""
+
+    @DECODERS
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beam"])
+    def test_generation_is_the_same_with_and_without_cache(self, adapted: Adapted, beams: int) -> None:
+        model, inputs = adapted.woken(), self._prompts(adapted)
+        cached, full = (self._generated(model, inputs, beams, cache) for cache in (True, False))
+        assert torch.equal(cached, full), f"{adapted.host.name} continues with {cached.tolist()}, not {full.tolist()}"
+
+    @DECODERS
+    def test_prefill_and_steps_equal_the_full_forward(self, adapted: Adapted) -> None:
+        host, model, inputs = adapted.host, adapted.woken(), adapted.host.inputs()
+        expected = host.output(model, {**inputs, "use_cache": False})
+        ids = inputs[host.stream]
+        with torch.no_grad():
+            found = model(**{**inputs, host.stream: ids[:, :PROMPT]}, use_cache=True)
+            parts = [found.logits]
+            for place in range(PROMPT, ids.shape[1]):
+                step = {**inputs, host.stream: ids[:, place : place + 1]}
+                found = model(**step, past_key_values=found.past_key_values, use_cache=True)
+                parts.append(found.logits)
+        assert_same(torch.cat(parts, 1), expected, f"steps on {host.name}")
+
+    @staticmethod
+    def _prompts(adapted: Adapted) -> dict[str, Any]:
+        """Prompts of several lengths, padded on the left."""
+        ids = adapted.host.inputs()["input_ids"]
+        found = with_padding(ids, padded(ids, "left"), causal=False, stream=adapted.host.stream)
+        return found
+
+    @staticmethod
+    def _generated(model: PeftModel, inputs: dict[str, Any], beams: int, cache: bool) -> Tensor:
+        return model.generate(
+            **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, num_beams=beams, use_cache=cache
+        )
