@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from ._words import suggest
 from .registry import primitive_info
@@ -27,7 +27,7 @@ def _named_unknown_fields(cls: C) -> C:
 
     PEFT drops the fields it does not know with a warning, which can turn a saved adapter into another function.
     """
-    generated: Callable[..., None] = cls.__init__
+    generated: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ def _named_unknown_fields(cls: C) -> C:
             )
         generated(self, *args, **{name: value for name, value in kwargs.items() if name in known})
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[misc]
     return cls
 
 
@@ -76,11 +76,13 @@ class BioConfig(PeftConfig):
         TypeError: an unknown field.
     """
 
-    primitives: list[str | dict[str, Any]] = field(
+    primitives: list[Any] = field(
         default_factory=list, metadata={"help": "Names of primitives, or dicts of name and settings, in order."}
     )
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to leave alone."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "The modules to leave alone."}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of adapted layers."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
@@ -144,8 +146,11 @@ class BioConfig(PeftConfig):
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
         unfinished = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / CONFIG_NAME)
+        try:
+            unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(unfinished, folder / CONFIG_NAME)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(
@@ -153,11 +158,13 @@ class BioConfig(PeftConfig):
     ) -> BioConfig:
         """Load the configuration, and refuse a folder whose weights file is damaged before any model is touched."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        weights = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+        if weights:
             from .tuner.checkpoint import check_file
 
-            check_file(weights, config.fingerprint)
+            check_file(weights[0], config)
+        vars(config)["read_from_file"] = True  # so the tuner can take an adapter back whose weights turn out not to fit
         return config
 
 

@@ -98,23 +98,31 @@ def register_primitive(
     Raises:
         ValueError: a wrong field, or a docstring without the required paragraphs.
     """
-    _check(name, "name", name if re.fullmatch(r"[a-z][a-z0-9_]*", name) else None, "a lower-case identifier")
-    _check(name, "stage", stage if stage in STAGES else None, f"one of {', '.join(STAGES)}", stage)
-    _check(name, "kind", kind if kind in KINDS else None, f"one of {', '.join(KINDS)}", kind)
-    _check(name, "zero_at", zero_at if zero_at in ZEROS else None, f"one of {', '.join(ZEROS)}", zero_at)
-    _check(name, "merge", "" if merge is None or merge in MERGES else None, f"None or {', '.join(MERGES)}", merge)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name={name!r}: a lower-case identifier is needed")
+    declared = {"stage": (stage, STAGES), "kind": (kind, KINDS), "zero_at": (zero_at, ZEROS), "merge": (merge, MERGES)}
+    for field, (value, accepted) in declared.items():
+        if value not in accepted and not (field == "merge" and value is None):
+            raise ValueError(f"primitive {name!r}: {field}={value!r}; {suggest(value, accepted)}")
 
     def decorate(cls: P) -> P:
-        fields = dict(
-            name=name, stage=stage, kind=kind, zero_at=zero_at, merge=merge,
-            stochastic=stochastic, learns=learns, needs_input=needs_input,
-        )  # fmt: skip
+        fields: dict[str, Any] = {
+            "name": name,
+            "stage": stage,
+            "kind": kind,
+            "zero_at": zero_at,
+            "merge": merge,
+            "stochastic": stochastic,
+            "learns": learns,
+            "needs_input": needs_input,
+        }
         for field, value in fields.items():
             setattr(cls, field, value)
         if name in _infos and _infos[name].factory.__qualname__ != cls.__qualname__:
             warnings.warn(f"primitive {name!r} is registered twice; {cls.__qualname__} replaces the earlier class")
         settings = MappingProxyType(cls.declared_settings())
-        _infos[name] = PrimitiveInfo(**fields, **_read_docstring(name, cls), settings=settings, factory=cls)
+        fields |= _read_docstring(name, cls)
+        _infos[name] = PrimitiveInfo(**fields, settings=settings, factory=cls)
         _aliases.update(dict.fromkeys(aliases, name))
         return cls
 
@@ -131,9 +139,7 @@ def list_primitives(stage: str | None = None, kind: str | None = None) -> list[s
         if value is not None and value not in accepted:
             raise ValueError(f"unknown {field} {value!r}; {suggest(value, accepted)}")
     _load()
-    return sorted(
-        name for name, info in _infos.items() if stage in (None, info.stage) and kind in (None, info.kind)
-    )
+    return sorted(name for name, info in _infos.items() if stage in (None, info.stage) and kind in (None, info.kind))
 
 
 def primitive_info(name: str) -> PrimitiveInfo:
@@ -179,11 +185,6 @@ def _load() -> None:
             warnings.warn(f"the primitives of entry point {entry.name!r} ({entry.value}) could not be loaded: {error}")
 
 
-def _check(name: str, field: str, ok: str | None, accepted: str, value: Any = None) -> None:
-    if ok is None:
-        raise ValueError(f"primitive {name!r}: {field} must be {accepted}" + (f", got {value!r}" if value else ""))
-
-
 def _read_docstring(name: str, cls: type) -> dict[str, str]:
     paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(cls.__doc__ or "").split("\n\n")]
     record = {"summary": paragraphs[0]}
@@ -194,4 +195,3 @@ def _read_docstring(name: str, cls: type) -> dict[str, str]:
     if missing:
         raise ValueError(f"primitive {name!r}: the docstring of {cls.__name__} lacks {', '.join(missing)}")
     return record
-

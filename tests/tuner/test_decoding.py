@@ -82,7 +82,13 @@ def test_steps_equal_the_full_forward(decoder):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "strategy",
-    [{}, dict(num_beams=3), dict(do_sample=True), dict(do_sample=True, num_beams=2), dict(num_return_sequences=2, do_sample=True)],
+    [
+        {},
+        dict(num_beams=3),
+        dict(do_sample=True),
+        dict(do_sample=True, num_beams=2),
+        dict(num_return_sequences=2, do_sample=True),
+    ],
     ids=["greedy", "beam", "sample", "beam-sample", "several"],
 )
 def test_generate_is_the_same_with_and_without_cache(decoder, strategy):

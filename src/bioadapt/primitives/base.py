@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Setting:
             return value
         if not isinstance(value, (int, float)) or (self.type is int and value != int(value)):
             raise refusal
+        assert self.low is not None and self.high is not None
         if not (self.low <= value <= self.high):  # also refuses NaN
             raise refusal
         return self.type(value)
@@ -126,7 +127,7 @@ class Context:
     shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
     """
 
-    x_in: Tensor | None = None
+    x_in: Tensor = None  # type: ignore[assignment]  # what declares needs_input is never run without it
     bias: Tensor | None = None
     mask: Tensor | None = None
     positions: Tensor | None = None
@@ -182,6 +183,11 @@ class Primitive(nn.Module):
     learns: ClassVar[bool]
     needs_input: ClassVar[bool]
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Buffers and settings are created by name, which torch types as ``Tensor | Module``."""
+
     def __init__(self, d_in: int, d_out: int, *, host: Host | None = None, **settings: Any) -> None:
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
@@ -209,7 +215,7 @@ class Primitive(nn.Module):
                 raise ValueError(f"unknown setting {name!r}; {suggest(name, declared)}")
         return {name: spec.check(name, settings.get(name, spec.default)) for name, spec in declared.items()}
 
-    # -- what a subclass writes -------------------------------------------------------------------------------------
+    # -- what a subclass writes --
 
     def build(self, host: Host) -> None:
         """Create parameters (trainable) and buffers (frozen or learned by local rules). Default: nothing."""
@@ -230,7 +236,7 @@ class Primitive(nn.Module):
         """Apply the local rule to the buffers. ``fresh`` is 1 if something was observed since the last call, else 0:
         multiply the rate by it, so that no branch on data is needed."""
 
-    # -- what all primitives share ----------------------------------------------------------------------------------
+    # -- what all primitives share --
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x (..., T, d_out) -> delta of the same shape and dtype."""
@@ -248,9 +254,7 @@ class Primitive(nn.Module):
             v = x
         if v is None:
             if self.needs_input:
-                raise ValueError(
-                    f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)"
-                )
+                raise ValueError(f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)")
             return context
         v = as_sequence(v).float()
         return context if v is context.x_in else context.replace(x_in=v)
@@ -291,10 +295,10 @@ class Primitive(nn.Module):
                 else:
                     parameter.mul_(1 + 0.1 * noise)
 
-    # -- local learning: observe in forward, commit after the optimiser's step -----------------------------------------
+    # -- local learning: observe in forward, commit after the optimiser's step --
     #
-    # A buffer that changed between a forward and its recomputation under gradient checkpointing, or between two forwards
-    # that share a backward, would make gradients belong to another function than the loss.
+    # A buffer that changed between a forward and its recomputation under gradient checkpointing, or between two
+    # forwards that share a backward, would make gradients belong to another function than the loss.
 
     def declare_statistics(self, **shapes: tuple[int, ...]) -> None:
         """Reserve slots for statistics of the running step; call it in `build`."""
@@ -321,9 +325,11 @@ class Primitive(nn.Module):
                 for name in ("forwards", *(f"observed_{name}" for name in self._statistics)):
                     getattr(self, name).zero_()
 
-    # -- merging ------------------------------------------------------------------------------------------------------
+    # -- merging --
 
-    def merged_change(self, weight: Tensor, bias: Tensor | None, y: tuple[Tensor, Tensor | None]):
+    def merged_change(
+        self, weight: Tensor, bias: Tensor | None, y: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
         """The exact change of (weight, bias) that this primitive makes, gate included, all in fp32.
 
         ``weight``, ``bias``: the layer's own; ``y``: the (weight, bias) that produce what the primitive reads, which
@@ -334,9 +340,10 @@ class Primitive(nn.Module):
             dw, db = self.weight_delta(weight, bias)
             return gate[:, None] * dw, None if db is None else gate * db
         if self.merge == "left":
-            m, (w, b) = self.left_matrix(), y
-            apply = (lambda t: m[:, None] * t if t.dim() == 2 else m * t) if m.dim() == 1 else (lambda t: m @ t)
-            return gate[:, None] * apply(w), None if b is None else gate * apply(b)
+            m, (w, b) = self.left_matrix().detach().float(), y
+            if m.dim() == 1:
+                return (gate * m)[:, None] * w, None if b is None else gate * m * b
+            return gate[:, None] * (m @ w), None if b is None else gate * (m @ b)
         raise ValueError(f"{self.name} depends on its input and cannot be merged into a weight")
 
     def extra_repr(self) -> str:
