@@ -137,10 +137,10 @@ class BioConfig(PeftConfig):
         """Write ``adapter_config.json`` whole or not at all: a save that is cut off leaves the old file."""
         from . import __version__
 
-        self.bioadapt_version = __version__
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_directory={save_directory!r} is a file, a folder is needed")
+        self.bioadapt_version = __version__
         folder.mkdir(parents=True, exist_ok=True)
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:

@@ -53,6 +53,10 @@ class ApiSearchTask(Task):
             "test": len(corpus.test.queries),
         }
 
+    @property
+    def trainable(self) -> bool:
+        return True  # known without reading the libraries
+
     def describe(self) -> dict[str, Any]:
         documents = {split: len(self._search(split).documents) for split in ("validation", "test")}
         return {**super().describe(), "documents": documents, "versions": self.corpus.versions}

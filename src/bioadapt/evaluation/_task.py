@@ -35,6 +35,11 @@ class Task(ABC):
     def sizes(self) -> dict[str, int]:
         """Rows per split: training rows, and the rows that a score is made of."""
 
+    @property
+    def trainable(self) -> bool:
+        """Whether there are rows to train on."""
+        return self.sizes.get("train", 0) > 0
+
     @abstractmethod
     def train_dataset(self) -> Dataset:
         """Training rows in the columns that `loss` expects.

@@ -3,9 +3,9 @@
 The texts are those of the libraries that are installed anyway, read at run time; nothing is downloaded. The split goes
 by library, so the library that is searched in the test is never trained on.
 
-A *document* is a qualified name cut at underscores and capitals (``sklearn.svm.LinearSVC`` -> "sklearn svm linear svc"),
-a *query* is the first sentence of a docstring. The documents of a library are all its public callables; the queries are
-those whose sentence says enough (`MIN_WORDS`) and occurs once.
+A *document* is a qualified name cut at underscores and capitals (``sklearn.svm.LinearSVC`` -> "sklearn svm linear
+svc"), a *query* is the first sentence of a docstring. The documents of a library are all its public callables; the
+queries are those whose sentence has `MIN_WORDS` to `MAX_WORDS` words and occurs once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ TRAIN_LIBRARIES = ("numpy", "scipy", "torch", "transformers")
 # networkx is a dependency of torch, hence always there, and documents in the style of the test library.
 VALIDATION_LIBRARIES = ("networkx",)
 TEST_LIBRARIES = ("sklearn",)
-MIN_WORDS = 4
+MIN_WORDS, MAX_WORDS = 4, 15  # fewer words name nothing in particular, and nobody types more into a search box
 VALIDATION_QUERIES = 400  # enough to choose by, and quick enough to be scored within an epoch
 
 # Asking transformers for its whole list of names, or for its models, would import hundreds of architectures.
 _NOT_READ = frozenset({"transformers", "transformers.models"})
 _PRIVATE = ("_", "test", "conftest", "setup", "distutils", "externals")
+_SIGNATURE = re.compile(r"[\w.]+\(")  # of the callable itself or of what it is an alias of
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
@@ -137,7 +138,7 @@ def read_library(library: str) -> list[ApiEntry]:
                 continue
             if callable(value) and _belongs_to(value, library):
                 found.setdefault(id(value), (f"{module.__name__}.{attribute}", value))
-    return [ApiEntry(name, as_words(name), first_sentence(value, name)) for name, value in found.values()]
+    return [ApiEntry(name, as_words(name), first_sentence(value)) for name, value in found.values()]
 
 
 def as_words(name: str) -> str:
@@ -147,16 +148,14 @@ def as_words(name: str) -> str:
     return " ".join(re.split(r"[._\s]+", name)).strip().lower()
 
 
-def first_sentence(value: Any, name: str) -> str:
+def first_sentence(value: Any) -> str:
     """The first sentence of a callable's own docstring, without mark-up; empty if it has none.
 
     A signature on top, as compiled functions carry it, is skipped: it would give the name away.
     """
-    attribute = name.rpartition(".")[2]
-    signature = re.compile(rf"(\w+\.)*{re.escape(attribute)}\s*\(")
     for paragraph in re.split(r"\n\s*\n", _own_docstring(value).strip()):
         paragraph = paragraph.strip()
-        if paragraph and not paragraph.startswith("..") and not signature.match(paragraph):
+        if paragraph and not paragraph.startswith("..") and not _SIGNATURE.match(paragraph):
             text = " ".join(_without_markup(paragraph).split())
             return re.split(r"(?<=[.!?])\s+(?=[A-Z(\[])", text)[0]
     return ""
@@ -165,7 +164,7 @@ def first_sentence(value: Any, name: str) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Nothing that libraries print, log or warn about while they are imported reaches the user."""
-    disabled = logging.root.manager.disable
+    disabled, levels = logging.root.manager.disable, _logger_levels()
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -174,6 +173,13 @@ def quiet() -> Iterator[None]:
                 yield
     finally:
         logging.disable(disabled)
+        for logger, level in levels.items():  # some modules make their library talkative as they are imported
+            logger.setLevel(level)
+
+
+def _logger_levels() -> dict[logging.Logger, int]:
+    loggers = logging.root.manager.loggerDict.values()
+    return {logger: logger.level for logger in loggers if isinstance(logger, logging.Logger)}
 
 
 def _public_modules(library: str) -> Iterator[ModuleType]:
@@ -221,7 +227,11 @@ def _usable(entries: Iterable[ApiEntry]) -> list[ApiEntry]:
     """Entries whose sentence can be asked: long enough, and of one entry only."""
     entries = list(entries)
     counts = Counter(entry.sentence for entry in entries)
-    return [entry for entry in entries if len(entry.sentence.split()) >= MIN_WORDS and counts[entry.sentence] == 1]
+    return [
+        entry
+        for entry in entries
+        if counts[entry.sentence] == 1 and MIN_WORDS <= len(entry.sentence.split()) <= MAX_WORDS
+    ]
 
 
 def _pairs(entries: list[ApiEntry], held_out: list[ApiEntry]) -> list[tuple[str, str]]:

@@ -63,7 +63,9 @@ def read_folder(name: str, folder: Path) -> tuple[str, dict[str, Rows]]:
         raise ValueError(f"--data-dir {folder} is not a folder")
     names = names_in(folder)
     if name not in names:
-        raise ValueError(f"task {name!r} is not in {folder}; {suggest(name, names)} It holds: {', '.join(names) or '-'}")
+        hint = suggest(name, names)
+        close = f"{hint} " if hint.startswith("did") else ""
+        raise ValueError(f"task {name!r} is not in {folder}; {close}accepted: {', '.join(names) or 'there are none'}")
     splits = {
         split: read_tsv(folder / name / f"{split}.tsv.gz")
         for split in SPLITS

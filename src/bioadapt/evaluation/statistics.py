@@ -124,7 +124,7 @@ def _bootstrap(
     seed: int,
 ) -> Interval:
     """Of one statistic, or of the difference of two, over drawn rows; BCa for means, percentiles for the others."""
-    if len(values) == 2 and np.array_equal(*values):
+    if len(values) == 2 and np.array_equal(values[0], values[1]):
         return Interval(0.0, 0.0, 0.0, level)
 
     if statistic is mean:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from ._extras import MissingExtra, require
 from ._task import Task
@@ -71,9 +76,11 @@ def load_encoder(model: str = DEFAULT_MODEL, device: str | None = None) -> Sente
     library = require("sentence_transformers")
     path = model_path(model)
     try:
-        return library.SentenceTransformer(path, device=device, model_kwargs={"dtype": "float32"})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        with calm():
+            return library.SentenceTransformer(path, device=device, model_kwargs={"dtype": torch.float32})
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that a device is there
+        where = "" if device is None else f" on device {device!r}"
+        raise ValueError(f"model {model!r} could not be loaded{where}: {str(error).splitlines()[0]}") from error
 
 
 def transformer_of(encoder: SentenceTransformer) -> PreTrainedModel | PeftModel:
@@ -86,7 +93,8 @@ def adapt(encoder: SentenceTransformer, wrap: Callable[[Any], PeftModel]) -> Pef
 
     The encoder then runs a plain PeftModel, so that whatever a user does to one can be done here: stack, save, load.
     """
-    adapted = wrap(transformer_of(encoder))
+    with calm():
+        adapted = wrap(transformer_of(encoder))
     encoder[0].model = adapted.to(encoder.device)
     return adapted
 
@@ -94,8 +102,23 @@ def adapt(encoder: SentenceTransformer, wrap: Callable[[Any], PeftModel]) -> Pef
 def load_stack(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> SentenceTransformer:
     """Put saved adapters into an encoder, the first one at the bottom; all of them frozen."""
     for folder in folders:
-        adapt(encoder, lambda model, folder=folder: PeftModel.from_pretrained(model, str(folder)))
+        adapt(encoder, partial(PeftModel.from_pretrained, model_id=str(folder)))
     return encoder
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Without the libraries' own progress bars, and without warnings between them that a user cannot act upon."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def trainable_parameters(model: Any) -> int:
@@ -126,6 +149,7 @@ def fit(
     library = require("sentence_transformers")
     require("accelerate")
     history = History()
+    encoder.model_card_data.widget = [{"text": ""}]  # examples for a page that is never written, else computed
     with tempfile.TemporaryDirectory() as folder:
         trainer = library.SentenceTransformerTrainer(
             model=encoder,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class _SparseProduct(torch.autograd.Function):
     """Keeps the input, the indices and the values; one synapse per neuron at a time, so nothing of size N m k."""
 
     @staticmethod
-    def forward(ctx, v: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, index: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(v, index, values)
         z = v.new_zeros(v.shape[0], index.shape[0])
         for chosen, value in zip(index.T, values.T, strict=True):
@@ -22,7 +24,7 @@ class _SparseProduct(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, index, values = ctx.saved_tensors
         grad_v, grad_values = None, None
         if ctx.needs_input_grad[2]:
@@ -54,9 +56,7 @@ def strongest(score: Tensor, k: int) -> Tensor:
     return torch.stack(found, 1).int()
 
 
-@register_primitive(
-    "neuro_ada", stage="dendritic", kind="weight", zero_at="readout", merge="weight", needs_input=True
-)
+@register_primitive("neuro_ada", stage="dendritic", kind="weight", zero_at="readout", merge="weight", needs_input=True)
 class NeuroAda(Primitive):
     """Every output neuron may change its k strongest input synapses, and no others.
 

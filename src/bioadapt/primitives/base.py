@@ -182,6 +182,7 @@ class Primitive(nn.Module):
     stochastic: ClassVar[bool]
     learns: ClassVar[bool]
     needs_input: ClassVar[bool]
+    reads_both_ways: ClassVar[bool] = False  # for `causal`: `transform` itself heeds `Context.bidirectional`
 
     if TYPE_CHECKING:
 
@@ -223,6 +224,10 @@ class Primitive(nn.Module):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         """The mechanism: x (B, T, d_out) in fp32 -> change (B, T, d_out), before the gate."""
         raise NotImplementedError(f"{type(self).__name__} must define transform")
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        """`transform` times the gate; to be overridden only where the gate costs less inside the mechanism."""
+        return self.gate * self.transform(x, context)
 
     def left_matrix(self) -> Tensor:
         """For ``merge="left"``: M with transform(x) = M x, as (d_out, d_out), or (d_out,) if it is diagonal."""
@@ -267,8 +272,8 @@ class Primitive(nn.Module):
         return torch.func.functional_call(_Body(self), {f"primitive.{n}": p for n, p in upcast.items()}, (x, context))
 
     def _both_ways(self, x: Tensor, context: Context) -> Tensor:
-        if self.kind != "causal" or not context.bidirectional:
-            return self.gate * self.transform(x, context)
+        if self.kind != "causal" or not context.bidirectional or self.reads_both_ways:
+            return self.gated(x, context)
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         return self.gate * (0.5 * (forwards + backwards))

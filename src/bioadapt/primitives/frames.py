@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ class _MeanSquare(torch.autograd.Function):
     """One pass forward and one backward; what autograd records for the same formula takes five."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return x * (grad * (2 / x.shape[-1]))
 
@@ -78,7 +79,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def report_loss(context: Context, weight: float, penalty: Tensor) -> None:
-    """Put ``weight`` times the mean of a penalty (B, T, ...) over real tokens among the losses, if they are asked for."""
+    """Put ``weight`` times the mean of a penalty (B, T, ...) over real tokens among the losses, where asked for."""
     if weight and context.losses is not None:
         context.losses.append(weight * masked_mean(penalty, context.mask).mean())
 

@@ -7,29 +7,41 @@ recurrence is the identity), a reset forgets everything before it, and decoding 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Context
 
-CHUNK = 64  # tokens that one matrix product covers in `past_trace`
+BLOCK = 8  # tokens that `_scan` goes through one after the other
+CHUNK = 64  # tokens that one matrix product covers in `deviations`
 
 
-def _doubling(decay: Tensor, drive: Tensor) -> Tensor:
-    """h_t = decay_t h_{t-1} + drive_t with h_{-1} = 0, by recursive doubling in ceil(log2 T) steps.
+def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor:
+    """h_t = decay_t h_{t-1} + drive_t from h_{-1} = initial; decay has a time axis of one where it is constant.
 
-    The shorter cumprod/cumsum form divides by a product that underflows at a = 0.5 after 512 tokens.
+    Blocks run side by side, then what each leaves behind runs through the same scan, of a `BLOCK`-th of the length.
+    Recursive doubling does log2 T times as much work; the shorter cumprod/cumsum form divides by a product that
+    underflows at a = 0.5 after 512 tokens.
     """
-    steps, shift, constant = drive.shape[1], 1, decay.shape[1] == 1
-    while shift < steps:
-        factor = decay if constant else decay[:, shift:]
-        drive = torch.cat([drive[:, :shift], torch.addcmul(drive[:, shift:], factor, drive[:, :-shift])], 1)
-        if 2 * shift < steps:
-            longer = factor * (decay if constant else decay[:, :-shift])
-            decay = longer if constant else torch.cat([decay[:, :shift], longer], 1)
-        shift *= 2
-    return drive
+    steps, size = drive.shape[1], min(drive.shape[1], BLOCK)
+    constant, fill = decay.shape[1] == 1, -drive.shape[1] % size
+    if fill:
+        drive = _filled(drive, fill)
+        decay = decay if constant else _filled(decay, fill)
+    blocks = drive.unflatten(1, (-1, size)).clone()  # (B, N, size, ...)
+    reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (-1, size)).clone()
+    h, kept = blocks.unbind(2), reach.unbind(2)
+    if initial is not None:
+        h[0][:, 0].addcmul_(kept[0][:, 0], initial)
+    for t in range(1, size):
+        h[t].addcmul_(kept[t], h[t - 1])
+        kept[t].mul_(kept[t - 1])
+    if blocks.shape[1] > 1:
+        ends = _scan(kept[-1], h[-1])
+        blocks[:, 1:].addcmul_(reach if constant else reach[:, 1:], ends[:, :-1, None])
+    return blocks.flatten(1, 2)[:, :steps]
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -39,26 +51,29 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _LinearScan(torch.autograd.Function):
-    """Keeps only the decay and the result for backward, which is the same scan with time reversed."""
+    """Keeps little but the decay and the result for backward, which is the same scan with time reversed."""
 
     @staticmethod
-    def forward(ctx, decay: Tensor, drive: Tensor) -> Tensor:
-        h = _doubling(decay, drive)
-        ctx.save_for_backward(decay, h)
+    def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor | None) -> Tensor:
+        h = _scan(decay, drive, initial)
+        ctx.save_for_backward(decay, h, initial)
         return h
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        decay, h = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        decay, h, initial = ctx.saved_tensors
         later = decay  # h_t reaches h_{t+1} through decay_{t+1}
         if decay.shape[1] > 1:
             later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1).flip(1)
-        adjoint = _doubling(later, grad.flip(1)).flip(1)
-        grad_decay = None
+        adjoint = _scan(later, grad.flip(1)).flip(1)
+        grad_decay, grad_initial = None, None
         if ctx.needs_input_grad[0]:
-            before = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
+            first = torch.zeros_like(h[:, 0]) if initial is None else initial.expand_as(h[:, 0])
+            before = torch.cat([first[:, None], h[:, :-1]], 1)
             grad_decay = _sum_to(adjoint * before, decay.shape)
-        return grad_decay, adjoint
+        if ctx.needs_input_grad[2]:
+            grad_initial = _sum_to(adjoint[:, 0] * decay[:, 0], initial.shape)
+        return grad_decay, adjoint, grad_initial
 
 
 def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -73,10 +88,7 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
         h of the shape of ``drive``.
     """
     decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
-    if initial is not None:
-        first = torch.addcmul(drive[:, :1], decay[:, :1], initial.expand_as(drive[:, 0])[:, None])
-        drive = torch.cat([first, drive[:, 1:]], 1)
-    return _LinearScan.apply(decay, drive)
+    return _LinearScan.apply(decay, drive, initial)
 
 
 def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -90,8 +102,8 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
     Returns:
         h (B, T, ...); h at a padded token is the value before it.
     """
-    drive = drive.expand(torch.broadcast_shapes(decay.shape, drive.shape))
-    start = torch.as_tensor(initial, dtype=drive.dtype, device=drive.device).expand_as(drive[:, 0])
+    _, drive = torch.broadcast_tensors(decay, drive)
+    start = _start(initial, drive)
     if context.mask is not None:
         real = _like(context.mask, drive)
         decay, drive = torch.where(real, decay, 1.0), torch.where(real, drive, 0.0)
@@ -111,12 +123,19 @@ def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float 
     return recurrence(name, decay, (1 - decay) * z, context, initial)
 
 
+def held(name: str, series: Tensor, context: Context) -> Tensor:
+    """The series (B, T, ...) with the value of the real token before in the place of each padded one."""
+    if context.mask is None and context.state is None:
+        return series
+    return recurrence(name, torch.zeros_like(series), series, context)
+
+
 def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
-    """h_{t-1} of a `recurrence`: the value before each token, ``initial`` before the first token of a document.
+    """h_{t-1} of a `recurrence` or a `held` series: the value before each token, ``initial`` before the first token of a document.
 
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
-    start = torch.as_tensor(initial, dtype=h.dtype, device=h.device).expand_as(h[:, 0])
+    start = _start(initial, h)
     before = None if context.state is None else context.state.last(name)
     shifted = torch.cat([(start if before is None else before)[:, None], h[:, :-1]], 1)
     if context.resets is not None:
@@ -126,86 +145,114 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     return shifted
 
 
-def past_trace(
-    name: str, z: Tensor, decay: Tensor, context: Context, initial: float = 0.0, backwards: bool = False
-) -> Tensor:
-    """E_tau(z)_{t-1}: the `trace` of what came before each token, or ``backwards`` of what comes after it.
-
-    Where z is (B, T, G) with one decay per group, (G,), or (B, T, G, c) with (G, 1), all strictly between 0 and 1, it is
-    solved by matrix products: several times cheaper than a scan and its shift. Packed documents and decoding take those.
-    """
-    constant = decay.shape == (z.shape[2], *(1,) * (z.dim() - 3)) and z.shape[2] <= CHUNK
-    if constant and context.state is None and context.resets is None:
-        grouped = z.reshape(*z.shape[:3], -1) - initial if initial else z.reshape(*z.shape[:3], -1)
-        past = _grouped_past(grouped, decay.reshape(-1), context.mask, backwards).reshape(z.shape)
-        return past + initial if initial else past  # from any start, a trace is that start plus one from zero
-    if backwards:
-        return past_trace(name, z.flip(1), decay, context.reversed(), initial).flip(1)
+def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
+    """E_tau(z)_{t-1}: the `trace` of what came before each token, ``initial`` at the first token of a document."""
     return previous(f"{name} before", trace(name, z, decay, context, initial), context, initial)
 
 
-def _grouped_past(z: Tensor, decay: Tensor, mask: Tensor | None, backwards: bool) -> Tensor:
-    """z (B, T, G, c), decay (G,): strictly triangular products in chunks of C tokens, and a recurrence across chunks."""
-    size = min(z.shape[1], CHUNK)
-    rate = decay.log()[:, None]  # (G, 1)
-    series = z if mask is None else z.masked_fill(_like(~mask, z), 0.0)
-    series = _chunks(series, size)  # (B, N, C, G, c)
-    if mask is not None:
-        # The products take a^(t - s). Scaling both ends by the padded tokens before them in the chunk turns that into a
-        # power of the number of real tokens in between.
-        padded = _chunks(~mask, size).long()
-        padded = (padded.flip(2).cumsum(2).flip(2) if backwards else padded.cumsum(2))[..., None, None]
-        series = series * torch.exp(padded * rate)
+def readings(
+    read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context, backwards: Tensor | None = None
+) -> Tensor:
+    """``read(series, context)``, and where time may be read both ways also the reading backwards.
 
+    For primitives of which only a narrow series depends on the past: x itself need not be reversed. Both readings go
+    through ``read`` side by side along the batch axis; it must not ask for the layer's input or for positions.
+
+    Args:
+        read: (B, T, ...) -> (B, T, ...).
+        series: (B, T, ...).
+        backwards: the series to read backwards, if that is another one.
+
+    Returns:
+        (R, B, T, ...), R = 1 or 2, both in the order of ``series``.
+    """
+    if not context.bidirectional:
+        return read(series, context)[None]
+    joint = context.replace(x_in=None, positions=None, bidirectional=False)
+    if context.mask is not None or context.resets is not None:
+        back = joint.reversed()
+        sides = {name: (getattr(joint, name), getattr(back, name)) for name in ("mask", "resets")}
+        joint = joint.replace(**{k: None if a is None else torch.cat([a, b]) for k, (a, b) in sides.items()})
+    pair = torch.cat([series, (series if backwards is None else backwards).flip(1)])
+    onwards, reverse = read(pair, joint).chunk(2)
+    return torch.stack([onwards, reverse.flip(1)])
+
+
+def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Tensor]:
+    """z_t - E_tau(z)_{t-1} of a wide series by matrix products, several times cheaper than a scan and its shift.
+
+    Args:
+        z: (B, T, G, c). The trace starts from zero and hears every token: padding must be zero and at the end, as
+            `front_aligned` leaves it.
+        decay: one constant per group, (G,), strictly between 0 and 1.
+        bidirectional: give also what reading time backwards gives.
+
+    Returns:
+        One reading of time, or two, both (B, T, G, c) and in the order of z.
+    """
+    chunks = _chunks(z, min(z.shape[1], CHUNK))  # (B, N, C, G, c)
+    batch, count, size, _, width = chunks.shape
+    columns = chunks.permute(3, 2, 0, 1, 4).flatten(2)  # (G, C, B N c)
     place = torch.arange(size + 1, device=z.device)
-    age = (place[:, None] - place[1:]).clamp(min=0)
-    weights = (age * rate[..., None]).add_(torch.log1p(-decay)[:, None, None]).exp_().tril(-1)
-    found, left = weights[:, :-1], weights[:, -1:]  # by token t, (G, C, C); by the chunks after this one, (G, 1, C)
-    if backwards:
-        found, left = found.transpose(1, 2), left.flip(2)
-    past = torch.einsum("gts,bnsgc->bntgc", found, series)
-    if series.shape[1] > 1:
-        left, kept = torch.einsum("gts,bnsgc->bntgc", left, series)[:, :, 0], torch.exp(size * rate)[None, None]
-        if mask is not None:
-            regained = torch.exp(-padded[:, :, 0 if backwards else -1] * rate)  # (B, N, G, 1)
-            left, kept = left * regained, kept * regained
-        reach = torch.exp(place[:-1, None, None] * rate)  # (C, G, 1)
-        past = past + (reach.flip(0) if backwards else reach) * _passed_on(kept, left, backwards)[:, :, None]
-    if mask is not None:
-        past = past * torch.exp(-padded * rate)
-    return past.flatten(1, 2)[:, : z.shape[1]]
+    age = place[:, None] - place[1:]  # of each token for each later one, and in the last row for the chunks that follow
+    power = torch.exp(age.clamp(min=0) * decay.log()[:, None, None])
+    weights = power * ((age >= 0) * (1 - decay)[:, None, None])  # (G, C + 1, C)
+    kernel = torch.eye(size, dtype=z.dtype, device=z.device) - weights[:, :-1]
+    kept = torch.exp(place[:-1, None, None] * decay.log()[:, None])  # (C, G, 1)
+    sides = [(kernel, weights[:, -1:], kept, False)]
+    if bidirectional:  # a kernel that depends on differences alone is transposed by reversing time
+        sides.append((kernel.mT, weights[:, -1:].flip(-1), kept.flip(0), True))
+
+    def applied(rows: Tensor) -> Tensor:
+        return (rows @ columns).unflatten(2, (batch, count, width)).permute(2, 3, 1, 0, 4)  # (B, N, C or 1, G, c)
+
+    found = []
+    for rows, last, kept, backwards in sides:
+        error = applied(rows)
+        if count > 1:
+            carried = _passed_on(decay[:, None] ** size, applied(last)[:, :, 0], backwards)
+            error = error - kept * carried[:, :, None]
+        found.append(error.flatten(1, 2)[:, : z.shape[1]])
+    return found
 
 
-def _passed_on(kept: Tensor, left: Tensor, backwards: bool) -> Tensor:
-    """What each chunk receives from the ones before it, or ``backwards`` from those after it: (B, N, ...)."""
+def _passed_on(decay: Tensor, left: Tensor, backwards: bool) -> Tensor:
+    """The trace that each chunk finds, from what each leaves behind: (B, N, G, c) -> (B, N, G, c)."""
     if backwards:
-        return _passed_on(kept.flip(1), left.flip(1), False).flip(1)
-    carry = linear_scan(kept, left)
-    return torch.cat([torch.zeros_like(carry[:, :1]), carry[:, :-1]], 1)
+        return _passed_on(decay, left.flip(1), False).flip(1)
+    ends = linear_scan(decay, left)
+    return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
 
 
 def _chunks(series: Tensor, size: int) -> Tensor:
     """(B, T, ...) -> (B, N, size, ...), filled up with zeros at the end."""
-    fill = -series.shape[1] % size
-    if fill:
-        series = torch.cat([series, series.new_zeros(series.shape[0], fill, *series.shape[2:])], 1)
-    return series.unflatten(1, (-1, size))
+    return _filled(series, -series.shape[1] % size).unflatten(1, (-1, size))
 
 
-def both_ways(read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context) -> Tensor:
-    """``read(series, context)``, or where time may be read both ways the mean of that and of the reading backwards.
+def _filled(series: Tensor, steps: int) -> Tensor:
+    """(B, T, ...) -> (B, T + steps, ...) with zeros at the end."""
+    if not steps:
+        return series
+    return torch.cat([series, series.new_zeros(series.shape[0], steps, *series.shape[2:])], 1)
 
-    For primitives of which only a narrow series (B, T, ...) depends on the past: x itself need not be reversed. Both
-    readings go through ``read`` side by side along the batch axis; it must not ask for the layer's input.
+
+def front_aligned(compute: Callable[[Tensor, Context], Tensor], x: Tensor, context: Context) -> Tensor:
+    """``compute(x, context)`` with the real tokens of each sequence moved to its front, and padding zeroed.
+
+    ``compute`` maps (B, T, d) to (B, T, d) and may read the mask of the context, but nothing else of it.
     """
-    if not context.bidirectional:
-        return read(series, context)
-    context = context.replace(x_in=None, bidirectional=False)
-    back = context.reversed()
-    pairs = {name: (getattr(context, name), getattr(back, name)) for name in ("mask", "positions", "resets")}
-    sides = {name: None if there is None else torch.cat([there, here]) for name, (there, here) in pairs.items()}
-    onwards, backwards = read(torch.cat([series, series.flip(1)]), context.replace(**sides)).chunk(2)
-    return 0.5 * (onwards + backwards.flip(1))
+    if context.mask is None:
+        return compute(x, context)
+    order = torch.argsort(~context.mask, dim=1, stable=True)
+    mask = context.mask.gather(1, order)
+    moved = _rows(x, order).masked_fill(~mask[..., None], 0.0)
+    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), order.argsort(1))
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, d) with the tokens of each sequence in the given order (B, T)."""
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (order + first).flatten()).view_as(x)
 
 
 def token_positions(name: str, x: Tensor, context: Context) -> Tensor:
@@ -221,6 +268,13 @@ def token_positions(name: str, x: Tensor, context: Context) -> Tensor:
 def decay_of(log_tau: Tensor, slowest: float = 4096.0) -> Tensor:
     """exp(-1 / tau) for a trainable log tau, with tau held in [1, slowest] tokens."""
     return torch.exp(-1 / log_tau.exp().clamp(1.0, slowest))
+
+
+def _start(initial: float | Tensor, series: Tensor) -> Tensor:
+    """``initial`` as one value per sequence of the series (B, T, ...): (B, ...)."""
+    if torch.is_tensor(initial):
+        return initial.to(series).expand_as(series[:, 0])
+    return series.new_full((series.shape[0], *series.shape[2:]), initial)
 
 
 def _like(flags: Tensor, series: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,16 +13,15 @@ TOLERANCE = 1e-5  # of fp32 results that are the same sum in another order, rela
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """The same random numbers whatever ran before; the state of torch's generators is restored afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    """The same random numbers on the CPU whatever ran before; the generator's state is restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` walks over accelerators, which is slow
         yield
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers."""
-    with seeded(seed):
-        return torch.randn(*shape)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
@@ -51,7 +50,7 @@ def assert_finite(tensors: dict[str, Tensor], what: str) -> None:
         assert not tensor.is_floating_point() or torch.isfinite(tensor).all(), f"{what}: {name} is not finite"
 
 
-def copied(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """A snapshot of named tensors."""
     return {name: tensor.detach().clone() for name, tensor in tensors}
 

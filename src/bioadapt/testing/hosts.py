@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,7 +59,8 @@ class TinyHost:
     def output(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Logits, or the last hidden state where there is no head."""
         if self.reads == "image":
-            inputs = {name: t.to(model.dtype) if isinstance(t, Tensor) else t for name, t in inputs.items()}
+            dtype: Any = model.dtype
+            inputs = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in inputs.items()}
         found = model(**inputs)
         return found.logits if "logits" in found else found.last_hidden_state
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._words import suggest
 from .bridge import CONTAINER
+
+if TYPE_CHECKING:
+    from ..config import BioConfig
 
 ROOT = "base_model.model."
 
@@ -27,31 +32,36 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The bio adapter's part of a checkpoint, under names without PEFT's root."""
-    return {key.removeprefix(ROOT): value for key, value in tensors.items() if f".{CONTAINER}." in f".{key}"}
+def own_tensors(tensors: Mapping[str, Tensor], modules_to_save: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The bio adapter's part of a checkpoint, modules to save included, under names without PEFT's root."""
+    heads = tuple(modules_to_save or ())
+
+    def owned(key: str) -> bool:
+        modules = (key[:dot] for dot, letter in enumerate(key) if letter == ".")
+        return f".{CONTAINER}." in f".{key}" or any(module.endswith(heads) for module in modules)  # as PEFT matches
+
+    return {key.removeprefix(ROOT): value for key, value in tensors.items() if owned(key.removeprefix(ROOT))}
 
 
-def check_file(path: Path, expected: str | None) -> None:
+def check_file(path: Path, config: BioConfig) -> None:
     """Refuse a weights file that cannot be read in full, or whose adapter is not the one that was saved.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors, it may be cut off: {error}") from error
-    check_fingerprint(own_tensors(tensors), expected, str(path))
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
+    check_fingerprint(own_tensors(tensors, config.modules_to_save), config.fingerprint, str(path))
 
 
 def check_fingerprint(tensors: Mapping[str, Tensor], expected: str | None, where: str) -> None:
     """Raise `ValueError` if the tensors are not those that the configuration was saved with."""
     if expected is not None and fingerprint(tensors) != expected:
         raise ValueError(
-            f"{where} does not hold the tensors that its adapter_config.json was saved with: it was changed, damaged, or "
-            "belongs to another adapter. To load it nevertheless, set fingerprint to null in adapter_config.json"
+            f"{where} does not hold the tensors that its adapter_config.json was saved with: it was changed, damaged, "
+            "or belongs to another adapter. To load it nevertheless, set fingerprint to null in adapter_config.json"
         )
 
 
@@ -80,8 +90,8 @@ def check_keys(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], adap
 
 def without_adapter_name(key: str, adapter_name: str) -> str | None:
     """The checkpoint key of a bio tensor, or None if the key is not one of this adapter."""
-    marked = re.sub(rf"(\.|^){CONTAINER}\.{re.escape(adapter_name)}\.", rf"\g<1>{CONTAINER}.", key, count=1)
-    return marked if marked != key else None
+    path, found, rest = f".{key}".rpartition(f".{CONTAINER}.{adapter_name}.")
+    return f"{path}.{CONTAINER}.{rest}"[1:] if found else None
 
 
 def signature(weights: Mapping[str, nn.Module]) -> dict[str, float]:

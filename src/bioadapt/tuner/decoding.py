@@ -6,7 +6,7 @@ reorders it, assisted decoding crops it, a copy copies it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +44,7 @@ class _Remembering:
         return super().reset()  # type: ignore[misc]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _remembering(cls: type) -> type:
     return type(f"Remembering{cls.__name__}", (_Remembering, cls), {"__module__": __name__})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class _Original:
     below_was_merged: bool
     matrix: Tensor  # what adapters are merged onto: the weight with everything below, fp32
     bias_vector: Tensor | None
+    attributes: dict[str, Any]  # of the weight: how quantised numbers are to be read
+    state: Any  # of a quantised layer: what its forward computes with, beside the weight
 
 
 class BioLayer(nn.Module, BaseTunerLayer):
@@ -69,7 +72,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         scope.layers.append(self)
 
-    # -- adapters -----------------------------------------------------------------------------------------------------
+    # -- adapters --
 
     @property
     def circuits(self) -> nn.ModuleDict:
@@ -113,6 +116,23 @@ class BioLayer(nn.Module, BaseTunerLayer):
         # A fresh adapter takes part only once it is set active, and must not disturb what is trained already.
         circuit.requires_grad_(adapter_name in self.active_adapters)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter that came by way of the meta device. PEFT also casts it here, which rounds what was saved."""
+        found, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name in self.circuits and (device or found) is not None:
+            self.circuits[adapter_name].to(device or found)
+
+    def get_base_weight(self) -> Tensor:
+        self._unpack()
+        return super().get_base_weight()
+
+    def _unpack(self) -> None:
+        """Bitsandbytes packs 4-bit weights in its first forward on a CPU, and PEFT misreads them then."""
+        base = self.get_base_layer()
+        quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            base.state_dict()  # takes the packing back
+
     def _matrix_or_none(self) -> Tensor | None:
         if self.site.weight is None:
             return None
@@ -130,7 +150,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    # -- forward ------------------------------------------------------------------------------------------------------
+    # -- forward --
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:
@@ -181,8 +201,8 @@ class BioLayer(nn.Module, BaseTunerLayer):
             )
         if in_time and around.tokens is not None and not layout.spatial and len(layout.shape) > 3:
             raise ValueError(
-                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: primitives "
-                "that carry state over tokens cannot act here"
+                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
+                "primitives that carry state over tokens cannot act here"
             )
 
         def fitting(tensor: Tensor | None) -> Tensor | None:
@@ -191,7 +211,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
 
         return Context(
             x_in=layout.input_to_sequence(v, self.site),
-            bias=self._bias(),
+            bias=self._constant(v),
             mask=fitting(mask),
             positions=None if self.across else fitting(around.positions),
             resets=None if self.across else fitting(around.resets),
@@ -205,6 +225,15 @@ class BioLayer(nn.Module, BaseTunerLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
 
+    def _constant(self, v: Tensor) -> Tensor | None:
+        """What the layer puts out for no input, (d_out,): its bias, which the tuner below may have changed."""
+        bias = self._bias()
+        read = any(primitive.kind == "weight" for primitive in self.primitives())
+        if bias is None or not read or self.below is None or self.quantization_backend is not None:
+            return bias
+        with torch.no_grad():
+            return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()
+
     def _with_terms(self, changed: Tensor, context: Context, around: Surroundings) -> Tensor:
         if not context.losses:
             return changed
@@ -214,7 +243,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
             return changed
         return WithGradientOf.apply(changed, torch.stack(context.losses).sum(), self.scope.injected)
 
-    # -- merging ------------------------------------------------------------------------------------------------------
+    # -- merging --
 
     def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
         """Raise `ValueError` if an adapter cannot become part of this layer's weight; touches nothing."""
@@ -258,7 +287,9 @@ class BioLayer(nn.Module, BaseTunerLayer):
                 dw, db = self.circuits[name].merged_change(original.matrix, original.bias_vector)
                 weight = weight + dw
                 bias = bias if bias is None or db is None else bias + db
-            if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+            stored = self.get_base_weight().dtype  # half precision ends at 65504
+            written = [tensor.to(stored) for tensor in (weight, bias) if tensor is not None]
+            if not all(torch.isfinite(tensor).all() for tensor in written):
                 raise ValueError(
                     f"merging {', '.join(repr(name) for name in names)} gives weights at {self.path} that are not "
                     "finite: the adapter seems to be broken"
@@ -279,16 +310,21 @@ class BioLayer(nn.Module, BaseTunerLayer):
         self._restore()
 
     def _keep_original(self, safe_merge: bool) -> _Original:
+        self._unpack()
         base = self.get_base_layer()
         bias = base.bias if isinstance(getattr(base, "bias", None), nn.Parameter) else None
         base_weight, data = base.weight, (base.weight.data, None if bias is None else bias.data)
+        state = None if self.quantization_backend is None else copy.copy(getattr(base, "state", None))
+        attributes = dict(vars(base_weight))
         merges_below = self.below is not None and not self.below.disable_adapters and not self.below.merged
         if merges_below:
             data = tuple(None if tensor is None else tensor.clone() for tensor in data)  # it writes in place
             self.below.merge(safe_merge=safe_merge)
         matrix = self.site.matrix(self.get_base_weight())
         vector = None if bias is None else bias.detach().float()
-        return _Original(base_weight, data[0], bias, data[1], merges_below, matrix, vector)
+        # With none of its active adapters at this layer, the tuner below has nothing to take back.
+        merged_below = merges_below and self.below.merged
+        return _Original(base_weight, data[0], bias, data[1], merged_below, matrix, vector, attributes, state)
 
     def _restore(self) -> None:
         original, self._original = self._original, None
@@ -299,6 +335,9 @@ class BioLayer(nn.Module, BaseTunerLayer):
             base = self.get_base_layer()
         base.weight = original.weight
         base.weight.data = original.weight_data.to(original.weight.device)
+        vars(base.weight).update(original.attributes)
+        if original.state is not None:
+            base.state = original.state
         if original.bias is not None:
             base.bias = original.bias
             base.bias.data = original.bias_data.to(original.bias.device)
@@ -322,7 +361,7 @@ class BioLayer(nn.Module, BaseTunerLayer):
         if bias is not None and base.bias is not None:
             base.bias.data = bias.to(base.bias.dtype)
 
-    # -- transparency over another tuner --------------------------------------------------------------------------------
+    # -- transparency over another tuner --
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -55,7 +57,7 @@ class BioModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        under = model if isinstance(model, PeftModel) else None
+        under = model if isinstance(model, (PeftModel, PeftMixedModel)) else None
         plain = model if under is None else _base_of(under)
         shared = plain.__dict__.get("peft_config")
         if under is None and shared is not None and adapter_name in shared:
@@ -68,31 +70,37 @@ class BioModel(BaseTuner):
             plain.__dict__.pop("peft_config", None)
         try:
             super().__init__(plain, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            if under is None:
+                _forget(plain, adapter_name, shared)
+            raise
         finally:
             if under is not None and shared is not None:
                 plain.__dict__["peft_config"] = shared
-            elif self.__dict__.get("peft_config") is None or not any(_bio_layers(plain)):
-                _restore_attribute(plain, "peft_config", shared)
         self._under = (under,)  # in a tuple: not a submodule, or every parameter would be there twice
-        if under is not None:
-            under.register_state_dict_post_hook(_hide_bio_tensors)
+        self._hiding = None if under is None else under.register_state_dict_post_hook(_hide_bio_tensors)
 
     @property
     def under(self) -> PeftModel | None:
         """The PeftModel that this adapter is stacked over."""
         return self.__dict__.get("_under", (None,))[0]
 
-    # -- injection ----------------------------------------------------------------------------------------------------
+    @property
+    def own_names(self) -> list[str]:
+        """Names of the bio adapters; the table of a model with injected adapters holds those of other methods too."""
+        return [name for name, config in self.peft_config.items() if config.peft_type == "BIO"]
+
+    # -- injection --
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         _check_names(model, self.peft_config, adapter_name)
+        if self.peft_config[adapter_name].__dict__.pop("read_from_file", False):
+            self.__dict__.setdefault("_awaiting", {})[adapter_name] = trainable
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception as error:
             remove_adapter(model, adapter_name)
-            if not isinstance(self.active_adapter, list) and self.active_adapter == adapter_name:
-                self.active_adapter = []
             for parameter, requires_grad in trainable:
                 parameter.requires_grad = requires_grad
             if isinstance(error, NoMatchingPeftModuleError):
@@ -138,7 +146,8 @@ class BioModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         if isinstance(target, BioLayer):
-            target.update_layer(adapter_name, peft_config)
+            if target.below is None or adapter_name not in target.circuits:  # a stacked layer is listed twice
+                target.update_layer(adapter_name, peft_config)
             return
         host = enclosing_stack(self.model, current_key)
         causal = is_causal(host) if peft_config.causal is None else peft_config.causal
@@ -150,7 +159,8 @@ class BioModel(BaseTuner):
             reads_encoder(current_key),
             **get_quantization_kwargs(self.model),
         )
-        layer.train(target.training)
+        layer.training = target.training  # not layer.train(...): what is wrapped keeps the mode it is in
+        layer.circuits.train(target.training)
         layer.enable_adapters(True)
         layer._active_adapter = self.active_adapters
         self._replace_module(parent, target_name, layer, target)
@@ -158,16 +168,15 @@ class BioModel(BaseTuner):
 
     def _take_over_heads(self, adapter_name: str) -> None:
         """Let a fresh copy of a module to save start from the trained copy of the method below, not from scratch."""
-        for wrapper in self._heads(self.peft_config):
-            others = [name for name in wrapper._adapters if name not in self.peft_config]
-            if adapter_name in wrapper._adapters and others:
-                copies = getattr(wrapper, "modules_to_save", {})
-                if adapter_name in copies and others[0] in copies:
-                    copies[adapter_name].load_state_dict(copies[others[0]].state_dict())
+        for wrapper in self._heads([adapter_name]):
+            below = _head_below(self.model, wrapper)
+            copies = getattr(wrapper, "modules_to_save", {})
+            if adapter_name in copies and below in copies:
+                copies[adapter_name].load_state_dict(copies[below].state_dict())
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
 
-    # -- activation: ours only, what lies below stays as its owner left it ----------------------------------------------
+    # -- activation: ours only, what lies below stays as its owner left it --
 
     def layers(self) -> list[BioLayer]:
         """All bio layers of the model."""
@@ -180,27 +189,37 @@ class BioModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for wrapper in self._heads(self.own_names):
+            ours = [name for name in names if name in wrapper._adapters]
+            if len(ours) > 1:
+                raise ValueError(f"of {ours} one can be active: each has its own trained copy of a module to save")
         for layer in self.layers():
             if layer.merged:
                 layer.unmerge()
             layer.set_adapter(names, inference_mode=inference_mode)
-        for wrapper in self._heads(self.peft_config):
-            ours = [name for name in names if name in wrapper._adapters]
-            if ours:
-                wrapper.set_adapter(ours[0], inference_mode=inference_mode)
-            elif set(wrapper.active_adapters) & set(self.peft_config):
-                others = sorted(wrapper._adapters - set(self.peft_config))
-                wrapper.set_adapter(others[:1], inference_mode=True)
+        for wrapper in self._heads(self.own_names):
+            self._use_head(wrapper, names, inference_mode)
         self.active_adapter = adapter_name
+
+    def _use_head(self, wrapper: AuxiliaryTrainingWrapper, names: list[str], inference_mode: bool = False) -> None:
+        """Use the copy of one of the named adapters, or if none has one, what is used without a bio adapter."""
+        ours = [name for name in names if name in wrapper._adapters]
+        if ours:
+            wrapper.set_adapter(ours[0], inference_mode=inference_mode)
+        else:
+            _use_head_below(self.model, wrapper)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for layer in self.layers():
             layer.enable_adapters(enabled)
-        for wrapper in self._heads(self.peft_config):
-            wrapper.enable_adapters(enabled)
+        for wrapper in self._heads(self.own_names):
+            if wrapper._adapters <= set(self.own_names):
+                wrapper.enable_adapters(enabled)
+            else:  # disabled, the wrapper would pass over the copy of the method below
+                self._use_head(wrapper, self.active_adapters if enabled else [])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        for module in [*self.layers(), *self._heads(self.peft_config)]:
+        for module in [*self.layers(), *self._heads(self.own_names)]:
             module.set_requires_grad(adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -216,6 +235,7 @@ class BioModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self.__dict__.pop("_awaiting", None)
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -227,18 +247,22 @@ class BioModel(BaseTuner):
             if name != "__base__" and name not in known:
                 raise ValueError(f"adapter_names contains {name!r}; {suggest(name, [*known, '__base__'])}")
         scopes = {id(layer.scope): layer.scope for layer in self.layers()}.values()
-        for scope in scopes:
-            scope.adapter_names = list(names)
-        try:
-            yield
-        finally:
+        with ExitStack() as told:
             for scope in scopes:
-                scope.adapter_names = None
+                scope.adapter_names = list(names)
+                told.callback(setattr, scope, "adapter_names", None)
+            for wrapper in self._heads(self.own_names):
+                instead = _head_below(self.model, wrapper) or "__base__"
+                copies = [name if name in wrapper._adapters else instead for name in names]
+                tell = partial(_tell_head, adapter_names=copies)
+                told.enter_context(wrapper.register_forward_pre_hook(tell, with_kwargs=True))
+            yield
 
-    # -- removal and merging --------------------------------------------------------------------------------------------
+    # -- removal and merging --
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge_allowed(adapter_names)
+        self._check_finite(adapter_names)
         merged: list[BioLayer] = []
         try:
             for layer in self.layers():
@@ -265,6 +289,21 @@ class BioModel(BaseTuner):
                     "clone it first (tie_word_embeddings=False)"
                 )
 
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """Raise `ValueError` if a tensor that is to be merged, of a method below too, is not finite."""
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            names = adapter_names if isinstance(layer, BioLayer) and adapter_names else layer.active_adapters
+            for attribute in layer.adapter_layer_names:
+                held = getattr(layer, attribute)
+                for name in (name for name in names if name in held):
+                    tensors = held[name].parameters() if isinstance(held[name], nn.Module) else [held[name]]
+                    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+                        raise ValueError(
+                            f"adapter {name!r} cannot be merged: its values at {path} ({attribute}) are not finite"
+                        )
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -276,19 +315,45 @@ class BioModel(BaseTuner):
             self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         elif any(layer.merged for layer in self.layers()):
             self.unmerge_adapter()
-        for name in tqdm(list(self.peft_config), disable=not progressbar, desc="Unloading"):
+        names = self.own_names
+        for name in tqdm(names, disable=not progressbar, desc="Unloading"):
             remove_adapter(self.model, name, keep_heads=merge)
         if self.under is None:
-            self.model.__dict__.pop("peft_config", None)
+            for name in names:
+                del self.peft_config[name]
+            _forget(self.model, None, self.peft_config or None)
             return self.model
-        return self.under.merge_and_unload(safe_merge=safe_merge) if merge else self.under
+        if self._hiding is not None:
+            self._hiding.remove()
+        if not merge:
+            return self.under
+        with warnings.catch_warnings():
+            # The layers that carried a bio adapter have merged what was below them already.
+            warnings.filterwarnings("ignore", message="All adapters are already merged|Already following adapters")
+            return self.under.merge_and_unload(safe_merge=safe_merge)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist; {suggest(adapter_name, self.peft_config)}")
-        super().delete_adapter(adapter_name)
+        """Delete an adapter; if it was the active one, another takes its place, the same in all layers."""
+        if adapter_name not in self.own_names:
+            raise ValueError(f"Adapter {adapter_name} does not exist; {suggest(adapter_name, self.own_names)}")
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"Adapter {adapter_name} cannot be deleted while it is merged: unmerge it first")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        del self.peft_config[adapter_name]
+        for layer in self.layers():
+            if adapter_name in layer.circuits:
+                del layer.circuits[adapter_name]
+        _release_heads(self.model, adapter_name)
+        if was_active:
+            if not active and self.own_names:
+                active = sorted(self.own_names)[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}."
+                )
+            self.set_adapter(active)
 
-    # -- saving and loading ---------------------------------------------------------------------------------------------
+    # -- saving and loading --
 
     @classmethod
     def _get_adapter_state_dict(
@@ -299,12 +364,19 @@ class BioModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        found = {}
+        found, heads = {}, {}
         for name, layer in _named_bio_layers(model):
-            prefix = f"{name}.{CONTAINER}.{adapter_name}." if name else f"{CONTAINER}.{adapter_name}."
-            found.update({key: value for key, value in state_dict.items() if key.startswith(prefix)})
+            if adapter_name in layer.circuits:
+                prefix = f"{name}.{CONTAINER}.{adapter_name}." if name else f"{CONTAINER}.{adapter_name}."
+                # PEFT has dropped every key that contains another adapter's name, be it that of a module.
+                for rest, tensor in layer.circuits[adapter_name].state_dict().items():
+                    found[prefix + rest] = state_dict.get(prefix + rest, tensor)
+        for name, wrapper in model.named_modules():
+            if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
+                inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+                heads.update({f"{name}.{k}": v for k, v in wrapper.adapter_state_dict(adapter_name, inside).items()})
         bare = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
-        config.fingerprint = fingerprint(own_tensors(bare))
+        config.fingerprint = fingerprint(own_tensors({**bare, **heads}, config.modules_to_save))
         config.trained_over = _record(model)
         return found
 
@@ -329,17 +401,19 @@ class BioModel(BaseTuner):
         foreign = {key: value for key, value in state_dict.items() if key.removeprefix(ROOT) not in given}
         here = model.state_dict()
         lost = {key: v for key, v in foreign.items() if key not in here and key.removeprefix(ROOT) not in here}
+        bare = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
         try:
             check_keys({**given, **lost}, expected, adapter_name)
-            check_fingerprint(given, config.fingerprint, "the checkpoint")
+            check_fingerprint(own_tensors(bare, config.modules_to_save), config.fingerprint, "the checkpoint")
         except ValueError:
             _undo_loading(model, adapter_name)
             raise
+        _arrived(model, adapter_name)
         stack.warn_if_changed(config.trained_over, _record(model), adapter_name)
         return {**{model_keys[key]: value for key, value in given.items()}, **foreign}
 
 
-# -- helpers over module trees ----------------------------------------------------------------------------------------------
+# -- helpers over module trees --
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, keep_heads: bool = False) -> None:
@@ -356,24 +430,59 @@ def remove_adapter(model: nn.Module, adapter_name: str, keep_heads: bool = False
         scope = module.__dict__.get("bio_scope")
         if scope is not None and not scope.layers:
             scope.remove(module)
+    _release_heads(model, adapter_name, keep_heads)
+
+
+def _release_heads(model: nn.Module, adapter_name: str, keep: bool = False) -> None:
+    """Give up an adapter's copies of modules to save; ``keep``: what it trained stays in use."""
     for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
-            _release_head(model, name, wrapper, adapter_name, keep_heads)
+        if not isinstance(wrapper, AuxiliaryTrainingWrapper) or adapter_name not in wrapper._adapters:
+            continue
+        in_use = adapter_name in wrapper.active_adapters
+        others = sorted(wrapper._adapters - {adapter_name})
+        copies = getattr(wrapper, "modules_to_save", {})
+        trained = copies[adapter_name] if keep and in_use and adapter_name in copies else None
+        if not others:
+            parent_name, _, child = name.rpartition(".")
+            left = trained if trained is not None else wrapper.original_module
+            setattr(model.get_submodule(parent_name), child, left)
+            continue
+        if trained is not None:
+            heir = _head_below(model, wrapper) or others[0]
+            copies[heir].load_state_dict(trained.state_dict())
+            wrapper.set_adapter(heir, inference_mode=not _is_trained(model, heir))
+        elif in_use:
+            _use_head_below(model, wrapper)
+        wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
 
 
-def _release_head(
-    model: nn.Module, name: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: str, keep: bool
-) -> None:
-    others = sorted(wrapper._adapters - {adapter_name})
-    trained = getattr(wrapper, "modules_to_save", {}).get(adapter_name) if keep else None
-    if not others:
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, trained if trained is not None else wrapper.original_module)
-        return
-    if trained is not None:
-        wrapper.modules_to_save[others[0]].load_state_dict(trained.state_dict())
-    wrapper.set_adapter(others[:1], inference_mode=True)
-    wrapper.delete_adapter(adapter_name, others[:1])
+def _head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> str | None:
+    """The adapter of another method whose copy of the wrapped module is in use where no bio adapter has one."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, BioLayer):
+            for name in layer.active_adapters:
+                if name in wrapper._adapters:
+                    return name
+    return None
+
+
+def _use_head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> None:
+    below = _head_below(model, wrapper)
+    wrapper.set_adapter([] if below is None else below, inference_mode=not _is_trained(model, below))
+
+
+def _is_trained(model: nn.Module, adapter_name: str | None) -> bool:
+    """Whether the tensors of an adapter, apart from its modules to save, are trainable."""
+    return any(
+        parameter.requires_grad and f".{adapter_name}." in f"{key}." and ".modules_to_save." not in key
+        for key, parameter in model.named_parameters()
+    )
+
+
+def _tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple:
+    """Tell a module to save which sample uses which copy. Beam search repeats samples."""
+    repeats = len(args[0]) // len(adapter_names)
+    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 def _bio_layers(model: nn.Module) -> Iterator[BioLayer]:
@@ -384,17 +493,19 @@ def _named_bio_layers(model: nn.Module) -> Iterator[tuple[str, BioLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, BioLayer))
 
 
-def _base_of(under: PeftModel) -> nn.Module:
+def _base_of(under: PeftModel | PeftMixedModel) -> nn.Module:
     """The plain model under a PeftModel.
 
     Raises:
         ValueError: the method below works outside the layers, or it is a bio adapter itself.
     """
+    if isinstance(under, PeftMixedModel):
+        raise ValueError("a bio adapter cannot be stacked over a mixed model, whose layers wrap each other in turn")
     method = str(under.peft_type.value if hasattr(under.peft_type, "value") else under.peft_type)
     if method == "BIO":
         raise ValueError(
-            "this model already carries a bio adapter: use model.add_adapter(name, config) and set_adapter for a second "
-            "one, or list all primitives in one configuration"
+            "this model already carries a bio adapter: use model.add_adapter(name, config) and set_adapter for a "
+            "second one, or list all primitives in one configuration"
         )
     if not isinstance(under.base_model, BaseTuner) or type(under.base_model).forward is not BaseTuner.forward:
         raise ValueError(
@@ -411,24 +522,50 @@ def _record(model: nn.Module) -> dict[str, Any]:
     return stack.record(plain, under, {layer.path: layer.get_base_layer() for layer in _bio_layers(plain)})
 
 
-def _undo_loading(model: nn.Module, adapter_name: str) -> None:
-    """After a refused checkpoint: the model as it was before the call."""
-    remove_adapter(model, adapter_name)
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
+def _arrived(model: nn.Module, adapter_name: str) -> list[tuple[nn.Parameter, bool]] | None:
+    """What was trainable before an adapter was injected that has been awaiting its tensors, None for any other."""
     tuner = getattr(model, "base_model", None)
-    if not configs:
-        plain = tuner.model if isinstance(tuner, BioModel) else model
-        if not (isinstance(tuner, BioModel) and tuner.under is not None):
-            plain.__dict__.pop("peft_config", None)
-            if getattr(plain, "_hf_peft_config_loaded", False):
-                plain._hf_peft_config_loaded = False
+    return tuner.__dict__.get("_awaiting", {}).pop(adapter_name, None) if isinstance(tuner, BioModel) else None
+
+
+def _undo_loading(model: nn.Module, adapter_name: str) -> None:
+    """After a refused checkpoint: the model as it was before the call. An adapter that was there before stays."""
+    trainable = _arrived(model, adapter_name)
+    if trainable is None:
+        return
+    tuner = model.base_model
+    remove_adapter(tuner.model, adapter_name)
+    del tuner.peft_config[adapter_name]
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad
+    if tuner.under is None:
+        _forget(tuner.model, None, tuner.peft_config or None)
+    elif not tuner.peft_config and tuner._hiding is not None:
+        tuner._hiding.remove()
+
+
+def _forget(model: nn.Module, adapter_name: str | None, configs: dict[str, PeftConfig] | None) -> None:
+    """Leave ``configs`` without ``adapter_name`` as the model's table of adapters, or no table."""
+    if configs is not None:
+        configs.pop(adapter_name, None)
+        model.__dict__["peft_config"] = configs
+        return
+    model.__dict__.pop("peft_config", None)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
 
 
 def _check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str) -> None:
     """Modules to save are kept by adapter name, whatever the method: ours must not meet the ones below."""
     config = ours[adapter_name]
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: torch cannot hold modules under this name; accepted is a word without "
+            "dots that is no attribute of nn.ModuleDict"
+        )
     for module in model.modules():
+        if isinstance(module, BioLayer) and adapter_name in module.circuits:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken: {module.path} has an adapter of that name")
         if not isinstance(module, AuxiliaryTrainingWrapper) or adapter_name not in module._adapters:
             continue
         raise ValueError(
@@ -443,8 +580,11 @@ def _free_name(taken: Any) -> str:
 
 
 def _with_suggestion(error: Exception, config: BioConfig, model: nn.Module) -> NoMatchingPeftModuleError:
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if name and not list(module.children())}
-    names = {name for name in names if not name.isdigit()}
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    outside = {name: module for name, module in modules.items() if name and not name.startswith(adapted)}
+    leaves = [name for name, module in outside.items() if f"{name}." in adapted or not list(module.children())]
+    names = {name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()}
     targets = config.target_modules
     asked = sorted(targets)[0] if isinstance(targets, (set, list)) and targets else str(targets)
     return NoMatchingPeftModuleError(f"{error} target_modules={targets!r}: {suggest(asked, names)}")
@@ -454,12 +594,12 @@ def _hide_bio_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str
     """The state dict of the PeftModel below, asked for by itself, holds what it held without a bio adapter on top."""
     if prefix:
         return
-    for key in [key for key in state_dict if f".{CONTAINER}." in key]:
-        del state_dict[key]
-
-
-def _restore_attribute(model: nn.Module, name: str, value: Any) -> None:
-    if value is None:
-        model.__dict__.pop(name, None)
-    else:
-        model.__dict__[name] = value
+    layers = dict(_named_bio_layers(module))
+    ours = tuple(f"{name}.{CONTAINER}." for name in layers)
+    wrapped = tuple(f"{name}.base_layer." for name, layer in layers.items() if layer.below is None)
+    for key in list(state_dict):
+        if key.startswith(ours):
+            del state_dict[key]
+        elif key.startswith(wrapped):
+            path, _, rest = key.rpartition(".base_layer.")
+            state_dict[f"{path}.{rest}"] = state_dict.pop(key)

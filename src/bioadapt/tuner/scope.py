@@ -92,7 +92,7 @@ class Scope:
     def carries_state(self) -> bool:
         return any(layer.carries_state for layer in self.layers)
 
-    # -- the hooks ----------------------------------------------------------------------------------------------------
+    # -- the hooks --
 
     def enter(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
@@ -160,7 +160,7 @@ class Scope:
         if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2:
             found.encoder_mask = encoder_mask.bool()
 
-    # -- gradient checkpointing -----------------------------------------------------------------------------------------
+    # -- gradient checkpointing --
 
     def _carry_through_recomputation(self, module: nn.Module) -> None:
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -197,7 +197,7 @@ class CarriedThroughRecomputation:
 
 
 class Terms(list):
-    """Auxiliary losses of the last forwards. They belong to a graph, so a copy of the model does not take them along."""
+    """Auxiliary losses of the last forwards. They belong to a graph: a copy of the model does not take them along."""
 
     def __deepcopy__(self, memo: dict) -> Terms:
         return Terms()
@@ -206,7 +206,7 @@ class Terms(list):
         return (Terms, ())
 
 
-# -- which stack, and which way time runs ---------------------------------------------------------------------------------
+# -- which stack, and which way time runs --
 
 
 def enclosing_stack(model: nn.Module, path: str) -> nn.Module:

@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .bridge import CONTAINER
 from .checkpoint import fingerprint, signature
 
 _TOLERANCE = 0.02
@@ -51,7 +53,8 @@ def warn_if_changed(trained: dict[str, Any] | None, found: dict[str, Any], adapt
 
 def _other_configs(model: nn.Module, under: PeftModel | None) -> dict[str, Any]:
     configs = under.peft_config if under is not None else getattr(model, "peft_config", {})
-    active = under.active_adapters if under is not None else list(configs)
+    others = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not hasattr(m, CONTAINER))
+    active = {name for layer in others for name in layer.active_adapters}
     return {name: config for name, config in configs.items() if config.peft_type != "BIO" and name in active}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,15 +12,47 @@ from bioadapt.primitives.frames import inverse_softplus
 from bioadapt.registry import register_primitive
 
 
-def inhibited(x: Tensor, pools: Tensor, sources: Tensor) -> Tensor:
-    """sgn(x) [|x| - inhibition]_+ with the inhibition of unit i free of unit i itself.
+class _Loss(torch.autograd.Function):
+    """Keeps x and what is small; backward computes the inhibition again."""
 
-    x (..., d); pools P (d, r), sources Q (r, d), both non-negative. Returns (..., d).
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pools: Tensor, sources: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pools, sources, own, scale)
+        rate = x.abs()
+        lost = rate.minimum(_inhibition(rate, rate @ sources.mT, pools, own))
+        return x.sign().mul_(lost).mul_(-scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, pools, sources, own, scale = ctx.saved_tensors
+        axes, sign, rate = tuple(range(x.dim() - 1)), x.sign(), x.abs()
+        pooled = rate @ sources.mT
+        inhibition = _inhibition(rate, pooled, pools, own)
+        on_lost = (grad * sign).neg_()
+        on_scale = rate.minimum(inhibition).mul_(on_lost).sum(axes)
+        on_rate = on_lost.mul_(scale)
+        on_inhibition = inhibition.lt_(rate).mul_(on_rate)  # units that still fire lose the inhibition, others their rate
+        flat = on_inhibition.flatten(0, -2)
+        on_pools, on_pooled = flat.mT @ pooled.flatten(0, -2), on_inhibition @ pools
+        on_sources = on_pooled.flatten(0, -2).mT @ rate.flatten(0, -2)
+        on_own = rate.mul_(on_inhibition).sum(axes).neg_()
+        on_rate = on_rate.sub_(on_inhibition).addcmul_(on_inhibition, own, value=-1).add_(on_pooled @ sources)
+        return on_rate.mul_(sign), on_pools, on_sources, on_own, on_scale
+
+
+def _inhibition(rate: Tensor, pooled: Tensor, pools: Tensor, own: Tensor) -> Tensor:
+    return (pooled @ pools.mT).addcmul_(rate, own, value=-1)
+
+
+def loss(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor) -> Tensor:
+    """``scale`` times what inhibition takes from x: scale_i (sgn(x_i) [|x_i| - inhibition_i]_+ - x_i).
+
+    The inhibition P Q |x| of a unit is free of that unit itself. x (..., d); pools P (d, r), sources Q (r, d), both
+    non-negative; scale (d,). Returns (..., d).
     """
-    rate = x.abs()
-    own = (pools * sources.T).sum(-1)  # diag(PQ), (d,)
-    inhibition = (rate @ sources.T) @ pools.T - own * rate
-    return torch.sign(x) * torch.relu(rate - inhibition)
+    own = (pools * sources.mT).sum(-1)  # diag(PQ), (d,)
+    # [r - h]_+ - r = -min(r, h) leaves no difference of wide tensors to compute.
+    return _Loss.apply(x, pools, sources, own, scale)
 
 
 @register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate")
@@ -44,6 +78,11 @@ class LateralInhibition(Primitive):
         self.sources = nn.Parameter(inverse_softplus(1.0) + 0.1 * torch.randn(r, d))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        pools = nn.functional.softplus(self.pools)
-        sources = nn.functional.softplus(self.sources) / self.d_out
-        return inhibited(x, pools, sources) - x
+        return loss(x, *self.connections(), x.new_ones(self.d_out))
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        return loss(x, *self.connections(), self.gate)
+
+    def connections(self) -> tuple[Tensor, Tensor]:
+        """The non-negative pools P (d, r) and sources Q (r, d)."""
+        return nn.functional.softplus(self.pools), nn.functional.softplus(self.sources) / self.d_out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from bioadapt.registry import register_primitive
 
 class _Release(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p: Tensor, sites: int) -> Tensor:
+    def forward(ctx: Any, p: Tensor, sites: int) -> Tensor:
         # Counting the rarer outcome, release or failure, keeps its first probability from underflowing. Comparisons in
         # place stay in floating point, which a CPU does several times faster than through booleans.
         common = torch.maximum(p, 1 - p)
@@ -27,7 +29,7 @@ class _Release(torch.autograd.Function):
         return count.sub_(p.round(), alpha=sites).abs_().div_(sites)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

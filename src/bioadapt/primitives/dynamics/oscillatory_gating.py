@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive
+from bioadapt.primitives.base import Context, Host
+from bioadapt.primitives.modulation import Modulation
 from bioadapt.primitives.time import token_positions
 from bioadapt.registry import register_primitive
 
@@ -23,7 +24,7 @@ def theta_gamma(theta_phase: Tensor, gamma_phase: Tensor, coupling: Tensor) -> T
 
 
 @register_primitive("oscillatory_gating", stage="dynamics", kind="pointwise", zero_at="gate")
-class OscillatoryGating(Primitive):
+class OscillatoryGating(Modulation):
     """Each channel opens and closes with the position in the document, whatever the content.
 
     Biology: hippocampal cells are excitable at some phases of the theta rhythm and not at others, and the amplitude of
@@ -42,12 +43,9 @@ class OscillatoryGating(Primitive):
         self.gamma_phase = nn.Parameter(math.tau * torch.rand(self.d_out))
         self.coupling = nn.Parameter(torch.full((1,), 0.5))
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
-        return x * self.clock(token_positions("count", x, context))
-
-    def clock(self, positions: Tensor) -> Tensor:
-        """The gain o at integer positions (B, T): (B, T, d)."""
+    def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        positions = token_positions("count", x, context)
         # Reducing the integer first keeps a position in the millions exact; a product reads the table, since the
         # backward of a gather with repeated indices is a slow scatter.
         place = positions[..., None] % PERIOD == torch.arange(PERIOD, device=positions.device)
-        return place.float() @ theta_gamma(self.theta_phase, self.gamma_phase, self.coupling)
+        return place.float(), theta_gamma(self.theta_phase, self.gamma_phase, self.coupling).T

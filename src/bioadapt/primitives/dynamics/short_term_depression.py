@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, inverse_softplus
-from bioadapt.primitives.time import previous, recurrence
+from bioadapt.primitives.modulation import Modulation
+from bioadapt.primitives.time import previous, readings, recurrence
 from bioadapt.registry import register_primitive
 
 
 @register_primitive("short_term_depression", stage="dynamics", kind="causal", zero_at="gate")
-class ShortTermDepression(Primitive):
+class ShortTermDepression(Modulation):
     """A synapse answers less and less while it is used, and recovers in silence.
 
     Biology: each spike releases a fraction of the vesicles that are ready; they are refilled within hundreds of
@@ -27,6 +28,7 @@ class ShortTermDepression(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); the resource R is (B, T, groups).
     """
 
+    reads_both_ways = True
     groups: int = setting(32, low=1, high=4096, meaning="number of channel groups that share a resource")
     tau: float = setting(11.0, low=1.5, high=4096.0, meaning="recovery time constant at birth, in tokens")
 
@@ -39,15 +41,13 @@ class ShortTermDepression(Primitive):
         membership = group_matrix(self.d_out, self.groups)
         self.register_buffer("membership", membership, persistent=False)
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
-        resource = self.resource(x, context) @ self.membership.T  # (B, T, d)
-        return x * (resource - 1)
-
-    def resource(self, x: Tensor, context: Context) -> Tensor:
-        """R_t (B, T, groups): what is left for each token before it is transmitted."""
+    def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         drive = x.abs() @ (self.membership / self.membership.sum(0)) / self.log_level.exp()
-        activity = torch.tanh(drive)
-        tau = 1 + nn.functional.softplus(self.recovery)
-        used = self.release.clamp(0.0, 1.0) * (1 - 1 / tau) * activity
-        after = recurrence("resource", 1 - 1 / tau - used, 1 / tau + torch.zeros_like(used), context, initial=1.0)
+        return readings(self.resource, torch.tanh(drive), context).mean(0) - 1, self.membership
+
+    def resource(self, activity: Tensor, context: Context) -> Tensor:
+        """R_t (B, T, groups): what is left for each token before it is transmitted."""
+        recovered = 1 / (1 + nn.functional.softplus(self.recovery))  # 1 / tau
+        kept = (1 - recovered) * (1 - self.release.clamp(0.0, 1.0) * activity)
+        after = recurrence("resource", kept, recovered, context, initial=1.0)
         return previous("resource before", after, context, initial=1.0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive
-from bioadapt.primitives.time import decay_of, past_trace
+from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
@@ -35,6 +35,7 @@ class PrecisionWeightedError(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); the variance V is (B, T, groups).
     """
 
+    reads_both_ways = True
     groups: int = setting(16, low=1, high=4096, meaning="number of channel groups that share a precision")
     tau: float = setting(8.0, low=1.0, high=4096.0, meaning="time constant of the mean at birth, in tokens")
     tau_variance: float = setting(32.0, low=1.0, high=4096.0, meaning="time constant of the variance at birth")
@@ -45,41 +46,36 @@ class PrecisionWeightedError(Primitive):
         self.log_tau_variance = nn.Parameter(torch.full((self.groups,), math.log(self.tau_variance)))
         self.sigma = positive(0.1, 1)
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
-        # Groups of equal size become an axis of their own; otherwise every channel is a group of one.
-        self.even = self.d_out % self.groups == 0
+        # Products take one matrix per group, which pays if that serves several channels.
+        self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        if not context.bidirectional:
-            return self.weighted(x, context)
-        return self.weighted(x, context, share=0.5) + self.weighted(x, context, share=0.5, backwards=True)
+        if self.products and context.resets is None and context.state is None:
+            return front_aligned(self.by_products, x, context)
+        return readings(self.by_scan, x, context).mean(0)
 
-    def weighted(self, x: Tensor, context: Context, share: float = 1.0, backwards: bool = False) -> Tensor:
-        """The errors of one reading of time, times their precision: (B, T, d) -> (B, T, d)."""
-        error = self.error(x, context, backwards)  # in units of x: the trace is linear, so the level cancels
-        gain = share * self.precision(error, context, backwards)
-        return (error * self.spread(gain)).flatten(-2)
+    def by_products(self, x: Tensor, context: Context) -> Tensor:
+        """`transform` where padding is zero and at the end: (B, T, d) -> (B, T, d)."""
+        z = x.unflatten(-1, (self.groups, -1))
+        errors = deviations(z, decay_of(self.log_tau), context.bidirectional)  # each (B, T, groups, c)
+        powers = [mean_square(error).squeeze(-1) for error in errors]
+        gains = readings(self.precision, powers[0], context, backwards=powers[-1])[..., None] / len(errors)
+        delta = errors[0] * gains[0]
+        if context.bidirectional:
+            delta = torch.addcmul(delta, errors[1], gains[1])
+        return delta.flatten(-2)
 
-    def error(self, x: Tensor, context: Context, backwards: bool = False) -> Tensor:
-        """x minus what its own past leads to expect: (B, T, d) -> (B, T, groups, channels of a group)."""
-        z = x.unflatten(-1, (self.groups if self.even else self.d_out, -1))
-        return z - past_trace("mean", z, self.spread(decay_of(self.log_tau)), context, backwards=backwards)
+    def by_scan(self, x: Tensor, context: Context) -> Tensor:
+        """`transform` of one reading of time in any context: (B, T, d) -> (B, T, d)."""
+        decay = decay_of(self.log_tau) @ self.membership.T
+        error = x - past_trace("mean", x, decay, context)
+        power = error.square() @ (self.membership / self.membership.sum(0))
+        return error * (self.precision(power, context) @ self.membership.T)
 
-    def precision(self, error: Tensor, context: Context, backwards: bool = False) -> Tensor:
-        """The gain of each group, (B, T, groups), from the errors before each token."""
-        power = mean_square(error).squeeze(-1)
-        if not self.even:
-            power = power @ (self.membership / self.membership.sum(0))
-        power = power * torch.exp(-2 * self.log_level)
-        variance = past_trace(
-            "variance", power, decay_of(self.log_tau_variance), context, initial=1.0, backwards=backwards
-        )
+    def precision(self, power: Tensor, context: Context) -> Tensor:
+        """The gain of each group from the power of the errors before each token: (B, T, groups) -> (B, T, groups)."""
+        power = power * torch.exp(-2 * self.log_level)  # errors are in units of x, for the trace is linear
+        variance = past_trace("variance", power, decay_of(self.log_tau_variance), context, initial=1.0)
         sigma = nn.functional.softplus(self.sigma)
         return (1 + sigma) / (variance + sigma)
-
-    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
-        return self.gate * self.transform(x, context)  # reads backwards without reversing x
-
-    def spread(self, values: Tensor) -> Tensor:
-        """One value per group (..., groups) -> one per group or per channel, (..., groups or d, 1)."""
-        return (values if self.even else values @ self.membership.T)[..., None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import report_loss, token_scale
-from bioadapt.primitives.time import both_ways, decay_of, past_trace
+from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
@@ -29,6 +29,7 @@ class PredictiveCoding(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); the trace is (B, T, rank).
     """
 
+    reads_both_ways = True
     rank: int = setting(8, low=1, high=256, meaning="number of latent causes r")
     auxiliary: float = setting(0.0, low=0.0, high=10.0, meaning="weight of the squared error among the losses")
 
@@ -40,7 +41,7 @@ class PredictiveCoding(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         scale = token_scale(x)
-        expected = both_ways(self.expected, (x @ self.causes.T) / scale, context)
+        expected = readings(self.expected, (x @ self.causes.T) / scale, context).mean(0)
         error = x - (scale * expected) @ self.predictor.T
         if self.auxiliary and context.losses is not None:
             report_loss(context, self.auxiliary, (error / scale).square())
@@ -49,6 +50,3 @@ class PredictiveCoding(Primitive):
     def expected(self, causes: Tensor, context: Context) -> Tensor:
         """What the causes before each token lead to expect: (B, T, rank) -> (B, T, rank)."""
         return past_trace("causes", causes, decay_of(self.log_tau), context)
-
-    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
-        return self.gate * self.transform(x, context)  # transform reverses the narrow series, not x

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import positive, read_in, report_loss, token_scale
-from bioadapt.primitives.time import both_ways, previous, recurrence
+from bioadapt.primitives.modulation import Modulation
+from bioadapt.primitives.time import held, previous, readings
 from bioadapt.registry import register_primitive
 
 
-@register_primitive(
-    "dopamine_rpe", stage="plasticity", kind="causal", zero_at="gate", aliases=("dopamine_gain",)
-)
-class DopamineRpe(Primitive):
+@register_primitive("dopamine_rpe", stage="plasticity", kind="causal", zero_at="gate", aliases=("dopamine_gain",))
+class DopamineRpe(Modulation):
     """A temporal-difference error, read from the features, raises or lowers all of them together.
 
     Biology: dopamine cells fire in bursts for unexpected reward, fall silent when an expected one fails to come, and do
@@ -29,6 +28,7 @@ class DopamineRpe(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); the error is (B, T, 1).
     """
 
+    reads_both_ways = True
     auxiliary: float = setting(0.0, low=0.0, high=10.0, meaning="weight of the squared error among the losses")
 
     def build(self, host: Host) -> None:
@@ -37,11 +37,11 @@ class DopamineRpe(Primitive):
         self.discount = nn.Parameter(torch.logit(torch.tensor([0.9])))
         self.steepness = positive(1.0, 1)
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
+    def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         scores = (x @ self.critic.T) / token_scale(x)
-        gain, penalty = both_ways(self.gain, scores, context).split(1, dim=-1)
+        gain, penalty = readings(self.gain, scores, context).mean(0).split(1, dim=-1)
         report_loss(context, self.auxiliary, penalty)
-        return x * gain
+        return gain, x.new_ones(self.d_out, 1)
 
     def gain(self, scores: Tensor, context: Context) -> Tensor:
         """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""
@@ -52,11 +52,7 @@ class DopamineRpe(Primitive):
         """The temporal-difference error at each token, (B, T, 1)."""
         value, reward = scores.split(1, dim=-1)
         value = value + self.bias
-        # A recurrence without memory holds its value over padding; the ones tell later tokens from a first one.
+        # The ones tell later tokens from a first one.
         series = torch.cat([value, torch.ones_like(value)], -1)
-        held = recurrence("value", torch.zeros_like(series), series, context)
-        before, known = previous("value before", held, context).split(1, dim=-1)
+        before, known = previous("value before", held("value", series, context), context).split(1, dim=-1)
         return known * (reward + torch.sigmoid(self.discount) * value - before)
-
-    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
-        return self.gate * self.transform(x, context)  # transform reverses the narrow series, not x

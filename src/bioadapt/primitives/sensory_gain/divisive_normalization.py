@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class _PooledRatio(torch.autograd.Function):
     """gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|) with n = sgn(x) |x|^p, in few passes; keeps x alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, floor: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, floor: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
         ctx.save_for_backward(x, gain, floor, weights)
         ctx.alpha, ctx.p = alpha, p
         drive = _power(x.abs(), p)
@@ -22,7 +24,7 @@ class _PooledRatio(torch.autograd.Function):
         return torch.copysign(drive, x).div_(divisor).mul_(gain)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, floor, weights = ctx.saved_tensors
         alpha, p = ctx.alpha, ctx.p
         rate, axes = x.abs(), tuple(range(x.dim() - 1))
@@ -33,7 +35,7 @@ class _PooledRatio(torch.autograd.Function):
         grad_gain = (grad * ratio).sum(axes)
         on_divisor = ratio.mul_(on_signed).neg_()
         on_pool = on_divisor.sum(-1, keepdim=True)
-        grad_floor, grad_weights = on_divisor.sum(axes), (on_pool * drive).sum(axes)
+        grad_floor, grad_weights = on_divisor.sum(axes), on_pool.flatten() @ drive.flatten(0, -2)
         on_drive = on_divisor.mul_(alpha).addcmul_(on_pool, weights)
         slope = rate.mul_(2) if p == 2 else rate.pow_(p - 1).mul_(p)
         grad_x = on_drive.mul_(x.sign()).add_(on_signed).mul_(slope)

@@ -23,9 +23,19 @@ class Decoding(Inside):
     @DECODERS
     @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beam"])
     def test_generation_is_the_same_with_and_without_cache(self, adapted: Adapted, beams: int) -> None:
-        model, inputs = adapted.woken(), self._prompts(adapted)
-        cached, full = (self._generated(model, inputs, beams, cache) for cache in (True, False))
+        model, inputs = adapted.woken(), prompts(adapted)
+        cached, full = (generated(model, inputs, beams, cache) for cache in (True, False))
         assert torch.equal(cached, full), f"{adapted.host.name} continues with {cached.tolist()}, not {full.tolist()}"
+
+    @on("gpt2", "qwen2")
+    def test_padded_prompts_continue_as_alone(self, adapted: Adapted) -> None:
+        model, inputs = adapted.woken(), prompts(adapted)
+        together = generated(model, inputs, beams=1, cache=True)[:, -NEW:]
+        for sample, real in enumerate(inputs["attention_mask"].bool()):
+            alone = {"input_ids": inputs["input_ids"][sample : sample + 1, real]}
+            alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+            found = generated(model, alone, beams=1, cache=True)[0, -NEW:]
+            assert torch.equal(together[sample], found), f"prompt {sample} continues differently in a padded batch"
 
     @DECODERS
     def test_prefill_and_steps_equal_the_full_forward(self, adapted: Adapted) -> None:
@@ -41,15 +51,14 @@ class Decoding(Inside):
                 parts.append(found.logits)
         assert_same(torch.cat(parts, 1), expected, f"steps on {host.name}")
 
-    @staticmethod
-    def _prompts(adapted: Adapted) -> dict[str, Any]:
-        """Prompts of several lengths, padded on the left."""
-        ids = adapted.host.inputs()["input_ids"]
-        found = with_padding(ids, padded(ids, "left"), causal=False, stream=adapted.host.stream)
-        return found
 
-    @staticmethod
-    def _generated(model: PeftModel, inputs: dict[str, Any], beams: int, cache: bool) -> Tensor:
-        return model.generate(
-            **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, num_beams=beams, use_cache=cache
-        )
+def prompts(adapted: Adapted) -> dict[str, Any]:
+    """Prompts of several lengths, padded on the left."""
+    ids = adapted.host.inputs()["input_ids"]
+    return with_padding(ids, padded(ids, "left"), causal=False, stream=adapted.host.stream)
+
+
+def generated(model: PeftModel, inputs: dict[str, Any], beams: int, cache: bool) -> Tensor:
+    return model.generate(
+        **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, num_beams=beams, use_cache=cache
+    )

@@ -19,7 +19,7 @@ class Merging(Inside):
     def test_merge_equals_forward_or_is_refused(self, adapted: Adapted) -> None:
         model = adapted.woken()
         if adapted.unmergeable:
-            self._assert_refused(adapted)
+            assert_merge_refused(adapted)
             return
         expected, base = adapted.output(model), base_tensors(model)
         model.merge_adapter()
@@ -30,18 +30,6 @@ class Merging(Inside):
         plain = model.merge_and_unload()
         assert plain.state_dict().keys() == adapted.host.model().state_dict().keys()
         assert_same(adapted.output(plain), expected, "merged and unloaded", tolerance=MERGED)
-
-    @staticmethod
-    def _assert_refused(adapted: Adapted) -> None:
-        model = adapted.woken()
-        expected, before = adapted.output(model), copied(model.state_dict().items())
-        for attempt in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(ValueError) as refusal:
-                attempt()
-            for name in adapted.unmergeable:
-                assert name in str(refusal.value), f"{name!r} is missing: {refusal.value}"
-            assert_equal_tensors(copied(model.state_dict().items()), before, "the model after a refusal")
-            assert_identical(adapted.output(model), expected, "the output after a refusal")
 
     @on("bert", "gpt2", "resnet")
     def test_two_adapters_merge_into_their_sum(self, adapted: Adapted) -> None:
@@ -62,3 +50,15 @@ class Merging(Inside):
         plain = model.merge_and_unload()
         assert plain.state_dict().keys() == adapted.host.model().state_dict().keys()
         assert_same(adapted.output(plain), expected, "merged with the LoRA below", tolerance=MERGED)
+
+
+def assert_merge_refused(adapted: Adapted) -> None:
+    model = adapted.woken()
+    expected, before = adapted.output(model), copied(model.state_dict().items())
+    for attempt in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError) as refusal:
+            attempt()
+        for name in adapted.unmergeable:
+            assert name in str(refusal.value), f"{name!r} is missing: {refusal.value}"
+        assert_equal_tensors(copied(model.state_dict().items()), before, "the model after a refusal")
+        assert_identical(adapted.output(model), expected, "the output after a refusal")

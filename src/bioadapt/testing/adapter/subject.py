@@ -57,18 +57,19 @@ class Adapted:
         return model.eval()
 
     def output(self, model: nn.Module, seed: int = 0, **changes: Any) -> Tensor:
-        """What the model makes of the host's inputs."""
-        return self.host.output(model, {**self.host.inputs(seed=seed), **changes})
+        """What the model makes of the host's inputs, with a graph in training only: kernels differ in the last bits."""
+        with torch.set_grad_enabled(model.training and torch.is_grad_enabled()):
+            return self.host.output(model, {**self.host.inputs(seed=seed), **changes})
 
-    def step(self, model: nn.Module, seed: int = 0) -> None:
+    def step(self, model: nn.Module, seed: int = 0, **changes: Any) -> None:
         """A forward and an optimiser's step of length zero: parameters stay, local rules run."""
         with seeded(seed):
-            self.output(model, seed=seed)
+            self.output(model, seed=seed, **changes)
         torch.optim.SGD([p for name, p in model.named_parameters() if is_bio(name)], lr=0.0).step()
 
-    def loss(self, model: nn.Module, seed: int = 0) -> Tensor:
+    def loss(self, model: nn.Module, seed: int = 0, **changes: Any) -> Tensor:
         """Some scalar that every feature of the output has a part in."""
-        found = self.output(model, seed=seed).float()
+        found = self.output(model, seed=seed, **changes).float()
         return (found * random(*found.shape, seed=seed + 80)).mean()
 
 

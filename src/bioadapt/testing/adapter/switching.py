@@ -33,14 +33,9 @@ class Switching(Inside):
         model = with_second(adapted)
         with model.disable_adapter():
             nothing = at_first_site(adapted, model)
-        first, second, both = (self._changed(adapted, model, names) - nothing for names in (["default"], ["second"], ALL))
+        first, second, both = (changed_by(adapted, model, names) - nothing for names in (["default"], ["second"], ALL))
         assert not torch.allclose(first, second)
         assert_same(both, first + second, "both adapters")
-
-    @staticmethod
-    def _changed(adapted: Adapted, model: PeftModel, names: list[str]) -> Tensor:
-        model.base_model.set_adapter(names)
-        return at_first_site(adapted, model)
 
     @on("bert", "gpt2", "resnet")
     def test_adapters_are_chosen_per_sample(self, adapted: Adapted) -> None:
@@ -117,3 +112,6 @@ def over_lora(adapted: Adapted) -> PeftModel:
         return get_peft_model(adapted.host.model(), config).eval()
 
 
+def changed_by(adapted: Adapted, model: PeftModel, names: list[str]) -> Tensor:
+    model.base_model.set_adapter(names)
+    return at_first_site(adapted, model)

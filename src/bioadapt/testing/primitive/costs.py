@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ...primitives.base import Context, Host, Primitive
 from ...registry import build_primitive
-from ..compare import assert_same, gradients, random, seeded
+from ..compare import assert_equal_tensors, assert_same, gradients, random, seeded
 from .subject import Bare, Subject, buffers, subject_of
 
 # A sentence encoder as small as those in use: hidden 384, six layers, of which attention output and MLP output are
@@ -51,6 +53,16 @@ class Costs(Bare):
         allowed = self.saved_more.get(subject.name, self.saved_at_most)
         assert kept <= allowed, f"{subject.name} keeps {kept:.2f} times the bytes of x for backward, not {allowed}"
 
+    def test_no_loop_over_tokens(self, subject: Subject) -> None:
+        primitive, counts = subject.woken().train(), []
+        for tokens in (64, 512):
+            x, context = subject.features(1, tokens), Context(x_in=subject.inputs(1, tokens))
+            with Calls() as calls, seeded(6):
+                primitive(x, context)
+            counts.append(calls.count)
+        few, many = counts
+        assert many <= 2 * few, f"{subject.name}: {few} tensor operations on 64 tokens, {many} on eight times as many"
+
     @pytest.mark.parametrize("widths", [(24, 32)], indirect=True, ids="{0[0]}-{0[1]}".format)
     def test_compiles_without_a_graph_break(self, subject: Subject) -> None:
         training = not subject.info.stochastic  # a compiled graph may draw other random numbers
@@ -67,19 +79,23 @@ class Costs(Bare):
         for name, expected in results[0].items():
             assert_same(results[1][name].float(), expected.float(), f"{subject.name}, compiled: {name}")
 
-    def test_eager_and_repeated_construction_agree(self, subject: Subject) -> None:
-        """Frozen random matrices depend on the host's seed, not on what else drew random numbers."""
+    def test_frozen_matrices_depend_on_the_hosts_seed_alone(self, subject: Subject) -> None:
+        """Not on what else drew random numbers before: they may be left out of a file and made anew."""
         host = Host(subject.weight, seed=7)
-        first, second = (self._built(subject, host, draws) for draws in (0, 5))
-        frozen = {name: buffer for name, buffer in second.named_buffers() if name in second.state_dict()}
-        for name, buffer in frozen.items():
-            assert torch.equal(first.get_buffer(name), buffer), f"{subject.name}: {name} is another one"
+        first, second = (built(subject, host, draws) for draws in (0, 5))
+        assert_equal_tensors(buffers(first), buffers(second), f"{subject.name}: built again")
 
-    @staticmethod
-    def _built(subject: Subject, host: Host, draws: int) -> Primitive:
-        with seeded(draws):
-            torch.rand(draws + 1)
-            return build_primitive(subject.name, subject.d_in, subject.d_out, host=host, **subject.settings)
+
+class Calls(TorchFunctionMode):
+    """Counts the tensor operations that Python asks for while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def saved_bytes(forward: Callable[[], Tensor], known: list[Tensor]) -> int:
@@ -98,3 +114,9 @@ def saved_bytes(forward: Callable[[], Tensor], known: list[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept.append(forward())
     return sum(sizes.values())
+
+
+def built(subject: Subject, host: Host, draws: int) -> Primitive:
+    with seeded(draws):
+        torch.rand(draws + 1)
+        return build_primitive(subject.name, subject.d_in, subject.d_out, host=host, **subject.settings)

@@ -23,7 +23,8 @@ class Learning(Bare):
         primitive.commit()
         after = learned(primitive)
         changed = [name for name in after if not torch.equal(after[name], before[name])]
-        assert bool(changed) == subject.info.learns, f"{subject.name}: learns={subject.info.learns}, but changed {changed}"
+        declared = subject.info.learns
+        assert bool(changed) == declared, f"{subject.name}: learns={declared}, but changed: {changed}"
 
     def test_a_commit_happens_once(self, subject: Subject) -> None:
         primitive = subject.woken()

@@ -19,7 +19,7 @@ class Merging(Bare):
     def test_merged_change_equals_the_forward(self, subject: Subject, biased: bool) -> None:
         primitive, weight = subject.woken(), subject.weight
         bias = random(subject.d_out, seed=47) if biased else None
-        read = self._read(subject, weight, bias)
+        read = read_by(subject, weight, bias)
         if not subject.info.mergeable:
             with pytest.raises(ValueError, match=subject.name):
                 primitive.merged_change(weight, bias, read)
@@ -29,15 +29,6 @@ class Merging(Bare):
         change, bias_change = primitive.merged_change(weight, bias, read)
         assert bias_change is None or biased, f"{subject.name}: a change of a bias that is not there"
         assert_same(applied(v, (change, bias_change)), delta, f"{subject.name}: merged", tolerance=1e-4)
-
-    @staticmethod
-    def _read(subject: Subject, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What produces the features that the primitive reads. An earlier stage may have changed them, unless it acts
-        on the weight: those come first."""
-        if subject.info.merge != "left":
-            return weight, bias
-        earlier = 0.1 * random(*weight.shape, seed=48)
-        return weight + earlier, None if bias is None else 1.5 * bias
 
     def test_merging_leaves_the_primitive_as_it_was(self, subject: Subject) -> None:
         if not subject.info.mergeable:
@@ -54,3 +45,12 @@ class Merging(Bare):
 def applied(v: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor:
     weight, bias = layer
     return v @ weight.T if bias is None else v @ weight.T + bias
+
+
+def read_by(subject: Subject, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What produces the features that the primitive reads. An earlier stage may have changed them, unless it acts
+    on the weight: those come first."""
+    if subject.info.merge != "left":
+        return weight, bias
+    earlier = 0.1 * random(*weight.shape, seed=48)
+    return weight + earlier, None if bias is None else 1.5 * bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ class Numerics(Bare):
         with torch.autocast("cpu", torch.bfloat16):
             found = primitive(x, context)
         assert_identical(found, expected, f"{subject.name} under autocast")
+
+    def test_settings_at_the_ends_of_their_ranges(self, subject: Subject) -> None:
+        for name, spec in subject.info.settings.items():
+            for value in spec.choices or ([False, True] if spec.type is bool else [spec.low, spec.high]):
+                extreme = replace(subject, settings={**subject.settings, name: value})
+                what = f"{subject.name} with {name}={value}"
+                x, context = subject.features(), Context(x_in=subject.inputs())
+                with seeded(6):
+                    assert_identical(x + extreme.fresh().train()(x, context), x, what)
+                    primitive = extreme.woken().train()
+                    delta = primitive(x, context)
+                delta.square().mean().backward()
+                assert_finite({"delta": delta, **gradients(primitive)}, what)
 
     def test_gradient_at_zero_is_finite(self, subject: Subject) -> None:
         primitive = subject.woken().train()

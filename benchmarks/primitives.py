@@ -1,0 +1,349 @@
+"""What every primitive costs, next to PEFT's LoRA, IA3 and C3A on the same layers in the same process.
+
+    python benchmarks/primitives.py                       # everything; writes results/<machine>.csv
+    python benchmarks/primitives.py --only lateral_inhibition --only c3a
+    python benchmarks/primitives.py --quick               # few rounds: counts are exact, times are rough
+
+README.md beside this file says what the columns mean and how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import C3AConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+import bioadapt
+from bioadapt import BioConfig, list_primitives, primitive_info
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TARGETS = ("query", "value")
+BATCH, TOKENS, WIDTH, VOCABULARY = 8, 64, 384, 1000
+REFERENCE = "lora_r8"
+# What LoRA r=8 must come to on this encoder; another number means that something else is being measured.
+ANCHOR = {"saved_mib": (50.6, 0.05), "parameters": (73_728, 0), "file_kib": (291, 0.5)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something to measure: ``family`` is ``peft``, ``primitive`` or ``set``."""
+
+    name: str
+    family: str
+    kind: str
+    config: Callable[[], peft.PeftConfig]
+
+
+@dataclass
+class Row:
+    """One line of the table and of the CSV; ratios are to LoRA r=8 in the same process."""
+
+    method: str
+    family: str
+    kind: str
+    flops_ratio: float
+    saved_mib: float
+    saved_ratio: float
+    parameters: int
+    file_kib: float
+    forward_ratio: float
+    step_ratio: float
+    step_ratio_low: float
+    step_ratio_high: float
+
+
+# -- what is measured -----------------------------------------------------------------------------------------------------
+
+
+def methods(sets: Iterable[str] = ()) -> list[Method]:
+    """PEFT's three, every registered primitive alone, and the given sets (names joined by ``+``)."""
+    targets = list(TARGETS)
+    found = [
+        Method(REFERENCE, "peft", "", lambda: LoraConfig(r=8, target_modules=targets)),
+        Method("ia3", "peft", "", lambda: IA3Config(target_modules=targets, feedforward_modules=[])),
+        Method("c3a", "peft", "", lambda: C3AConfig(block_size=32, target_modules=targets)),
+    ]
+    for name in list_primitives():
+        found.append(Method(name, "primitive", primitive_info(name).kind, _bio([name])))
+    for joined in sets:
+        found.append(Method(joined, "set", "", _bio(joined.split("+"))))
+    return found
+
+
+def _bio(names: list[str]) -> Callable[[], peft.PeftConfig]:
+    return lambda: BioConfig(primitives=list(names), target_modules=list(TARGETS))
+
+
+def encoder() -> BertModel:
+    """BERT-shaped, random weights, no dropout."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=4 * WIDTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    return BertModel(config)
+
+
+def adapted(base: nn.Module, method: Method) -> PeftModel:
+    """A copy of the encoder with the method on it, training. The copies share their frozen weights."""
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    model = get_peft_model(copy.deepcopy(base, shared), method.config())
+    return model.train()
+
+
+def batch(padded: bool) -> dict[str, Tensor]:
+    """Token numbers, and with ``padded`` a mask under which sequences have 16 to 64 tokens."""
+    ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    if not padded:
+        return {"input_ids": ids}
+    lengths = torch.linspace(TOKENS / 4, TOKENS, BATCH).long()
+    return {"input_ids": ids, "attention_mask": (torch.arange(TOKENS) < lengths[:, None]).long()}
+
+
+def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """A loss."""
+    return model(**inputs).last_hidden_state.square().mean()
+
+
+# -- what does not depend on the machine ----------------------------------------------------------------------------------
+
+
+def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Of forward and backward; matrix products count, elementwise work and FFT do not."""
+    with FlopCounterMode(display=False) as counter:
+        forward(model, inputs).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Size of the storages held for backward, each once, without parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, Tensor] = {}  # keeping the tensors keeps addresses from being used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters:
+            held[address] = tensor.detach()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(model, inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def file_bytes(model: PeftModel) -> int:
+    """Size of the adapter file that `save_pretrained` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return Path(folder, SAFETENSORS_WEIGHTS_NAME).stat().st_size
+
+
+# -- time -----------------------------------------------------------------------------------------------------------------
+
+
+def timings(
+    models: dict[str, nn.Module], inputs: dict[str, Tensor], rounds: int, warmup: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of forward and of forward plus backward, per method and round; every round visits all methods."""
+    # One thread's own processor time does not count what other processes take; several threads need the wall clock.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    names = list(models)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-warmup, rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always first
+                spent = _step(models[name], inputs, clock)
+                if turn >= 0:
+                    seconds[name].append(spent)
+            _progress(turn + warmup + 1, rounds + warmup)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def _step(model: nn.Module, inputs: dict[str, Tensor], clock: Callable[[], float]) -> tuple[float, float]:
+    start = clock()
+    loss = forward(model, inputs)
+    middle = clock()
+    loss.backward()
+    end = clock()
+    model.zero_grad(set_to_none=True)
+    return middle - start, end - start
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rround {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+
+def step_spread(own: list[tuple[float, float]], reference: list[tuple[float, float]]) -> tuple[float, float]:
+    """Lower and upper quartile over rounds of the ratio of forward plus backward within a round."""
+    ratios = [mine / theirs for (_, mine), (_, theirs) in zip(own, reference, strict=True)]
+    if len(ratios) < 2:
+        return ratios[0], ratios[0]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, high
+
+
+# -- the table ------------------------------------------------------------------------------------------------------------
+
+
+def measure(chosen: list[Method], inputs: dict[str, Tensor], rounds: int, warmup: int) -> list[Row]:
+    """One row per method, the dearest last. The reference has to be among them."""
+    base = encoder()
+    models = {method.name: adapted(base, method) for method in chosen}
+    work = {name: flops(model, inputs) for name, model in models.items()}
+    held = {name: saved_bytes(model, inputs) for name, model in models.items()}
+    spent = timings(models, inputs, rounds, warmup)
+    fastest = {name: [min(column) for column in zip(*turns, strict=True)] for name, turns in spent.items()}
+    rows = []
+    for method in chosen:
+        name, model = method.name, models[method.name]
+        low, high = step_spread(spent[name], spent[REFERENCE])
+        rows.append(
+            Row(
+                method=name,
+                family=method.family,
+                kind=method.kind,
+                flops_ratio=round(work[name] / work[REFERENCE], 3),
+                saved_mib=round(held[name] / 2**20, 1),
+                saved_ratio=round(held[name] / held[REFERENCE], 3),
+                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                file_kib=round(file_bytes(model) / 2**10, 1),
+                forward_ratio=round(fastest[name][0] / fastest[REFERENCE][0], 3),
+                step_ratio=round(fastest[name][1] / fastest[REFERENCE][1], 3),
+                step_ratio_low=round(low, 3),
+                step_ratio_high=round(high, 3),
+            )
+        )
+    return sorted(rows, key=lambda row: row.step_ratio)
+
+
+def render(rows: list[Row]) -> str:
+    """A plain table; names to the left, numbers to the right."""
+    header = [field.name for field in fields(Row)]
+    lines = [header, *([str(value) for value in asdict(row).values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        for line in lines
+    )
+
+
+def anchor_report(rows: list[Row]) -> str:
+    """Whether LoRA r=8 comes to the known numbers."""
+    row = next(row for row in rows if row.method == REFERENCE)
+    wrong = [
+        f"{field} is {getattr(row, field)}, expected {value}"
+        for field, (value, tolerance) in ANCHOR.items()
+        if abs(getattr(row, field) - value) > tolerance
+    ]
+    return "LoRA r=8 is NOT as expected: " + "; ".join(wrong) if wrong else "LoRA r=8 comes to the known numbers."
+
+
+def write_csv(path: Path, rows: list[Row], conditions: dict[str, str | int]) -> None:
+    """All rows, each with the conditions it was measured under."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *conditions], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**asdict(row), **conditions} for row in rows)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------
+
+
+def machine_name() -> str:
+    """Processor model, number of cores and torch version, fit for a file name."""
+    model = platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo")
+    if about.is_file():
+        named = re.search(r"^model name\s*:\s*(.+)$", about.read_text(encoding="utf-8"), re.MULTILINE)
+        model = named[1] if named else model
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*", " ", model.lower())
+    cores = torch.multiprocessing.cpu_count()
+    return "-".join(re.findall(r"[a-z0-9.]+", f"{words} {cores}core torch{torch.__version__.split('+')[0]}"))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="measure this and the reference; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="A+B", help="also measure these together")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, 1 to warm up")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--padded", action="store_true", help="sequences of 16 to 64 tokens under an attention mask")
+    parser.add_argument("--machine", default=None, help="name of the CSV (default: processor, cores, torch version)")
+    given = parser.parse_args()
+    if given.quick:
+        given.rounds, given.warmup = 3, 1
+    if given.rounds < 1 or given.warmup < 0 or given.threads < 1:
+        parser.error("--rounds and --threads are at least 1, --warmup at least 0")
+    known = [method.name for method in methods(given.set)]
+    unknown = [name for name in given.only or () if name not in known]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: accepted are {', '.join(known)}")
+    return given
+
+
+def main() -> int:
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    warnings.filterwarnings("ignore", module="transformers")
+    chosen = [m for m in methods(given.set) if not given.only or m.name in (REFERENCE, *given.only)]
+    rows = measure(chosen, batch(given.padded), given.rounds, given.warmup)
+    print(render(rows))
+    print(anchor_report(rows))
+    conditions = {
+        "padded": int(given.padded),
+        "threads": given.threads,
+        "rounds": given.rounds,
+        "warmup": given.warmup,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "bioadapt": bioadapt.__version__,
+    }
+    if given.only or given.quick:
+        print("Part of a run: no CSV is written.")
+    else:
+        name = given.machine or machine_name()
+        path = RESULTS / f"{name}{'-padded' if given.padded else ''}.csv"
+        write_csv(path, rows, conditions)
+        print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

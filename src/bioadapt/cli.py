@@ -1,0 +1,190 @@
+"""The command ``bioadapt``: list and show primitives, run the demo.
+
+Everything heavy is imported by the command that needs it. A user's mistake is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .registry import PrimitiveInfo
+
+EXAMPLE_WIDTH = 384
+_USAGE_ERROR = 2
+
+app = typer.Typer(
+    name="bioadapt",
+    help="Mechanisms from neuroscience as PEFT adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the command ``bioadapt``."""
+    app()
+
+
+@app.command("list")
+def list_command(
+    stage: Annotated[str | None, typer.Option(help="Only primitives of this stage.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only primitives of this kind.")] = None,
+) -> None:
+    """List the primitives."""
+    from .registry import list_primitives, primitive_info
+
+    try:
+        names = list_primitives(stage, kind)
+    except ValueError as error:
+        _fail(error)
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "stage", "kind", "merges"):
+        table.add_column(column, no_wrap=True)
+    table.add_column(f"parameters at {EXAMPLE_WIDTH}x{EXAMPLE_WIDTH}", justify="right")
+    table.add_column("summary")
+    for name in names:
+        info = primitive_info(name)
+        count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
+        table.add_row(name, info.stage, info.kind, "yes" if info.mergeable else "no", f"{count:,}", info.summary)
+    _console().print(table, highlight=False)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Name of a primitive; `bioadapt list` shows them.")]) -> None:
+    """Show all about one primitive."""
+    from .registry import primitive_info
+
+    try:
+        info = primitive_info(name)
+    except ValueError as error:
+        _fail(error)
+    console = _console()
+    count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for label, value in (
+        ("biology", info.biology),
+        ("equation", info.equation),
+        ("reference", info.reference),
+        ("stage", info.stage),
+        ("kind", info.kind),
+        ("merges", _merging(info)),
+        ("parameters", f"{count:,} on a layer from {EXAMPLE_WIDTH} to {EXAMPLE_WIDTH} features"),
+        ("also", ", ".join(_traits(info)) or "-"),
+    ):
+        facts.add_row(label, _plain(value))
+    console.print(info.name, style="bold", highlight=False)
+    console.print(_plain(info.summary), highlight=False)
+    console.print()
+    console.print(facts, highlight=False)
+    console.print()
+    console.print(_settings(info) if info.settings else "no settings", highlight=False)
+    console.print()
+    console.print(_example(info), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help="api-search, stsb, or a task of --data-dir.")] = "api-search",
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
+    output: Annotated[str, typer.Option(help="Where adapters, results and picture go.")] = "demo_output",
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of the LoRA and of the bio adapter each; the other LoRA gets both.")
+    ] = None,
+    primitives: Annotated[str | None, typer.Option(help="Names of primitives, parted by commas.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of both LoRAs.")] = None,
+    bio_learning_rate: Annotated[float | None, typer.Option(help="Of the bio adapter.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
+    limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
+) -> None:
+    """Train a LoRA and a bio adapter over it on real data, compare them fairly, and reload both."""
+    try:
+        from .demo import Demo, DemoSettings, ReloadError
+
+        chosen = {"epochs": epochs, "learning_rate": learning_rate, "bio_learning_rate": bio_learning_rate}
+        settings: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        if primitives is not None:
+            settings["primitives"] = tuple(name.strip() for name in primitives.split(",") if name.strip())
+        job = Demo(
+            DemoSettings(
+                task=task, data_dir=data_dir, model=model, output=output, seed=seed, batch_size=batch_size,
+                limit=limit, device=device, **settings,
+            ),
+            _console(),
+        )  # fmt: skip
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    try:
+        job.run()
+    except ReloadError as error:
+        typer.echo(f"bioadapt: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"bioadapt: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(_USAGE_ERROR)
+
+
+def _console() -> Console:
+    """A console on today's stdout; what goes to a file or a pipe is not folded to a terminal's width."""
+    console = Console(soft_wrap=False)
+    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+
+def _plain(text: str) -> str:
+    """Square brackets are part of equations, not mark-up."""
+    return text.replace("[", r"\[")
+
+
+def _merging(info: PrimitiveInfo) -> str:
+    return {
+        "weight": "yes, as a change of the layer's weight",
+        "left": "yes, as a linear map of the layer's output",
+        None: "no, it depends on its input",
+    }[info.merge]
+
+
+def _traits(info: PrimitiveInfo) -> list[str]:
+    traits = {
+        "draws random numbers in training": info.stochastic,
+        "has buffers that follow a local rule": info.learns,
+        "reads the layer's input": info.needs_input,
+    }
+    return [trait for trait, holds in traits.items() if holds]
+
+
+def _settings(info: PrimitiveInfo) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("setting", "type", "default", "range", "meaning"):
+        table.add_column(column, no_wrap=column != "meaning")
+    for name, setting in info.settings.items():
+        kind = setting.type.__name__ if setting.default is not None else "-"
+        table.add_row(name, kind, repr(setting.default), _plain(setting.accepted), _plain(setting.meaning))
+    return table
+
+
+def _example(info: PrimitiveInfo) -> str:
+    first = next(((name, setting.default) for name, setting in info.settings.items()), None)
+    entry = f'"{info.name}"' if first is None else f'{{"name": "{info.name}", "{first[0]}": {first[1]!r}}}'
+    return (
+        "from peft import get_peft_model\n"
+        "from bioadapt import BioConfig\n\n"
+        f"model = get_peft_model(model, BioConfig(primitives=[{entry}]))"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Gains of few factors: what many mechanisms of gain control, rhythm and neuromodulation come down to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Context, Primitive
+
+
+class _Modulation(torch.autograd.Function):
+    """Few passes over x forward and backward, and nothing of its width kept but x itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, channels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain, channels)
+        return (gain @ channels.mT).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, gain, channels = ctx.saved_tensors
+        on_x, on_gain, on_channels = None, None, None
+        if ctx.needs_input_grad[0]:
+            on_x = (gain @ channels.mT).mul_(grad)
+        product = grad * x
+        if ctx.needs_input_grad[1]:
+            on_gain = product @ channels
+        if ctx.needs_input_grad[2]:
+            on_channels = product.flatten(0, -2).mT @ gain.flatten(0, -2)
+        return on_x, on_gain, on_channels
+
+
+def modulated(x: Tensor, gain: Tensor, channels: Tensor) -> Tensor:
+    """x_i sum_k gain_k channels_ik: x (..., d), gain (..., r) broadcastable to it, channels (d, r) -> (..., d)."""
+    return _Modulation.apply(x, gain.expand(*x.shape[:-1], -1), channels)
+
+
+class Modulation(Primitive):
+    """A primitive of the form delta_i = x_i sum_k gain_k channels_ik, whose gate costs nothing.
+
+    A subclass defines `factors` instead of `transform`.
+    """
+
+    def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x (B, T, d) in fp32 -> gain (B or 1, T or 1, r), channels (d, r)."""
+        raise NotImplementedError(f"{type(self).__name__} must define factors")
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        return modulated(x, *self.factors(x, context))
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        gain, channels = self.factors(x, context)
+        return modulated(x, gain, self.gate[:, None] * channels)

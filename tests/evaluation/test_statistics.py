@@ -1,0 +1,88 @@
+"""Intervals: that they hold what they promise, on data whose truth is known."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+from bioadapt.evaluation.statistics import (
+    STATISTICS,
+    Evaluation,
+    Interval,
+    paired_interval,
+    score_interval,
+)
+
+
+def evaluation(metric, rows, gold=None):
+    gold = np.arange(len(rows)) if gold is None else gold
+    return Evaluation({metric: STATISTICS[metric](rows, gold)}, {metric: rows}, gold)
+
+
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        noise = generator.normal(size=60)  # common to both models: pairing removes it
+        a = evaluation("accuracy", noise + generator.normal(0.3, 0.5, size=60))
+        b = evaluation("accuracy", noise)
+        interval = paired_interval(a, b, "accuracy", resamples=400)
+        covered += interval.low <= 30.0 <= interval.high
+        assert interval.low <= interval.estimate <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_pairing_is_narrower_than_not_pairing():
+    generator = np.random.default_rng(1)
+    noise = generator.normal(size=400)
+    a, b = evaluation("accuracy", noise + 0.01 * generator.normal(size=400)), evaluation("accuracy", noise)
+    alone = score_interval(a, "accuracy")
+    together = paired_interval(a, b, "accuracy")
+    assert together.high - together.low < 0.1 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize("metric", ["spearman", "average_precision", "v_measure", "mrr@10"])
+def test_a_difference_in_each_metric_has_its_sign(metric):
+    generator = np.random.default_rng(2)
+    gold = generator.integers(0, 2, size=150)
+    signal = gold + 0.1 * generator.normal(size=150)
+    noise = generator.normal(size=150)
+    if metric == "v_measure":
+        good, bad = np.stack([gold, gold], 1), generator.integers(0, 2, size=(150, 2))
+    elif metric == "mrr@10":
+        good, bad = np.full(150, 1.0) - 0.01 * generator.random(150), generator.random(150)
+    else:
+        good, bad = signal, noise
+    a, b = evaluation(metric, good, gold), evaluation(metric, bad, gold)
+    interval = paired_interval(a, b, metric, resamples=200)
+    assert interval.verdict == "higher"
+    assert paired_interval(b, a, metric, resamples=200).verdict == "lower"
+    assert interval.estimate == pytest.approx(a.scores[metric] - b.scores[metric])
+    assert interval == paired_interval(a, b, metric, resamples=200)
+
+
+def test_the_same_rows_differ_by_nothing():
+    a = evaluation("accuracy", np.array([0.0, 1.0, 1.0]))
+    assert paired_interval(a, a, "accuracy") == Interval(0.0, 0.0, 0.0, 0.95)
+    assert paired_interval(a, a, "accuracy").verdict == "undecided"
+
+
+def test_a_constant_difference_has_no_width():
+    a, b = evaluation("accuracy", np.ones(5)), evaluation("accuracy", np.zeros(5))
+    assert paired_interval(a, b, "accuracy") == Interval(100.0, 100.0, 100.0, 0.95)
+
+
+def test_other_rows_are_refused():
+    a, b = evaluation("accuracy", np.ones(5)), evaluation("accuracy", np.ones(6))
+    with pytest.raises(ValueError, match="the same rows twice"):
+        paired_interval(a, b, "accuracy")
+    with pytest.raises(ValueError, match="the same rows twice"):
+        paired_interval(a, evaluation("accuracy", np.ones(5), np.arange(5)[::-1]), "accuracy")
+
+
+def test_the_difference_of_two_evaluations_is_that_of_their_worst_row():
+    a = Evaluation({"accuracy": 50.0}, {"accuracy": np.array([0.0, 1.0])}, np.arange(2))
+    b = Evaluation({"accuracy": 50.0}, {"accuracy": np.array([0.0, 1.0 - 1e-5])}, np.arange(2))
+    assert a.difference_from(b) == pytest.approx(1e-5)
+    assert a.difference_from(a) == 0.0
