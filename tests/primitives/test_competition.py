@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from bioadapt import build_primitive
 
@@ -39,6 +40,22 @@ class TestLateralInhibition:
         assert (f * x >= 0).all()
         assert (f.abs() <= x.abs()).all()
         assert (f.abs() < 1e-6).any()
+
+    def test_value_and_gradients_follow_the_equation(self, seed):
+        module, x = awake("lateral_inhibition", seed), torch.randn(2, 5, D, requires_grad=True)
+        weight = torch.randn(2, 5, D)
+
+        def plain(x):
+            pools, sources = softplus(module.pools), softplus(module.sources) / D
+            pairs = (pools @ sources) * (1 - torch.eye(D))
+            return module.gate * (x.sign() * torch.relu(x.abs() - x.abs() @ pairs.T) - x)
+
+        results = []
+        for function in (module, plain):
+            y = function(x)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *module.parameters()))))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_a_unit_alone_is_not_inhibited(self, seed):
         x = torch.zeros(1, 1, D)

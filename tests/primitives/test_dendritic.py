@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from bioadapt import build_primitive
 from bioadapt.primitives.base import Context, Host
+from bioadapt.primitives.frames import unit
 
 SEEDS = range(4)
 
@@ -46,6 +48,12 @@ class TestNmdaBranches:
     def test_nothing_in_nothing_out(self, module):
         assert self.response(module).abs().max() < 1e-6
 
+    def test_reads_the_pattern_of_the_input_and_the_scale_of_the_output(self, module):
+        v, x = torch.randn(2, 5, self.N), torch.randn(2, 5, self.D)
+        delta = module(x, Context(x_in=v))
+        torch.testing.assert_close(module(x, Context(x_in=3 * v)), delta, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module(3 * x, Context(x_in=v)), 3 * delta, rtol=1e-4, atol=1e-5)
+
     def test_every_input_belongs_to_one_branch(self, module):
         wired = module.wiring() != 0
         assert (wired.sum(1) == 1).all()
@@ -70,11 +78,18 @@ class TestVesicleRelease:
             module.rest.copy_(torch.linspace(-2, 1, self.D))  # unreliable to reliable
         return module
 
+    def probability(self, module, x):
+        """Evaluation transmits the exact mean."""
+        was_training = module.training
+        p = (module.eval()(x) / x).detach()
+        module.train(was_training)
+        return p
+
     @pytest.mark.parametrize("sites", [1, 4, 64])
     def test_mean_variance_and_quanta(self, seed, sites):
         module = self.module(seed, sites)
         x = torch.randn(1, 1, self.D).expand(1, self.DRAWS, self.D)
-        p = module.probability(x)[0, 0].detach()
+        p = self.probability(module, x)[0, 0]
         release = (module.train()(x) / x)[0].detach()
         error = (p * (1 - p) / sites / self.DRAWS).sqrt()
         assert ((release.mean(0) - p).abs() < 5 * error).all()
@@ -83,16 +98,38 @@ class TestVesicleRelease:
         torch.testing.assert_close(quanta, quanta.round(), rtol=0, atol=1e-4)
         assert release.min() >= 0 and release.max() <= 1
 
-    def test_evaluation_is_the_exact_mean(self, seed):
+    def test_evaluation_is_the_equation_and_deterministic(self, seed):
         module = self.module(seed, 4).eval()
         x = torch.randn(2, 5, self.D)
-        assert torch.equal(module(x), x * module.probability(x))
+        p = torch.sigmoid(module.rest + softplus(module.drive) * unit(x).abs())
+        torch.testing.assert_close(module(x), x * p)
         assert torch.equal(module(x), module(x))
+
+    def test_gradients_follow_the_equation(self, seed):
+        module = self.module(seed, 4).eval()
+        module.wake()
+        x, weight = torch.randn(2, 5, self.D, requires_grad=True), torch.randn(2, 5, self.D)
+
+        def by_equation(x):
+            return module.gate * x * torch.sigmoid(module.rest + softplus(module.drive) * unit(x).abs())
+
+        results = []
+        for function in (module, by_equation):
+            y = function(x)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *module.parameters()))))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
     def test_stronger_drive_is_more_reliable(self, seed):
         module = self.module(seed, 4)
-        x = torch.randn(2, 5, self.D).abs().sort(-1).values
-        assert (module.probability(x * torch.tensor([1.0] * 5 + [2.0]))[..., 5] > module.probability(x)[..., 5]).all()
+        x = torch.randn(2, 5, self.D)
+        louder = x * torch.tensor([1.0] * 5 + [2.0])
+        assert (self.probability(module, louder)[..., 5] > self.probability(module, x)[..., 5]).all()
+
+    def test_reliability_is_blind_to_the_scale_of_the_token(self, seed):
+        module, x = self.module(seed, 4), torch.randn(2, 5, self.D)
+        p = self.probability(module, x)
+        torch.testing.assert_close(self.probability(module, 3 * x), p, rtol=1e-4, atol=1e-5)
 
     def test_gradient_passes_straight_through(self, seed):
         module = self.module(seed, 4)

@@ -29,7 +29,7 @@ class TestDopamineRpe:
             module.critic.copy_(torch.eye(4)[:2])  # channel 0 is value, channel 1 reward
         return module
 
-    def errors(self, module, *events: str, documents: int = 1) -> list[float]:
+    def errors(self, module, *events: str) -> list[float]:
         """tanh of the error at each token, read as the gain of a channel that is never zero."""
         tokens = []
         for event in events:

@@ -63,6 +63,24 @@ class TestDivisiveNormalization:
         torch.testing.assert_close(normalized(*inputs, 0.25, p), plain(*inputs, 0.25, p))
         assert torch.autograd.gradcheck(lambda *args: normalized(*args, 0.25, p), inputs)
 
+    @pytest.mark.parametrize("exponent", [1.5, 2.0])
+    def test_gated_change_and_gradients_follow_the_equation(self, seed, exponent):
+        torch.manual_seed(seed)
+        module = build_primitive("divisive_normalization", D, D, exponent=exponent)
+        module.wake()
+        x, weight = torch.randn(2, 5, D, requires_grad=True), torch.randn(2, 5, D)
+
+        def by_equation(x: Tensor) -> Tensor:
+            sigma, weights = nn.functional.softplus(module.sigma), nn.functional.softplus(module.weights)
+            return module.gate * (plain(x, module.log_level.exp(), sigma, weights, 0.25, exponent) - x)
+
+        results = []
+        for function in (module, by_equation):
+            y = function(x)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *module.parameters()))))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0, 3.0])
     def test_gradient_is_finite_at_zero(self, seed, exponent):
         module = build_primitive("divisive_normalization", D, D, exponent=exponent)

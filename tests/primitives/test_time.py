@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from bioadapt.primitives.time import (
     decay_of,
     deviations,
     front_aligned,
+    held,
     linear_scan,
     past_trace,
     previous,
@@ -136,7 +139,7 @@ class TestRecurrence:
         before = previous("before", h, Context(resets=starts), initial=start)
         for b in range(4):
             borders = [*starts[b].nonzero()[:, 0].tolist(), steps]
-            for first, last in zip(borders, borders[1:], strict=False):
+            for first, last in pairwise(borders):
                 piece = slice(first, last)
                 alone = recurrence("h", decay[b : b + 1, piece], drive[b : b + 1, piece], Context(), start[b : b + 1])
                 same(h[b : b + 1, piece], alone)
@@ -179,6 +182,25 @@ class TestRecurrence:
         h = recurrence("h", decay, drive[:, 7:], context)
         same(h, full[:, 7:])
         same(previous("before", h, context), full[:, 6:-1])
+
+
+class TestHeld:
+    series = torch.arange(12.0).reshape(2, 6, 1)
+
+    def test_is_the_series_without_padding(self):
+        assert held("s", self.series, Context()) is self.series
+
+    def test_keeps_the_last_real_value_over_padding_and_into_decoding(self):
+        mask = torch.tensor([[False, True, False, False, True, True], [True, True, False, True, False, False]])
+        expected = torch.tensor([[0.0, 1, 1, 1, 4, 5], [6, 7, 7, 9, 9, 9]])[..., None]
+        series = torch.where(mask[..., None], self.series.double(), JUNK)
+        same(held("s", series, Context(mask=mask)), expected)
+        state = Memory().part("p")
+        steps = [
+            held("s", series[:, piece], Context(mask=mask[:, piece], state=state))
+            for piece in (slice(0, 3), slice(3, 4), slice(4, 6))
+        ]
+        same(torch.cat(steps, 1), expected)
 
 
 class TestTraces:

@@ -210,10 +210,7 @@ def test_sentence_transformers_add_save_and_load(folder, tmp_path):
     "primitive",
     [
         "lateral_inhibition",
-        pytest.param(
-            "predictive_coding",
-            marks=pytest.mark.xfail(reason="sentence-transformers calls forward by name, past the hooks of a scope"),
-        ),
+        "predictive_coding",
     ],
 )
 def test_padding_changes_nothing_for_sentence_transformers(folder, primitive):

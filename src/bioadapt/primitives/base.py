@@ -279,13 +279,19 @@ class Primitive(nn.Module):
         return self.gate * (0.5 * (forwards + backwards))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:
-        # Running statistics lose small updates in half precision (0.001 steps towards 1.0 stop at 0.25 in bf16),
-        # so floating buffers stay fp32 whatever the host is cast to.
+        # Running statistics lose small updates in half precision (0.001 steps towards 1.0 stop at 0.25 in bf16), and
+        # frozen matrices their exactness: floating buffers keep their dtype and every bit, whatever the host becomes.
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
         super()._apply(fn, recurse)
-        for module in self.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32:
-                    module._buffers[name] = buffer.float()
+        for module, name, buffer in kept:
+            moved = module._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(moved.device)
         return self
 
     def wake(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Context
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
-CHUNK = 64  # tokens that one matrix product covers in `deviations`
+CHUNK = 128  # tokens up to which `deviations` takes a matrix product
 
 
 def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -131,7 +131,7 @@ def held(name: str, series: Tensor, context: Context) -> Tensor:
 
 
 def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
-    """h_{t-1} of a `recurrence` or a `held` series: the value before each token, ``initial`` before the first token of a document.
+    """h_{t-1} of a `recurrence` or a `held` series; ``initial`` at the first token of a document.
 
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
@@ -178,8 +178,27 @@ def readings(
     return torch.stack([onwards, reverse.flip(1)])
 
 
+class _Deviation(torch.autograd.Function):
+    """A product with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
+
+    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
+        error = kernel @ columns  # (G, T, T) @ (G, T, n)
+        ctx.save_for_backward(error, decay, kernel)
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        error, decay, kernel = ctx.saved_tensors
+        on_columns = kernel.mT @ grad
+        return on_columns, (grad - on_columns).mul_(error).sum((1, 2)) / (1 - decay), None
+
+
 def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Tensor]:
-    """z_t - E_tau(z)_{t-1} of a wide series by matrix products, several times cheaper than a scan and its shift.
+    """z_t - E_tau(z)_{t-1} of a wide series, by matrix products as long as it is short.
 
     Args:
         z: (B, T, G, c). The trace starts from zero and hears every token: padding must be zero and at the end, as
@@ -190,43 +209,26 @@ def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Te
     Returns:
         One reading of time, or two, both (B, T, G, c) and in the order of z.
     """
-    chunks = _chunks(z, min(z.shape[1], CHUNK))  # (B, N, C, G, c)
-    batch, count, size, _, width = chunks.shape
-    columns = chunks.permute(3, 2, 0, 1, 4).flatten(2)  # (G, C, B N c)
-    place = torch.arange(size + 1, device=z.device)
-    age = place[:, None] - place[1:]  # of each token for each later one, and in the last row for the chunks that follow
+    if z.shape[1] > CHUNK:
+
+        def by_scan(series: Tensor) -> Tensor:
+            return series - past_trace("", series, decay[:, None], Context())
+
+        return [by_scan(z), by_scan(z.flip(1)).flip(1)] if bidirectional else [by_scan(z)]
+    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
+    with torch.no_grad():
+        kernel = _deviation_kernel(decay, z.shape[1])
+    kernels = [kernel, kernel.mT] if bidirectional else [kernel]  # it depends on differences of time alone
+    errors = [_Deviation.apply(columns, decay, each) for each in kernels]
+    return [error.unflatten(2, (z.shape[0], -1)).permute(2, 1, 0, 3) for error in errors]
+
+
+def _deviation_kernel(decay: Tensor, steps: int) -> Tensor:
+    """1 at (t, t), -(1 - a) a^(t - 1 - s) at (t, s < t), else 0: (G,) -> (G, T, T)."""
+    place = torch.arange(steps, device=decay.device)
+    age = (place[:, None] - place - 1).to(decay.dtype)
     power = torch.exp(age.clamp(min=0) * decay.log()[:, None, None])
-    weights = power * ((age >= 0) * (1 - decay)[:, None, None])  # (G, C + 1, C)
-    kernel = torch.eye(size, dtype=z.dtype, device=z.device) - weights[:, :-1]
-    kept = torch.exp(place[:-1, None, None] * decay.log()[:, None])  # (C, G, 1)
-    sides = [(kernel, weights[:, -1:], kept, False)]
-    if bidirectional:  # a kernel that depends on differences alone is transposed by reversing time
-        sides.append((kernel.mT, weights[:, -1:].flip(-1), kept.flip(0), True))
-
-    def applied(rows: Tensor) -> Tensor:
-        return (rows @ columns).unflatten(2, (batch, count, width)).permute(2, 3, 1, 0, 4)  # (B, N, C or 1, G, c)
-
-    found = []
-    for rows, last, kept, backwards in sides:
-        error = applied(rows)
-        if count > 1:
-            carried = _passed_on(decay[:, None] ** size, applied(last)[:, :, 0], backwards)
-            error = error - kept * carried[:, :, None]
-        found.append(error.flatten(1, 2)[:, : z.shape[1]])
-    return found
-
-
-def _passed_on(decay: Tensor, left: Tensor, backwards: bool) -> Tensor:
-    """The trace that each chunk finds, from what each leaves behind: (B, N, G, c) -> (B, N, G, c)."""
-    if backwards:
-        return _passed_on(decay, left.flip(1), False).flip(1)
-    ends = linear_scan(decay, left)
-    return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
-
-
-def _chunks(series: Tensor, size: int) -> Tensor:
-    """(B, T, ...) -> (B, N, size, ...), filled up with zeros at the end."""
-    return _filled(series, -series.shape[1] % size).unflatten(1, (-1, size))
+    return power.mul_((decay - 1)[:, None, None]).mul_(age >= 0).add_(torch.eye(steps).to(decay))
 
 
 def _filled(series: Tensor, steps: int) -> Tensor:

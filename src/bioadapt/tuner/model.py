@@ -25,9 +25,12 @@ from ..config import BioConfig
 from . import stack
 from .bridge import CONTAINER, PREFIX
 from .checkpoint import ROOT, check_fingerprint, check_keys, fingerprint, own_tensors, without_adapter_name
+from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
+from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
 from .targets import RESIDUAL_WRITERS, residual_writers
+from .tree import bio_layers, forget_adapter, named_bio_layers, remove_adapter
 
 
 class BioModel(BaseTuner):
@@ -58,12 +61,12 @@ class BioModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         under = model if isinstance(model, (PeftModel, PeftMixedModel)) else None
-        plain = model if under is None else _base_of(under)
+        plain = model if under is None else base_of(under)
         shared = plain.__dict__.get("peft_config")
         if under is None and shared is not None and adapter_name in shared:
             raise ValueError(
                 f"adapter_name={adapter_name!r} is taken on this model; choose another, for instance "
-                f"adapter_name={_free_name(shared)!r}"
+                f"adapter_name={free_name(shared)!r}"
             )
         if under is not None:
             # The tuner below keeps its own table of configurations; ours starts empty.
@@ -72,7 +75,7 @@ class BioModel(BaseTuner):
             super().__init__(plain, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except Exception:
             if under is None:
-                _forget(plain, adapter_name, shared)
+                forget_adapter(plain, adapter_name, shared)
             raise
         finally:
             if under is not None and shared is not None:
@@ -94,7 +97,7 @@ class BioModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        _check_names(model, self.peft_config, adapter_name)
+        check_names(model, self.peft_config, adapter_name)
         if self.peft_config[adapter_name].__dict__.pop("read_from_file", False):
             self.__dict__.setdefault("_awaiting", {})[adapter_name] = trainable
         try:
@@ -104,9 +107,11 @@ class BioModel(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad = requires_grad
             if isinstance(error, NoMatchingPeftModuleError):
-                raise _with_suggestion(error, self.peft_config[adapter_name], model) from None
+                raise with_suggestion(error, self.peft_config[adapter_name], model) from None
             raise
-        self._take_over_heads(adapter_name)
+        take_over_heads(self.model, adapter_name)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     def _prepare_adapter_config(self, peft_config: BioConfig, model_config: dict) -> BioConfig:
         if peft_config.target_modules is None:
@@ -166,30 +171,15 @@ class BioModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
 
-    def _take_over_heads(self, adapter_name: str) -> None:
-        """Let a fresh copy of a module to save start from the trained copy of the method below, not from scratch."""
-        for wrapper in self._heads([adapter_name]):
-            below = _head_below(self.model, wrapper)
-            copies = getattr(wrapper, "modules_to_save", {})
-            if adapter_name in copies and below in copies:
-                copies[adapter_name].load_state_dict(copies[below].state_dict())
-        if adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
-
     # -- activation: ours only, what lies below stays as its owner left it --
 
     def layers(self) -> list[BioLayer]:
         """All bio layers of the model."""
-        return list(_bio_layers(self.model))
-
-    def _heads(self, names: Any) -> Iterator[AuxiliaryTrainingWrapper]:
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and any(name in module._adapters for name in names):
-                yield module
+        return list(bio_layers(self.model))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for wrapper in self._heads(self.own_names):
+        for wrapper in heads(self.model, self.own_names):
             ours = [name for name in names if name in wrapper._adapters]
             if len(ours) > 1:
                 raise ValueError(f"of {ours} one can be active: each has its own trained copy of a module to save")
@@ -197,29 +187,21 @@ class BioModel(BaseTuner):
             if layer.merged:
                 layer.unmerge()
             layer.set_adapter(names, inference_mode=inference_mode)
-        for wrapper in self._heads(self.own_names):
-            self._use_head(wrapper, names, inference_mode)
+        for wrapper in heads(self.model, self.own_names):
+            use_head(self.model, wrapper, names, inference_mode)
         self.active_adapter = adapter_name
-
-    def _use_head(self, wrapper: AuxiliaryTrainingWrapper, names: list[str], inference_mode: bool = False) -> None:
-        """Use the copy of one of the named adapters, or if none has one, what is used without a bio adapter."""
-        ours = [name for name in names if name in wrapper._adapters]
-        if ours:
-            wrapper.set_adapter(ours[0], inference_mode=inference_mode)
-        else:
-            _use_head_below(self.model, wrapper)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for layer in self.layers():
             layer.enable_adapters(enabled)
-        for wrapper in self._heads(self.own_names):
+        for wrapper in heads(self.model, self.own_names):
             if wrapper._adapters <= set(self.own_names):
                 wrapper.enable_adapters(enabled)
             else:  # disabled, the wrapper would pass over the copy of the method below
-                self._use_head(wrapper, self.active_adapters if enabled else [])
+                use_head(self.model, wrapper, self.active_adapters if enabled else [])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        for module in [*self.layers(), *self._heads(self.own_names)]:
+        for module in [*self.layers(), *heads(self.model, self.own_names)]:
             module.set_requires_grad(adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -251,10 +233,10 @@ class BioModel(BaseTuner):
             for scope in scopes:
                 scope.adapter_names = list(names)
                 told.callback(setattr, scope, "adapter_names", None)
-            for wrapper in self._heads(self.own_names):
-                instead = _head_below(self.model, wrapper) or "__base__"
+            for wrapper in heads(self.model, self.own_names):
+                instead = head_below(self.model, wrapper) or "__base__"
                 copies = [name if name in wrapper._adapters else instead for name in names]
-                tell = partial(_tell_head, adapter_names=copies)
+                tell = partial(tell_head, adapter_names=copies)
                 told.enter_context(wrapper.register_forward_pre_hook(tell, with_kwargs=True))
             yield
 
@@ -321,7 +303,7 @@ class BioModel(BaseTuner):
         if self.under is None:
             for name in names:
                 del self.peft_config[name]
-            _forget(self.model, None, self.peft_config or None)
+            forget_adapter(self.model, None, self.peft_config or None)
             return self.model
         if self._hiding is not None:
             self._hiding.remove()
@@ -344,7 +326,7 @@ class BioModel(BaseTuner):
         for layer in self.layers():
             if adapter_name in layer.circuits:
                 del layer.circuits[adapter_name]
-        _release_heads(self.model, adapter_name)
+        release_heads(self.model, adapter_name)
         if was_active:
             if not active and self.own_names:
                 active = sorted(self.own_names)[:1]
@@ -364,8 +346,8 @@ class BioModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        found, heads = {}, {}
-        for name, layer in _named_bio_layers(model):
+        found, trained = {}, {}
+        for name, layer in named_bio_layers(model):
             if adapter_name in layer.circuits:
                 prefix = f"{name}.{CONTAINER}.{adapter_name}." if name else f"{CONTAINER}.{adapter_name}."
                 # PEFT has dropped every key that contains another adapter's name, be it that of a module.
@@ -374,9 +356,9 @@ class BioModel(BaseTuner):
         for name, wrapper in model.named_modules():
             if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
                 inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-                heads.update({f"{name}.{k}": v for k, v in wrapper.adapter_state_dict(adapter_name, inside).items()})
+                trained.update({f"{name}.{k}": v for k, v in wrapper.adapter_state_dict(adapter_name, inside).items()})
         bare = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
-        config.fingerprint = fingerprint(own_tensors({**bare, **heads}, config.modules_to_save))
+        config.fingerprint = fingerprint(own_tensors({**bare, **trained}, config.modules_to_save))
         config.trained_over = _record(model)
         return found
 
@@ -390,7 +372,7 @@ class BioModel(BaseTuner):
         cls, model: nn.Module, config: BioConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         model_keys, expected = {}, {}
-        for name, layer in _named_bio_layers(model):
+        for name, layer in named_bio_layers(model):
             if adapter_name not in layer.circuits:
                 continue
             for rest, tensor in layer.circuits[adapter_name].state_dict().items():
@@ -413,113 +395,11 @@ class BioModel(BaseTuner):
         return {**{model_keys[key]: value for key, value in given.items()}, **foreign}
 
 
-# -- helpers over module trees --
-
-
-def remove_adapter(model: nn.Module, adapter_name: str, keep_heads: bool = False) -> None:
-    """Take an adapter out of a model; layers without any adapter left, and scopes without layers, go as well."""
-    for name, layer in list(_named_bio_layers(model)):
-        if adapter_name in layer.circuits:
-            del layer.circuits[adapter_name]
-        if len(layer.circuits):
-            continue
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, layer.base_layer)
-        layer.scope.layers.remove(layer)
-    for module in list(model.modules()):
-        scope = module.__dict__.get("bio_scope")
-        if scope is not None and not scope.layers:
-            scope.remove(module)
-    _release_heads(model, adapter_name, keep_heads)
-
-
-def _release_heads(model: nn.Module, adapter_name: str, keep: bool = False) -> None:
-    """Give up an adapter's copies of modules to save; ``keep``: what it trained stays in use."""
-    for name, wrapper in list(model.named_modules()):
-        if not isinstance(wrapper, AuxiliaryTrainingWrapper) or adapter_name not in wrapper._adapters:
-            continue
-        in_use = adapter_name in wrapper.active_adapters
-        others = sorted(wrapper._adapters - {adapter_name})
-        copies = getattr(wrapper, "modules_to_save", {})
-        trained = copies[adapter_name] if keep and in_use and adapter_name in copies else None
-        if not others:
-            parent_name, _, child = name.rpartition(".")
-            left = trained if trained is not None else wrapper.original_module
-            setattr(model.get_submodule(parent_name), child, left)
-            continue
-        if trained is not None:
-            heir = _head_below(model, wrapper) or others[0]
-            copies[heir].load_state_dict(trained.state_dict())
-            wrapper.set_adapter(heir, inference_mode=not _is_trained(model, heir))
-        elif in_use:
-            _use_head_below(model, wrapper)
-        wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
-
-
-def _head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> str | None:
-    """The adapter of another method whose copy of the wrapped module is in use where no bio adapter has one."""
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, BioLayer):
-            for name in layer.active_adapters:
-                if name in wrapper._adapters:
-                    return name
-    return None
-
-
-def _use_head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> None:
-    below = _head_below(model, wrapper)
-    wrapper.set_adapter([] if below is None else below, inference_mode=not _is_trained(model, below))
-
-
-def _is_trained(model: nn.Module, adapter_name: str | None) -> bool:
-    """Whether the tensors of an adapter, apart from its modules to save, are trainable."""
-    return any(
-        parameter.requires_grad and f".{adapter_name}." in f"{key}." and ".modules_to_save." not in key
-        for key, parameter in model.named_parameters()
-    )
-
-
-def _tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple:
-    """Tell a module to save which sample uses which copy. Beam search repeats samples."""
-    repeats = len(args[0]) // len(adapter_names)
-    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
-
-
-def _bio_layers(model: nn.Module) -> Iterator[BioLayer]:
-    return (module for module in model.modules() if isinstance(module, BioLayer))
-
-
-def _named_bio_layers(model: nn.Module) -> Iterator[tuple[str, BioLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, BioLayer))
-
-
-def _base_of(under: PeftModel | PeftMixedModel) -> nn.Module:
-    """The plain model under a PeftModel.
-
-    Raises:
-        ValueError: the method below works outside the layers, or it is a bio adapter itself.
-    """
-    if isinstance(under, PeftMixedModel):
-        raise ValueError("a bio adapter cannot be stacked over a mixed model, whose layers wrap each other in turn")
-    method = str(under.peft_type.value if hasattr(under.peft_type, "value") else under.peft_type)
-    if method == "BIO":
-        raise ValueError(
-            "this model already carries a bio adapter: use model.add_adapter(name, config) and set_adapter for a "
-            "second one, or list all primitives in one configuration"
-        )
-    if not isinstance(under.base_model, BaseTuner) or type(under.base_model).forward is not BaseTuner.forward:
-        raise ValueError(
-            f"a bio adapter cannot be stacked over {method}: that method works in the model's forward, not in its "
-            "layers. Methods such as LORA, LOHA, LOKR, IA3 or OFT can be stacked over"
-        )
-    return under.base_model.model
-
-
 def _record(model: nn.Module) -> dict[str, Any]:
     tuner = getattr(model, "base_model", None)
     under = tuner.under if isinstance(tuner, BioModel) else None
     plain = tuner.model if isinstance(tuner, BioModel) else model
-    return stack.record(plain, under, {layer.path: layer.get_base_layer() for layer in _bio_layers(plain)})
+    return stack.record(plain, under, {layer.path: layer.get_base_layer() for layer in bio_layers(plain)})
 
 
 def _arrived(model: nn.Module, adapter_name: str) -> list[tuple[nn.Parameter, bool]] | None:
@@ -539,62 +419,16 @@ def _undo_loading(model: nn.Module, adapter_name: str) -> None:
     for parameter, requires_grad in trainable:
         parameter.requires_grad = requires_grad
     if tuner.under is None:
-        _forget(tuner.model, None, tuner.peft_config or None)
+        forget_adapter(tuner.model, None, tuner.peft_config or None)
     elif not tuner.peft_config and tuner._hiding is not None:
         tuner._hiding.remove()
-
-
-def _forget(model: nn.Module, adapter_name: str | None, configs: dict[str, PeftConfig] | None) -> None:
-    """Leave ``configs`` without ``adapter_name`` as the model's table of adapters, or no table."""
-    if configs is not None:
-        configs.pop(adapter_name, None)
-        model.__dict__["peft_config"] = configs
-        return
-    model.__dict__.pop("peft_config", None)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = False
-
-
-def _check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str) -> None:
-    """Modules to save are kept by adapter name, whatever the method: ours must not meet the ones below."""
-    config = ours[adapter_name]
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: torch cannot hold modules under this name; accepted is a word without "
-            "dots that is no attribute of nn.ModuleDict"
-        )
-    for module in model.modules():
-        if isinstance(module, BioLayer) and adapter_name in module.circuits:
-            raise ValueError(f"adapter_name={adapter_name!r} is taken: {module.path} has an adapter of that name")
-        if not isinstance(module, AuxiliaryTrainingWrapper) or adapter_name not in module._adapters:
-            continue
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: the method below keeps a trained module under the same name "
-            f"(modules_to_save={sorted(config.modules_to_save or [])} here); give the bio adapter another one, for "
-            f"instance adapter_name={_free_name(module._adapters)!r}"
-        )
-
-
-def _free_name(taken: Any) -> str:
-    return next(name for name in ("bio", *(f"bio{i}" for i in range(2, 1000))) if name not in taken)
-
-
-def _with_suggestion(error: Exception, config: BioConfig, model: nn.Module) -> NoMatchingPeftModuleError:
-    modules = dict(model.named_modules())
-    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    outside = {name: module for name, module in modules.items() if name and not name.startswith(adapted)}
-    leaves = [name for name, module in outside.items() if f"{name}." in adapted or not list(module.children())]
-    names = {name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()}
-    targets = config.target_modules
-    asked = sorted(targets)[0] if isinstance(targets, (set, list)) and targets else str(targets)
-    return NoMatchingPeftModuleError(f"{error} target_modules={targets!r}: {suggest(asked, names)}")
 
 
 def _hide_bio_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """The state dict of the PeftModel below, asked for by itself, holds what it held without a bio adapter on top."""
     if prefix:
         return
-    layers = dict(_named_bio_layers(module))
+    layers = dict(named_bio_layers(module))
     ours = tuple(f"{name}.{CONTAINER}." for name in layers)
     wrapped = tuple(f"{name}.base_layer." for name, layer in layers.items() if layer.below is None)
     for key in list(state_dict):

@@ -43,6 +43,7 @@ class Surroundings:
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
     live: bool = False  # in a training forward, not in its recomputation
+    awaited: bool = True  # the hooks have run, the forward that they belong to has not begun
 
 
 class Scope:
@@ -61,6 +62,7 @@ class Scope:
             stack.register_forward_pre_hook(self.enter, with_kwargs=True),
             stack.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
+        stack.__dict__["forward"] = CalledByName(stack, self)
         follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -79,6 +81,9 @@ class Scope:
         for hook in self.hooks:
             hook.remove()
         stack.__dict__.pop("bio_scope", None)
+        forward = stack.__dict__.get("forward")
+        if isinstance(forward, CalledByName):
+            forward.uninstall()
         for module in self.checkpointing:
             function = module.__dict__.get("_gradient_checkpointing_func")
             if isinstance(function, CarriedThroughRecomputation):
@@ -178,6 +183,43 @@ class Scope:
             yield
         finally:
             self.running.pop()
+
+
+class CalledByName:
+    """A stack's forward that runs the hooks where a caller passes them by.
+
+    ``stack.forward(...)`` instead of ``stack(...)`` skips torch's hooks; sentence-transformers 6 calls its model so.
+    """
+
+    def __init__(self, stack: nn.Module, scope: Scope) -> None:
+        self.stack, self.scope = stack, scope
+        self.replaced = stack.__dict__.get("forward")
+        self.__signature__ = inspect.signature(stack.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.scope.surroundings
+        if found is not None and found.awaited:
+            found.awaited = False
+            return self._forward(*args, **kwargs)
+        self.scope.enter(self.stack, args, kwargs)
+        self.scope.running[-1].awaited = False
+        output = None
+        try:
+            output = self._forward(*args, **kwargs)
+            return output
+        finally:
+            self.scope.leave(self.stack, args, kwargs, output)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.stack).forward(self.stack, *args, **kwargs)
+
+    def uninstall(self) -> None:
+        if self.replaced is None:
+            del self.stack.__dict__["forward"]
+        else:
+            self.stack.__dict__["forward"] = self.replaced
 
 
 class CarriedThroughRecomputation:

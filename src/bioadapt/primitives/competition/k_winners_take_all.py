@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from bioadapt.primitives.base import Context, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
-def losers(x: Tensor, k: int) -> Tensor:
-    """x with its k entries of largest magnitude set to zero: (..., d) -> (..., d)."""
+class _Silencing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, k: int) -> Tensor:
+        winners = _winners(x, k)
+        ctx.save_for_backward(x, scale, winners)
+        return _without(x * -scale, winners)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale, winners = ctx.saved_tensors
+        on_losers = _without(grad.neg(), winners)
+        on_scale = (on_losers * x).sum(tuple(range(x.dim() - 1)))
+        return on_losers.mul_(scale), on_scale, None
+
+
+def _winners(x: Tensor, k: int) -> Tensor:
+    """Where in the flattened x the k entries of largest magnitude of each row are: (..., d) -> (rows k,)."""
+    rows = x.abs().flatten(0, -2)
+    # Read as integers, magnitudes keep their order, and no comparison has to look for NaN.
+    chosen = rows.view(torch.int32).topk(k, dim=-1, sorted=False).indices
+    return (chosen + torch.arange(0, rows.numel(), rows.shape[-1], device=x.device)[:, None]).flatten()
+
+
+def _without(x: Tensor, places: Tensor) -> Tensor:
+    """x, which is overwritten, with zeros at places of its flattened form."""
     # Writing at indices, not comparing with a threshold, so that ties cannot change k.
-    return x.scatter(-1, x.detach().abs().topk(k, dim=-1, sorted=False).indices, 0.0)
+    return x.contiguous().view(-1).index_fill_(0, places, 0.0).view(x.shape)
+
+
+def silencing(x: Tensor, k: int, scale: Tensor) -> Tensor:
+    """-scale x with zeros at the k entries of largest magnitude: x (..., d) in fp32, scale (d,) -> (..., d)."""
+    return _Silencing.apply(x, scale, k)
 
 
 @register_primitive("k_winners_take_all", stage="competition", kind="pointwise", zero_at="gate")
@@ -39,4 +69,7 @@ class KWinnersTakeAll(Primitive):
         return math.ceil(self.fraction * self.d_out - 1e-9)  # 0.07 * 100 is 7.000000000000001
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return -losers(x, self.winners)
+        return silencing(x, self.winners, x.new_ones(self.d_out))
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        return silencing(x, self.winners, self.gate)

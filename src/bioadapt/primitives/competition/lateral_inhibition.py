@@ -12,7 +12,7 @@ from bioadapt.primitives.frames import inverse_softplus
 from bioadapt.registry import register_primitive
 
 
-class _Loss(torch.autograd.Function):
+class _Suppression(torch.autograd.Function):
     """Keeps x and what is small; backward computes the inhibition again."""
 
     @staticmethod
@@ -44,7 +44,7 @@ def _inhibition(rate: Tensor, pooled: Tensor, pools: Tensor, own: Tensor) -> Ten
     return (pooled @ pools.mT).addcmul_(rate, own, value=-1)
 
 
-def loss(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor) -> Tensor:
+def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor) -> Tensor:
     """``scale`` times what inhibition takes from x: scale_i (sgn(x_i) [|x_i| - inhibition_i]_+ - x_i).
 
     The inhibition P Q |x| of a unit is free of that unit itself. x (..., d); pools P (d, r), sources Q (r, d), both
@@ -52,7 +52,7 @@ def loss(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor) -> Tensor:
     """
     own = (pools * sources.mT).sum(-1)  # diag(PQ), (d,)
     # [r - h]_+ - r = -min(r, h) leaves no difference of wide tensors to compute.
-    return _Loss.apply(x, pools, sources, own, scale)
+    return _Suppression.apply(x, pools, sources, own, scale)
 
 
 @register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate")
@@ -78,10 +78,10 @@ class LateralInhibition(Primitive):
         self.sources = nn.Parameter(inverse_softplus(1.0) + 0.1 * torch.randn(r, d))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return loss(x, *self.connections(), x.new_ones(self.d_out))
+        return suppression(x, *self.connections(), x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return loss(x, *self.connections(), self.gate)
+        return suppression(x, *self.connections(), self.gate)
 
     def connections(self) -> tuple[Tensor, Tensor]:
         """The non-negative pools P (d, r) and sources Q (r, d)."""

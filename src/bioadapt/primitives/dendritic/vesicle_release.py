@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,34 +13,68 @@ from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _Release(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, sites: int) -> Tensor:
-        # Counting the rarer outcome, release or failure, keeps its first probability from underflowing. Comparisons in
-        # place stay in floating point, which a CPU does several times faster than through booleans.
-        common = torch.maximum(p, 1 - p)
-        mass, odds = common.clone(), (1 - common).div_(common)
-        for _ in range(1, sites):
-            mass.mul_(common)
-        uniform, below = torch.rand_like(p), mass.clone()
-        count = uniform.clone().gt_(below)
-        for n in range(1, sites):
-            below.add_(mass.mul_(odds).mul_((sites - n + 1) / n))
-            count.add_(uniform.clone().gt_(below))
-        return count.sub_(p.round(), alpha=sites).abs_().div_(sites)
+class _Transmission(torch.autograd.Function):
+    """Keeps x and the share that was released; backward computes its probability again."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def forward(
+        ctx: Any, x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int
+    ) -> Tensor:
+        _, p = _probability(x, inverse, rest, drive)
+        share = released_share(p, sites) if sites else p
+        ctx.save_for_backward(x, inverse, rest, drive, scale, share)
+        return (x * share).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, rest, drive, scale, share = ctx.saved_tensors
+        rate, p = _probability(x, inverse, rest, drive)
+        axes = tuple(range(x.dim() - 1))
+        on_share = grad * x
+        on_scale = (on_share * share).sum(axes)
+        on_argument = on_share.mul_(scale).mul_(p).mul_(p.neg_().add_(1))  # straight through the drawing of lots
+        on_rate = rate.mul_(on_argument)
+        on_rest, on_drive, on_inverse = on_argument.sum(axes), on_rate.sum(axes), (on_rate @ drive)[..., None] / inverse
+        on_x = on_argument.mul_(drive).mul_(inverse).mul_(x.sign()).add_((grad * share).mul_(scale))
+        return on_x, on_inverse, on_rest, on_drive, on_scale, None
+
+
+def _probability(x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
+    rate = x.abs().mul_(inverse)
+    return rate, (rate * drive).add_(rest).sigmoid_()
 
 
 def released_share(p: Tensor, sites: int) -> Tensor:
-    """n / sites with n ~ Binomial(sites, p), elementwise; the gradient passes straight through to p.
+    """n / sites with n ~ Binomial(sites, p), elementwise.
 
     One uniform number per element is compared with the cumulative distribution: drawing every site on its own costs
     ``sites`` times as many random numbers, which dominate on a CPU.
     """
-    return _Release.apply(p, sites)
+    # Counting the rarer outcome, release or failure, keeps its first probability from underflowing.
+    common = torch.maximum(p, 1 - p)
+    left, mass, odds = torch.rand_like(p), _power(common, sites), common.reciprocal().sub_(1)
+    count = torch.zeros_like(p)
+    for n in range(sites):
+        # Rounding up tells what is left of the uniform number from nothing; booleans cost a CPU several times as much.
+        count.add_(left.sub_(mass, alpha=math.comb(sites, n)).ceil())
+        mass.mul_(odds)
+    return count.clamp_(min=0).sub_(p.round(), alpha=sites).abs_().div_(sites)
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    """A new tensor of base^exponent by repeated squaring."""
+    if exponent == 1:
+        return base.clone()
+    half = _power(base, exponent // 2).square_()
+    return half.mul_(base) if exponent % 2 else half
+
+
+def transmitted(x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
+    """scale x n / sites with n ~ Binomial(sites, p), p = sigmoid(rest + drive |x| inverse); scale x p without sites.
+
+    x (..., d); inverse (..., 1); rest, drive and scale (d,). The gradient passes straight through to p.
+    """
+    return _Transmission.apply(x, inverse, rest, drive, scale, sites)
 
 
 @register_primitive("vesicle_release", stage="dendritic", kind="pointwise", zero_at="gate", stochastic=True)
@@ -64,10 +99,12 @@ class VesicleRelease(Primitive):
         self.drive = positive(1.0, self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        p = self.probability(x)
-        return x * (released_share(p, self.sites) if self.training else p)
+        return self.transmitted(x, x.new_ones(self.d_out))
 
-    def probability(self, x: Tensor) -> Tensor:
-        """The release probability of each unit, (B, T, d)."""
-        rate = x.abs() * token_scale(x).reciprocal()
-        return (nn.functional.softplus(self.drive) * rate).add_(self.rest).sigmoid_()
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        return self.transmitted(x, self.gate)
+
+    def transmitted(self, x: Tensor, scale: Tensor) -> Tensor:
+        """``scale`` times the change."""
+        drive, inverse = nn.functional.softplus(self.drive), token_scale(x).reciprocal()
+        return transmitted(x, inverse, self.rest, drive, scale, self.sites if self.training else 0)

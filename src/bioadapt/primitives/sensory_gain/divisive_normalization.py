@@ -13,33 +13,36 @@ from bioadapt.registry import register_primitive
 
 
 class _PooledRatio(torch.autograd.Function):
-    """gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|) with n = sgn(x) |x|^p, in few passes; keeps x alone."""
+    """direct_i x_i + gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|), n = sgn(x) |x|^p; keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, floor: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
-        ctx.save_for_backward(x, gain, floor, weights)
+    def forward(
+        ctx: Any, x: Tensor, direct: Tensor, gain: Tensor, floor: Tensor, weights: Tensor, alpha: float, p: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, direct, gain, floor, weights)
         ctx.alpha, ctx.p = alpha, p
         drive = _power(x.abs(), p)
         divisor = _divisor(drive, floor, weights, alpha)
-        return torch.copysign(drive, x).div_(divisor).mul_(gain)
+        return drive.mul_(x.sign()).div_(divisor).mul_(gain).addcmul_(x, direct)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, floor, weights = ctx.saved_tensors
+        x, direct, gain, floor, weights = ctx.saved_tensors
         alpha, p = ctx.alpha, ctx.p
-        rate, axes = x.abs(), tuple(range(x.dim() - 1))
+        sign, rate, axes = x.sign(), x.abs(), tuple(range(x.dim() - 1))
         drive = _power(rate, p)
         divisor = _divisor(drive, floor, weights, alpha)
-        ratio = torch.copysign(drive, x).div_(divisor)
-        on_signed = (grad * gain).div_(divisor)
-        grad_gain = (grad * ratio).sum(axes)
-        on_divisor = ratio.mul_(on_signed).neg_()
-        on_pool = on_divisor.sum(-1, keepdim=True)
-        grad_floor, grad_weights = on_divisor.sum(axes), on_pool.flatten() @ drive.flatten(0, -2)
-        on_drive = on_divisor.mul_(alpha).addcmul_(on_pool, weights)
+        ratio = (sign * drive).div_(divisor)
+        product = grad * ratio
+        on_gain = product.sum(axes)
+        on_divisor = product.mul_(gain).div_(divisor)  # with the wrong sign up to here
+        on_pool = on_divisor.sum(-1, keepdim=True).neg_()
+        on_floor, on_weights = on_divisor.sum(axes).neg_(), on_pool.flatten() @ drive.flatten(0, -2)
+        on_drive = on_divisor.mul_(-alpha).addcmul_(on_pool, weights)
+        on_signed = torch.mul(grad, gain).div_(divisor)
         slope = rate.mul_(2) if p == 2 else rate.pow_(p - 1).mul_(p)
-        grad_x = on_drive.mul_(x.sign()).add_(on_signed).mul_(slope)
-        return grad_x, grad_gain, grad_floor, grad_weights, None, None
+        on_x = on_drive.mul_(sign).add_(on_signed).mul_(slope).addcmul_(grad, direct)
+        return on_x, ratio.copy_(grad).mul_(x).sum(axes), on_gain, on_floor, on_weights, None, None
 
 
 def _power(rate: Tensor, p: float) -> Tensor:
@@ -50,16 +53,25 @@ def _divisor(drive: Tensor, floor: Tensor, weights: Tensor, alpha: float) -> Ten
     return (floor + (drive @ weights)[..., None]).add_(drive, alpha=alpha)
 
 
-def normalized(x: Tensor, level: Tensor, sigma: Tensor, weights: Tensor, alpha: float, p: float) -> Tensor:
-    """rho R: the normalized response to x (..., d), in units of x.
+def normalized(
+    x: Tensor,
+    level: Tensor,
+    sigma: Tensor,
+    weights: Tensor,
+    alpha: float,
+    p: float,
+    scale: Tensor | float = 1.0,
+    direct: Tensor | float = 0.0,
+) -> Tensor:
+    """scale rho R + direct x, with the normalized response rho R to x (..., d), in units of x.
 
-    level rho (1,); semi-saturation sigma (d,) and pool weights (d,), both positive. R is at most (1 + sigma^p) / alpha.
+    level rho (1,); semi-saturation sigma (d,) and pool weights (d,), both positive; scale and direct (d,). R is at most
+    (1 + sigma^p) / alpha.
     """
-    floor = sigma.pow(p)
+    floor, direct = sigma.pow(p), torch.as_tensor(direct, dtype=x.dtype, device=x.device).expand(x.shape[-1])
     # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
-    return _PooledRatio.apply(
-        x, level * (1 + floor), level.pow(p) * floor, weights * ((1 - alpha) / x.shape[-1]), alpha, p
-    )
+    gain, weights = scale * level * (1 + floor), weights * ((1 - alpha) / x.shape[-1])
+    return _PooledRatio.apply(x, direct, gain, level.pow(p) * floor, weights, alpha, p)
 
 
 @register_primitive("divisive_normalization", stage="sensory_gain", kind="pointwise", zero_at="gate")
@@ -87,6 +99,12 @@ class DivisiveNormalization(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        level = self.log_level.exp()
+        return normalized(x, *self.shape(), direct=-1.0)
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        return normalized(x, *self.shape(), scale=self.gate, direct=-self.gate)
+
+    def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        """Level, semi-saturation, pool weights, self weight and exponent."""
         sigma, weights = nn.functional.softplus(self.sigma), nn.functional.softplus(self.weights)
-        return normalized(x, level, sigma, weights, self.self_weight, self.exponent) - x
+        return self.log_level.exp(), sigma, weights, self.self_weight, self.exponent

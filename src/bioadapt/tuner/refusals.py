@@ -1,0 +1,73 @@
+"""What cannot be adapted or named so, said once and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .._words import suggest
+from ..config import BioConfig
+from .layer import BioLayer
+
+
+def base_of(under: PeftModel | PeftMixedModel) -> nn.Module:
+    """The plain model under a PeftModel.
+
+    Raises:
+        ValueError: the method below works outside the layers, or it is a bio adapter itself.
+    """
+    if isinstance(under, PeftMixedModel):
+        raise ValueError("a bio adapter cannot be stacked over a mixed model, whose layers wrap each other in turn")
+    method = str(under.peft_type.value if hasattr(under.peft_type, "value") else under.peft_type)
+    if method == "BIO":
+        raise ValueError(
+            "this model already carries a bio adapter: use model.add_adapter(name, config) and set_adapter for a "
+            "second one, or list all primitives in one configuration"
+        )
+    if not isinstance(under.base_model, BaseTuner) or type(under.base_model).forward is not BaseTuner.forward:
+        raise ValueError(
+            f"a bio adapter cannot be stacked over {method}: that method works in the model's forward, not in its "
+            "layers. Methods such as LORA, LOHA, LOKR, IA3 or OFT can be stacked over"
+        )
+    return under.base_model.model
+
+
+def check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str) -> None:
+    """Modules to save are kept by adapter name, whatever the method: ours must not meet the ones below."""
+    config = ours[adapter_name]
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: torch cannot hold modules under this name; accepted is a word without "
+            "dots that is no attribute of nn.ModuleDict"
+        )
+    for module in model.modules():
+        if isinstance(module, BioLayer) and adapter_name in module.circuits:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken: {module.path} has an adapter of that name")
+        if not isinstance(module, AuxiliaryTrainingWrapper) or adapter_name not in module._adapters:
+            continue
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: the method below keeps a trained module under the same name "
+            f"(modules_to_save={sorted(config.modules_to_save or [])} here); give the bio adapter another one, for "
+            f"instance adapter_name={free_name(module._adapters)!r}"
+        )
+
+
+def free_name(taken: Any) -> str:
+    return next(name for name in ("bio", *(f"bio{i}" for i in range(2, 1000))) if name not in taken)
+
+
+def with_suggestion(error: Exception, config: BioConfig, model: nn.Module) -> NoMatchingPeftModuleError:
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    outside = {name: module for name, module in modules.items() if name and not name.startswith(adapted)}
+    leaves = [name for name, module in outside.items() if f"{name}." in adapted or not list(module.children())]
+    names = {name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()}
+    targets = config.target_modules
+    asked = sorted(targets)[0] if isinstance(targets, (set, list)) and targets else str(targets)
+    return NoMatchingPeftModuleError(f"{error} target_modules={targets!r}: {suggest(asked, names)}")
