@@ -11,7 +11,7 @@ demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
