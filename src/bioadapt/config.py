@@ -51,8 +51,8 @@ class BioConfig(PeftConfig):
     """Configuration of a bio adapter.
 
     Args:
-        primitives: ordered list of registry names or ``{"name": ..., **settings}``. After construction every entry is a
-            dict with all settings, so a saved file does not change its meaning with a later version's defaults.
+        primitives: ordered list of registry names or ``{"name": ..., **settings}``. After construction every entry is
+            a dict with all settings, so a saved file does not change its meaning with a later version's defaults.
         target_modules: names (suffixes), a regular expression, ``"all-linear"``, or None for the projections that write
             into the residual stream of a known model type.
         exclude_modules: names or a regular expression of modules to leave alone.

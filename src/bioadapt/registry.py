@@ -27,9 +27,9 @@ P = TypeVar("P", bound=type[Primitive])
 class PrimitiveInfo:
     """What the registry knows of a primitive.
 
-    ``settings`` maps each setting's name to its type, default, range and meaning. ``merge`` is ``"weight"`` (a change of
-    the layer's weight), ``"left"`` (a linear map of the layer's output) or None; ``zero_at`` says which factor of the
-    path is zero at birth. ``learns``: buffers follow a local rule. ``needs_input``: it reads the layer's input.
+    ``settings`` maps each setting's name to its type, default, range and meaning. ``merge`` is ``"weight"`` (a change
+    of the layer's weight), ``"left"`` (a linear map of the layer's output) or None; ``zero_at`` says which factor of
+    the path is zero at birth. ``learns``: buffers follow a local rule. ``needs_input``: it reads the layer's input.
     """
 
     name: str

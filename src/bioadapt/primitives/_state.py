@@ -42,8 +42,8 @@ class Memory:
         seen = self.seen.get(key, 0)
         if self.past is not None and seen != self.past:
             raise ValueError(
-                f"the cache holds {self.past} tokens, of which {key} has seen {seen}: it was filled before the adapter was "
-                "added, while it was inactive or disabled, or in training. Start from an empty cache"
+                f"the cache holds {self.past} tokens, of which {key} has seen {seen}: it was filled before the adapter "
+                "was added, while it was inactive or disabled, or in training. Start from an empty cache"
             )
         return self.series.get(key)
 

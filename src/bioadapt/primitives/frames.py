@@ -70,6 +70,23 @@ def group_matrix(features: int, groups: int) -> Tensor:
     return nn.functional.one_hot(group_index(features, groups), groups).float()
 
 
+class _GroupMeanSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pooling)
+        return x.square() @ pooling
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, pooling = ctx.saved_tensors
+        return (grad @ (2 * pooling).mT).mul_(x), None
+
+
+def group_mean_square(x: Tensor, pooling: Tensor) -> Tensor:
+    """Mean of x^2 over the channels of each group: x (..., d), pooling (d, groups) frozen -> (..., groups)."""
+    return _GroupMeanSquare.apply(x, pooling)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over batch and real tokens: (B, T, ...) -> (...)."""
     if mask is None:

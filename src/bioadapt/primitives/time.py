@@ -197,6 +197,50 @@ class _Deviation(torch.autograd.Function):
         return on_columns, (grad - on_columns).mul_(error).sum((1, 2)) / (1 - decay), None
 
 
+class _Deviation(torch.autograd.Function):
+    """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
+
+    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
+        error = _times(kernel, z)
+        ctx.save_for_backward(error, decay, kernel)
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        error, decay, kernel = ctx.saved_tensors
+        on_z = _times(kernel.mT, grad)
+        return on_z, (grad - on_z).mul_(error).sum((0, 1)).sum(1) / (1 - decay), None
+
+
+def _times(kernel: Tensor, z: Tensor) -> Tensor:
+    """One matrix over time for each group: (G, T, T), (B, T, G, c) -> (B, T, G, c)."""
+    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
+    return (kernel @ columns).unflatten(2, (z.shape[0], -1)).permute(2, 1, 0, 3).contiguous()
+
+
+class _Deviation(torch.autograd.Function):
+    """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
+
+    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
+        error = kernel @ columns  # (G, T, T) @ (G, T, n)
+        ctx.save_for_backward(error, decay, kernel)
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        error, decay, kernel = ctx.saved_tensors
+        on_columns = kernel.mT @ grad
+        return on_columns, (grad - on_columns).mul_(error).sum((1, 2)) / (1 - decay), None
+
+
 def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Tensor]:
     """z_t - E_tau(z)_{t-1} of a wide series, by matrix products as long as it is short.
 
@@ -215,10 +259,10 @@ def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Te
             return series - past_trace("", series, decay[:, None], Context())
 
         return [by_scan(z), by_scan(z.flip(1)).flip(1)] if bidirectional else [by_scan(z)]
-    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
     with torch.no_grad():
         kernel = _deviation_kernel(decay, z.shape[1])
     kernels = [kernel, kernel.mT] if bidirectional else [kernel]  # it depends on differences of time alone
+    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
     errors = [_Deviation.apply(columns, decay, each) for each in kernels]
     return [error.unflatten(2, (z.shape[0], -1)).permute(2, 1, 0, 3) for error in errors]
 

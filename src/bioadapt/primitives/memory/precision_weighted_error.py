@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import group_matrix, mean_square, positive
+from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, positive
+from bioadapt.primitives.modulation import modulated
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
+
+
+class _Weighting(torch.autograd.Function):
+    """scale sum_r gains_r errors_r: scale (G, c), gains (R, G, T, B), R errors (G, T, B, c) -> (B, T, G, c)."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, gains: Tensor, *errors: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, gains, *errors)
+        total = errors[0] * gains[0, ..., None]
+        for error, gain in zip(errors[1:], gains[1:], strict=True):
+            total.addcmul_(error, gain[..., None])
+        return total.permute(2, 1, 0, 3).contiguous().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        scale, gains, *errors = ctx.saved_tensors
+        moved = grad.permute(2, 1, 0, 3).contiguous()
+        products = [(moved * error).flatten(1, 2) for error in errors]  # (G, T B, c)
+        on_gains = torch.stack([product @ scale[..., None] for product in products]).view(gains.shape)
+        on_scale = sum(gain.flatten(1)[:, None] @ product for gain, product in zip(gains, products, strict=True))
+        moved.mul_(scale[:, None, None])
+        return on_scale.squeeze(1), on_gains, *(moved * gain[..., None] for gain in gains)
 
 
 @register_primitive(
@@ -48,30 +72,36 @@ class PrecisionWeightedError(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
         # Products take one matrix per group, which pays if that serves several channels.
         self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
-        self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
+        membership = group_matrix(self.d_out, self.groups)
+        self.register_buffer("membership", membership, persistent=False)
+        self.register_buffer("pooling", membership / membership.sum(0), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
+        return self.weighted(x, context, self.membership)
+
+    def gated(self, x: Tensor, context: Context) -> Tensor:
+        return self.weighted(x, context, self.gate[:, None] * self.membership)
+
+    def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
+        """The change (B, T, d), where ``channels`` (d, groups) says how much of the gain of a group each channel gets."""
         if self.products and context.resets is None and context.state is None:
-            return front_aligned(self.by_products, x, context)
-        return readings(self.by_scan, x, context).mean(0)
+            return front_aligned(lambda moved, around: self.by_products(moved, around, channels), x, context)
+        return readings(lambda series, around: self.by_scan(series, around, channels), x, context).mean(0)
 
-    def by_products(self, x: Tensor, context: Context) -> Tensor:
-        """`transform` where padding is zero and at the end: (B, T, d) -> (B, T, d)."""
+    def by_products(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
+        """`weighted` where padding is zero and at the end."""
         z = x.unflatten(-1, (self.groups, -1))
-        errors = deviations(z, decay_of(self.log_tau), context.bidirectional)  # each (B, T, groups, c)
-        powers = [mean_square(error).squeeze(-1) for error in errors]
-        gains = readings(self.precision, powers[0], context, backwards=powers[-1])[..., None] / len(errors)
-        delta = errors[0] * gains[0]
-        if context.bidirectional:
-            delta = torch.addcmul(delta, errors[1], gains[1])
-        return delta.flatten(-2)
+        # The products leave (groups, T, B, c) in memory; all that is wide stays in that order up to the result.
+        errors = [e.permute(2, 1, 0, 3) for e in deviations(z, decay_of(self.log_tau), context.bidirectional)]
+        powers = [mean_square(e).squeeze(-1).permute(2, 1, 0) for e in errors]
+        gains = readings(self.precision, powers[0], context, backwards=powers[-1]) / len(errors)
+        scale = channels.sum(1).view(self.groups, -1)
+        return _Weighting.apply(scale, gains.permute(0, 3, 2, 1), *errors).flatten(-2)
 
-    def by_scan(self, x: Tensor, context: Context) -> Tensor:
-        """`transform` of one reading of time in any context: (B, T, d) -> (B, T, d)."""
-        decay = decay_of(self.log_tau) @ self.membership.T
-        error = x - past_trace("mean", x, decay, context)
-        power = error.square() @ (self.membership / self.membership.sum(0))
-        return error * (self.precision(power, context) @ self.membership.T)
+    def by_scan(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
+        """`weighted` for one reading of time, in any context."""
+        error = x - past_trace("mean", x, decay_of(self.log_tau) @ self.membership.T, context)
+        return modulated(error, self.precision(group_mean_square(error, self.pooling), context), channels)
 
     def precision(self, power: Tensor, context: Context) -> Tensor:
         """The gain of each group from the power of the errors before each token: (B, T, groups) -> (B, T, groups)."""
