@@ -70,6 +70,23 @@ def group_matrix(features: int, groups: int) -> Tensor:
     return nn.functional.one_hot(group_index(features, groups), groups).float()
 
 
+class _GroupMeanMagnitude(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
+        ctx.save_for_backward(x, pooling)
+        return x.abs() @ pooling
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, pooling = ctx.saved_tensors
+        return (grad @ pooling.mT).mul_(x.sign()), None
+
+
+def group_mean_magnitude(x: Tensor, pooling: Tensor) -> Tensor:
+    """Mean of |x| over the channels of each group: x (..., d), pooling (d, groups) frozen -> (..., groups)."""
+    return _GroupMeanMagnitude.apply(x, pooling)
+
+
 class _GroupMeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
@@ -85,6 +102,12 @@ class _GroupMeanSquare(torch.autograd.Function):
 def group_mean_square(x: Tensor, pooling: Tensor) -> Tensor:
     """Mean of x^2 over the channels of each group: x (..., d), pooling (d, groups) frozen -> (..., groups)."""
     return _GroupMeanSquare.apply(x, pooling)
+
+
+def pooling_matrix(features: int, groups: int) -> Tensor:
+    """Frozen (features, groups): a product with it is the mean over each group."""
+    membership = group_matrix(features, groups)
+    return membership / membership.sum(0)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from .circuit import Circuit
 from .learning import WithGradientOf
 from .scope import Scope, Surroundings
 from .sites import Layout, Site, describe
+from .transparent import Transparent
 
 
 @dataclass
@@ -38,11 +39,8 @@ class _Original:
     state: Any  # of a quantised layer: what its forward computes with, beside the weight
 
 
-class BioLayer(nn.Module, BaseTunerLayer):
+class BioLayer(Transparent, BaseTunerLayer):
     """Wraps a layer, plain or already adapted by another PEFT method, and adds the change its circuits compute.
-
-    Over another tuner's layer it is transparent: modules, parameters and state-dict keys of that layer keep the names
-    they have without a bio adapter, so the tuner below saves and loads as if it were alone.
 
     Args:
         base_layer: the layer to wrap.
@@ -81,11 +79,6 @@ class BioLayer(nn.Module, BaseTunerLayer):
     def primitives(self) -> Iterator[Primitive]:
         """All primitives of all adapters at this layer."""
         return (primitive for circuit in self.circuits.values() for primitive in circuit.values())
-
-    @property
-    def below(self) -> BaseTunerLayer | None:
-        """The layer of another tuner that this one is stacked over."""
-        return self.base_layer if isinstance(self.base_layer, BaseTunerLayer) else None
 
     @property
     def carries_state(self) -> bool:
@@ -360,49 +353,6 @@ class BioLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if bias is not None and base.bias is not None:
             base.bias.data = bias.to(base.bias.dtype)
-
-    # -- transparency over another tuner --
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        if self.below is None:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
-            return
-        memo = set() if memo is None else memo
-        if self in memo:
-            return
-        if remove_duplicate:
-            memo.add(self)
-        yield prefix, self
-        for name, module in self._modules.items():
-            if module is not None:
-                inner = prefix if name == "base_layer" else f"{prefix}.{name}" if prefix else name
-                yield from module.named_modules(memo, inner, remove_duplicate)
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        if self.below is None:
-            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        own = super().state_dict(prefix=prefix, keep_vars=keep_vars)
-        hidden = f"{prefix}base_layer."
-        renamed = type(own)(
-            (prefix + key[len(hidden) :] if key.startswith(hidden) else key, value) for key, value in own.items()
-        )
-        renamed._metadata = own._metadata
-        if destination is None:
-            return renamed
-        destination.update(renamed)
-        if hasattr(destination, "_metadata"):
-            destination._metadata.update(own._metadata)
-        return destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if self.below is not None:
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                rest = key[len(prefix) :]
-                if not rest.startswith(f"{CONTAINER}."):
-                    state_dict[f"{prefix}base_layer.{rest}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

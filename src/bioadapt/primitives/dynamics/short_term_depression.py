@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, setting
-from bioadapt.primitives.frames import group_matrix, inverse_softplus
+from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.modulation import Modulation
 from bioadapt.primitives.time import previous, readings, recurrence
 from bioadapt.registry import register_primitive
@@ -38,12 +38,12 @@ class ShortTermDepression(Modulation):
         self.recovery = nn.Parameter(torch.full((self.groups,), inverse_softplus(self.tau - 1)))
         self.release = nn.Parameter(torch.full((self.groups,), 0.4))
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
-        membership = group_matrix(self.d_out, self.groups)
-        self.register_buffer("membership", membership, persistent=False)
+        self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
+        self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        drive = x.abs() @ (self.membership / self.membership.sum(0)) / self.log_level.exp()
-        return readings(self.resource, torch.tanh(drive), context).mean(0) - 1, self.membership
+        activity = torch.tanh(group_mean_magnitude(x, self.pooling) / self.log_level.exp())
+        return readings(self.resource, activity, context).mean(0) - 1, self.membership
 
     def resource(self, activity: Tensor, context: Context) -> Tensor:
         """R_t (B, T, groups): what is left for each token before it is transmitted."""

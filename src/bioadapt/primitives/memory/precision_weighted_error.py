@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, positive
+from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, pooling_matrix, positive
 from bioadapt.primitives.modulation import modulated
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -72,9 +72,8 @@ class PrecisionWeightedError(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
         # Products take one matrix per group, which pays if that serves several channels.
         self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
-        membership = group_matrix(self.d_out, self.groups)
-        self.register_buffer("membership", membership, persistent=False)
-        self.register_buffer("pooling", membership / membership.sum(0), persistent=False)
+        self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
+        self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.weighted(x, context, self.membership)
