@@ -73,7 +73,7 @@ class Row:
     step_ratio_high: float
 
 
-# -- what is measured -----------------------------------------------------------------------------------------------------
+# -- what is measured --------------------------------------------------------------------------------------------------
 
 
 def methods(sets: Iterable[str] = ()) -> list[Method]:
@@ -132,7 +132,7 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).last_hidden_state.square().mean()
 
 
-# -- what does not depend on the machine ----------------------------------------------------------------------------------
+# -- what does not depend on the machine -------------------------------------------------------------------------------
 
 
 def flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -166,7 +166,7 @@ def file_bytes(model: PeftModel) -> int:
         return Path(folder, SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
 
-# -- time -----------------------------------------------------------------------------------------------------------------
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 def timings(
@@ -215,7 +215,7 @@ def step_spread(own: list[tuple[float, float]], reference: list[tuple[float, flo
     return low, high
 
 
-# -- the table ------------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def measure(chosen: list[Method], inputs: dict[str, Tensor], rounds: int, warmup: int) -> list[Row]:
@@ -255,7 +255,10 @@ def render(rows: list[Row]) -> str:
     lines = [header, *([str(value) for value in asdict(row).values()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 
@@ -280,7 +283,7 @@ def write_csv(path: Path, rows: list[Row], conditions: dict[str, str | int]) -> 
         writer.writerows({**asdict(row), **conditions} for row in rows)
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def machine_name() -> str:
@@ -324,7 +327,8 @@ def main() -> int:
     chosen = [m for m in methods(given.set) if not given.only or m.name in (REFERENCE, *given.only)]
     rows = measure(chosen, batch(given.padded), given.rounds, given.warmup)
     print(render(rows))
-    print(anchor_report(rows))
+    if not given.padded:  # a mask is kept for backward, too
+        print(anchor_report(rows))
     conditions = {
         "padded": int(given.padded),
         "threads": given.threads,

@@ -35,10 +35,12 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor
     h, kept = blocks.unbind(2), reach.unbind(2)
     if initial is not None:
         h[0][:, 0].addcmul_(kept[0][:, 0], initial)
+    several = blocks.shape[1] > 1
     for t in range(1, size):
         h[t].addcmul_(kept[t], h[t - 1])
-        kept[t].mul_(kept[t - 1])
-    if blocks.shape[1] > 1:
+        if several:
+            kept[t].mul_(kept[t - 1])
+    if several:
         ends = _scan(kept[-1], h[-1])
         blocks[:, 1:].addcmul_(reach if constant else reach[:, 1:], ends[:, :-1, None])
     return blocks.flatten(1, 2)[:, :steps]
@@ -91,6 +93,31 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
     return _LinearScan.apply(decay, drive, initial)
 
 
+class _PastScan(torch.autograd.Function):
+    """h_{t-1} of a linear recurrence. With time reversed it is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
+        past = _past_scan(decay, drive, initial)
+        ctx.save_for_backward(decay, past)
+        return past
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        decay, past = ctx.saved_tensors
+        adjoint = _past_scan(decay.flip(1), grad.flip(1), torch.zeros_like(grad[:, 0])).flip(1)
+        grad_decay, grad_initial = None, None
+        if ctx.needs_input_grad[0]:
+            grad_decay = _sum_to(adjoint * past, decay.shape)
+        if ctx.needs_input_grad[2]:
+            grad_initial = grad[:, 0] + adjoint[:, 0] * decay[:, 0]
+        return grad_decay, adjoint, grad_initial
+
+
+def _past_scan(decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
+    return torch.cat([initial[:, None], _scan(decay, drive, initial)[:, :-1]], 1)
+
+
 def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """`linear_scan` that honours padding, resets and decoding.
 
@@ -102,11 +129,8 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
     Returns:
         h (B, T, ...); h at a padded token is the value before it.
     """
-    _, drive = torch.broadcast_tensors(decay, drive)
+    decay, drive = _heard(decay, drive, context)
     start = _start(initial, drive)
-    if context.mask is not None:
-        real = _like(context.mask, drive)
-        decay, drive = torch.where(real, decay, 1.0), torch.where(real, drive, 0.0)
     if context.resets is not None:
         fresh = _like(context.resets, drive)
         drive = torch.where(fresh, drive + decay * start[:, None], drive)
@@ -116,6 +140,24 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
     if context.state is not None:
         context.state.append(name, h)
     return h
+
+
+def past_recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
+    """`previous` of a `recurrence`, at once where nothing else is asked of the recurrence."""
+    if context.state is not None or context.resets is not None:
+        return previous(f"{name} before", recurrence(name, decay, drive, context, initial), context, initial)
+    decay, drive = _heard(decay, drive, context)
+    decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
+    return _PastScan.apply(decay, drive, _start(initial, drive))
+
+
+def _heard(decay: Tensor, drive: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Decay and drive under which a padded token changes nothing; the drive in its full shape."""
+    _, drive = torch.broadcast_tensors(decay, drive)
+    if context.mask is None:
+        return decay, drive
+    real = _like(context.mask, drive)
+    return torch.where(real, decay, 1.0), torch.where(real, drive, 0.0)
 
 
 def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -147,7 +189,7 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
 
 def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """E_tau(z)_{t-1}: the `trace` of what came before each token, ``initial`` at the first token of a document."""
-    return previous(f"{name} before", trace(name, z, decay, context, initial), context, initial)
+    return past_recurrence(name, decay, (1 - decay) * z, context, initial)
 
 
 def readings(
@@ -176,50 +218,6 @@ def readings(
     pair = torch.cat([series, (series if backwards is None else backwards).flip(1)])
     onwards, reverse = read(pair, joint).chunk(2)
     return torch.stack([onwards, reverse.flip(1)])
-
-
-class _Deviation(torch.autograd.Function):
-    """A product with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
-
-    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
-        error = kernel @ columns  # (G, T, T) @ (G, T, n)
-        ctx.save_for_backward(error, decay, kernel)
-        return error
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        error, decay, kernel = ctx.saved_tensors
-        on_columns = kernel.mT @ grad
-        return on_columns, (grad - on_columns).mul_(error).sum((1, 2)) / (1 - decay), None
-
-
-class _Deviation(torch.autograd.Function):
-    """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
-
-    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
-        error = _times(kernel, z)
-        ctx.save_for_backward(error, decay, kernel)
-        return error
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        error, decay, kernel = ctx.saved_tensors
-        on_z = _times(kernel.mT, grad)
-        return on_z, (grad - on_z).mul_(error).sum((0, 1)).sum(1) / (1 - decay), None
-
-
-def _times(kernel: Tensor, z: Tensor) -> Tensor:
-    """One matrix over time for each group: (G, T, T), (B, T, G, c) -> (B, T, G, c)."""
-    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
-    return (kernel @ columns).unflatten(2, (z.shape[0], -1)).permute(2, 1, 0, 3).contiguous()
 
 
 class _Deviation(torch.autograd.Function):

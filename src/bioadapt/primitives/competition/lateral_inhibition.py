@@ -31,7 +31,7 @@ class _Suppression(torch.autograd.Function):
         on_lost = (grad * sign).neg_()
         on_scale = rate.minimum(inhibition).mul_(on_lost).sum(axes)
         on_rate = on_lost.mul_(scale)
-        on_inhibition = inhibition.lt_(rate).mul_(on_rate)  # units that still fire lose the inhibition, others their rate
+        on_inhibition = inhibition.lt_(rate).mul_(on_rate)  # a unit that still fires loses it, others their rate
         flat = on_inhibition.flatten(0, -2)
         on_pools, on_pooled = flat.mT @ pooled.flatten(0, -2), on_inhibition @ pools
         on_sources = on_pooled.flatten(0, -2).mT @ rate.flatten(0, -2)

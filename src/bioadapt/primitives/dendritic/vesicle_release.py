@@ -17,9 +17,7 @@ class _Transmission(torch.autograd.Function):
     """Keeps x and the share that was released; backward computes its probability again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
         _, p = _probability(x, inverse, rest, drive)
         share = released_share(p, sites) if sites else p
         ctx.save_for_backward(x, inverse, rest, drive, scale, share)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import previous, readings, recurrence
+from bioadapt.primitives.time import past_recurrence, readings
 from bioadapt.registry import register_primitive
 
 
@@ -49,5 +49,4 @@ class ShortTermDepression(Modulation):
         """R_t (B, T, groups): what is left for each token before it is transmitted."""
         recovered = 1 / (1 + nn.functional.softplus(self.recovery))  # 1 / tau
         kept = (1 - recovered) * (1 - self.release.clamp(0.0, 1.0) * activity)
-        after = recurrence("resource", kept, recovered, context, initial=1.0)
-        return previous("resource before", after, context, initial=1.0)
+        return past_recurrence("resource", kept, recovered, context, initial=1.0)

@@ -82,7 +82,7 @@ class PrecisionWeightedError(Primitive):
         return self.weighted(x, context, self.gate[:, None] * self.membership)
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
-        """The change (B, T, d), where ``channels`` (d, groups) says how much of the gain of a group each channel gets."""
+        """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, channels), x, context)
         return readings(lambda series, around: self.by_scan(series, around, channels), x, context).mean(0)
