@@ -62,8 +62,8 @@ class BioConfig(PeftConfig):
         rank: None: primitives run on the target's full output. r: they run on a population of r units between a
             down- and an up-projection.
         composition: ``staged``: primitives on the weight first, then stage by stage, parallel within a stage, whatever
-            the order of the list. ``serial``: on the weight first, then one after the other as listed. ``parallel``: all
-            read the same features.
+            the order of the list. ``serial``: on the weight first, then one after the other as listed. ``parallel``:
+            all read the same features.
         init_weights: True: the fresh adapter is the identity. False: it is not, for tests.
         causal: whether time may only be read backwards; None finds out from the model. Set it for models of your own.
         seed: fixes the frozen random matrices.

@@ -53,9 +53,9 @@ _FOLDERS = {LORA: ("lora",), STACK: ("lora", "bio"), SAME_SIZE: ("lora-same-size
 _RANK = 8
 _ALPHA_PER_RANK = 2
 
-# Chosen by the score on the validation library of the API search (networkx), never on the test library: among some
-# single primitives and groups of them, which hardly differed, and three learning rates of the LoRA, which did. To compare
-# others, give them on the command line and read "validation" in results.json.
+# Chosen by the score on the validation library of the API search (networkx), never on the test library: the primitives
+# among single ones and groups of them, which hardly differed, the LoRA's learning rate among three. To compare others,
+# give them on the command line and read "validation" in results.json.
 PRIMITIVES = ("lateral_inhibition", "predictive_coding")
 EPOCHS = 1.0
 LEARNING_RATE = 1e-3
@@ -430,8 +430,8 @@ def _how_chosen(settings: DemoSettings) -> str:
     other = f"; nothing was tuned on this {' or this '.join(untuned)}" if untuned else ""
     return (
         f"Primitives: {names}. They, the learning rates and the epochs were chosen on the validation library of the "
-        f"API search ({', '.join(VALIDATION_LIBRARIES)}), never on a test split{other}. The LoRA of the same size takes "
-        "over the learning rate of the small one."
+        f"API search ({', '.join(VALIDATION_LIBRARIES)}), never on a test split{other}. The LoRA of the same size "
+        "takes over the learning rate of the small one."
     )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -23,3 +26,15 @@ def require(module: str, extra: str = "demo") -> ModuleType:
         raise MissingExtra(
             f"{module.partition('.')[0]} cannot be imported ({missing} is missing): pip install bioadapt[{extra}]"
         ) from error
+
+
+@contextmanager
+def only_errors_of(name: str) -> Iterator[None]:
+    """A library's logger tells errors alone: its retries mean nothing to a user who is told what failed in the end."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from .._words import suggest
-from ._extras import require
+from ._extras import only_errors_of, require
 
 SPLITS = ("train", "dev", "test")
 FAMILIES = ("sts", "pair_classification", "classification", "clustering")
@@ -95,7 +95,8 @@ def read_hub(name: str) -> tuple[str, dict[str, Rows]]:
     repository, family = HUB[name]
     datasets = require("datasets")
     try:
-        splits = {split: datasets.load_dataset(repository, split=theirs) for split, theirs in _HUB_SPLITS.items()}
+        with only_errors_of("huggingface_hub"):
+            splits = {split: datasets.load_dataset(repository, split=theirs) for split, theirs in _HUB_SPLITS.items()}
     except Exception as error:  # offline, refused, moved: each raises something else
         raise ValueError(
             f"task {name!r} could not be loaded from {repository} on the hub "

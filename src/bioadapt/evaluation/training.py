@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from ._extras import MissingExtra, require
+from ._extras import MissingExtra, only_errors_of, require
 from ._task import Task
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def calm() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), only_errors_of("huggingface_hub"):
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
             yield
