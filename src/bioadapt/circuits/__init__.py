@@ -1,0 +1,1 @@
+"""Whole systems built from the catalogue's primitives."""
