@@ -29,6 +29,22 @@ MERGES = ("weight", "left")
 Blend = Callable[[Sequence[Tensor]], Tensor]
 
 
+class _Gating(torch.autograd.Function):
+    """gate times change. Backward makes one tensor of the change's size where autograd would make two."""
+
+    @staticmethod
+    def forward(ctx: Any, change: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(change, gate)
+        return change * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        change, gate = ctx.saved_tensors
+        product = grad * change
+        on_gate = product.sum(tuple(range(product.dim() - 1)) if len(gate) > 1 else None).view_as(gate)
+        return torch.mul(grad, gate, out=product), on_gate
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a primitive: its default, the closed range or the choices it accepts, and what it means.
@@ -255,9 +271,12 @@ class Primitive(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define transform")
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        """`transform` times the gate; to be overridden only where the gate costs less inside the mechanism."""
+        """`transform` times the gate; to be overridden only where the gate costs less inside the mechanism.
+
+        What it returns will be written to: neither a backward nor anybody else may need it.
+        """
         change = self.transform(x, context)
-        return change if self.zero_at == "update" else self.gate * change
+        return change if self.zero_at == "update" else _Gating.apply(change, self.gate)
 
     def left_matrix(self) -> Tensor:
         """For ``merge="left"``: M with transform(x) = M x, as (d_out, d_out), or (d_out,) if it is diagonal."""
@@ -361,7 +380,7 @@ class Primitive(nn.Module):
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
-        return change if self.zero_at == "update" else self.gate * change
+        return change if self.zero_at == "update" else _Gating.apply(change, self.gate)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:
         # Running statistics lose small updates in half precision (0.001 steps towards 1.0 stop at 0.25 in bf16), and

@@ -65,6 +65,11 @@ class Circuit(nn.ModuleDict):
         return total
 
     @property
+    def makes_anew(self) -> bool:
+        """Whether nobody else needs what `forward` returns: a product with a gate is needed by no backward."""
+        return all(primitive.zero_at != "update" for primitive in self.values())
+
+    @property
     def scales_input(self) -> bool:
         """Whether the layer is to read something else than its input."""
         return any(primitive.scales_input for primitive in self.values())

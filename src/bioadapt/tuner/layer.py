@@ -184,7 +184,9 @@ class BioLayer(Merging):
                 delta = delta * _rows_of(name, self.scope.adapter_names, delta)
             total = delta if total is None else total + delta
         assert total is not None
-        changed = (y + layout.restore(total)).to(y.dtype)
+        total = layout.restore(total)
+        own = all(circuit.makes_anew for circuit in circuits.values()) and not total._is_view()
+        changed = (total.add_(y) if own else y + total).to(y.dtype)  # a tensor of this width costs more than the sum
         return self._with_terms(changed, context, around)
 
     def _context(self, layout: Layout, v: Tensor, around: Surroundings) -> Context:

@@ -17,7 +17,7 @@ class _Diffusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, conductance: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(x, conductance, order)
-        return _flows(_ring(x, order, len(conductance)), conductance).index_select(-1, order.argsort())
+        return _channels(_flows(_ring(x, order, len(conductance)), conductance), order, x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
@@ -31,14 +31,21 @@ class _Diffusion(torch.autograd.Function):
             on_conductance.append((on_here - on_ring.narrow(-1, reach + offset, width)).mul_(drop).sum(0))
         on_x = None
         if ctx.needs_input_grad[0]:
-            on_x = _flows(on_ring, conductance).index_select(-1, order.argsort())
+            on_x = _channels(_flows(on_ring, conductance), order, x.shape)
         return on_x, torch.stack(on_conductance), None
 
 
 def _ring(x: Tensor, order: Tensor, reach: int) -> Tensor:
-    """The channels in the order of the ring, with ``reach`` of them repeated at either end."""
+    """The channels in the order of the ring, ``reach`` of them repeated at either end: (..., d) -> (N, d + 2 reach)."""
     places = torch.arange(-reach, x.shape[-1] + reach, device=x.device) % x.shape[-1]
-    return x.index_select(-1, order[places])
+    return x.flatten(0, -2).index_select(-1, order[places])  # columns of a batch are gathered much more slowly
+
+
+def _channels(places: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_ring` with nothing repeated: (N, d) -> ``shape``."""
+    found = places.new_empty(shape)
+    torch.index_select(places, -1, order.argsort(), out=found.view(places.shape))
+    return found
 
 
 def _flows(ring: Tensor, conductance: Tensor) -> Tensor:
@@ -58,8 +65,7 @@ def diffusion(x: Tensor, conductance: Tensor, order: Tensor) -> Tensor:
     x (..., d); order (d,): the channel at each place of the ring; conductance (k, d): in row o - 1 between each place
     and the one o places on. Returns (..., d).
     """
-    flat = x.reshape(-1, x.shape[-1])  # columns of a matrix are gathered much faster than those of a batch
-    return _Diffusion.apply(flat, conductance, order).view(x.shape)
+    return _Diffusion.apply(x, conductance, order)
 
 
 @register_primitive("gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", merge="left")

@@ -17,12 +17,12 @@ class _Silencing(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, k: int) -> Tensor:
         winners = _winners(x, k)
         ctx.save_for_backward(x, scale, winners)
-        return _without(x * -scale, winners)
+        return _without((x * -scale).contiguous(), winners)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, winners = ctx.saved_tensors
-        on_losers = _without(grad.neg(), winners)
+        on_losers = _without(grad.neg().contiguous(), winners)
         on_scale = (on_losers * x).sum(tuple(range(x.dim() - 1)))
         return on_losers.mul_(scale), on_scale, None
 
@@ -36,9 +36,10 @@ def _winners(x: Tensor, k: int) -> Tensor:
 
 
 def _without(x: Tensor, places: Tensor) -> Tensor:
-    """x, which is overwritten, with zeros at places of its flattened form."""
+    """x, contiguous and overwritten, with zeros at places of its flattened form."""
     # Writing at indices, not comparing with a threshold, so that ties cannot change k.
-    return x.contiguous().view(-1).index_fill_(0, places, 0.0).view(x.shape)
+    x.view(-1).index_fill_(0, places, 0.0)
+    return x
 
 
 def silencing(x: Tensor, k: int, scale: Tensor) -> Tensor:
