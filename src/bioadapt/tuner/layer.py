@@ -169,6 +169,9 @@ class BioLayer(Merging):
         around = self.scope.surroundings or Surroundings()
         layout = Layout.of(y, self.site, None if self.across else around.tokens)
         context = self._context(layout, v, around)
+        # Autograd runs a view's backward after that of everything later: the circuits' gradient of y is then there
+        # first and takes up the residual's in place.
+        residual = y.view_as(y)
         features = layout.to_sequence(y)
         total: Tensor | None = None
         for name, circuit in circuits.items():
@@ -186,7 +189,8 @@ class BioLayer(Merging):
         assert total is not None
         total = layout.restore(total)
         own = all(circuit.makes_anew for circuit in circuits.values()) and not total._is_view()
-        changed = (total.add_(y) if own else y + total).to(y.dtype)  # a tensor of this width costs more than the sum
+        # Another tensor of this width would cost more time than the sum itself.
+        changed = (total.add_(residual) if own else residual + total).to(y.dtype)
         return self._with_terms(changed, context, around)
 
     def _context(self, layout: Layout, v: Tensor, around: Surroundings) -> Context:
