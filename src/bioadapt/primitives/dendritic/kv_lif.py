@@ -77,7 +77,7 @@ class _Step:
     reopened: Tensor  # share of open channels after
 
 
-def _micro_step(drive: Tensor, voltage: Tensor, opened: Tensor, constants: Tensor) -> tuple[Tensor, _Step]:
+def micro_step(drive: Tensor, voltage: Tensor, opened: Tensor, constants: Tensor) -> tuple[Tensor, _Step]:
     """The voltage after one micro-step, and the rest of it."""
     theta, leak, potassium, by_spike, deepening, memory = constants.split(1)
     flow = opened * potassium
@@ -98,7 +98,7 @@ def _slopes(drive: Tensor, weight: Tensor, constants: Tensor, steps: int) -> tup
     theta, _, potassium, by_spike, deepening, memory = constants.split(1)
     voltage, opened, tape = torch.zeros_like(drive), torch.zeros_like(drive), []
     for _ in range(steps):
-        voltage, step = _micro_step(drive, voltage, opened, constants)
+        voltage, step = micro_step(drive, voltage, opened, constants)
         opened = step.reopened
         tape.append(step)
     on_voltage, on_opened, on_drive = (torch.zeros_like(drive) for _ in range(3))

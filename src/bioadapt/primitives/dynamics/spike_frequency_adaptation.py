@@ -14,7 +14,7 @@ from bioadapt.primitives.time import CHUNK, decay_of, front_aligned, past_trace,
 from bioadapt.registry import register_primitive
 
 
-class _Subtraction(torch.autograd.Function):
+class Subtraction(torch.autograd.Function):
     """-scale sgn(x) min(|x|, current): x and current (..., d), scale (d,)."""
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Subtraction(torch.autograd.Function):
 
 
 class _Adaptation(torch.autograd.Function):
-    """`_Subtraction` of strength times the current that |x| drives, by matrix products; keeps x alone.
+    """`Subtraction` of strength times the current that |x| drives, by matrix products; keeps x alone.
 
     x (B, T, d) with padding zeroed and at the end; strength and scale (d,), decay (G,).
     """
@@ -146,4 +146,4 @@ class SpikeFrequencyAdaptation(Primitive):
         """`adapted` for one reading of time, in any context."""
         drive = torch.sigmoid(self.strength) * x.abs()
         current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, context)
-        return _Subtraction.apply(x, current, scale)
+        return Subtraction.apply(x, current, scale)
