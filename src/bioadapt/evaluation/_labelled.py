@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._extras import require
-from ._task import ENCODE_BATCH, Task
+from ._task import TableTask, embeddings
 from .files import Rows
 from .statistics import Evaluation, v_measure
 
@@ -21,7 +21,7 @@ _PROBE_C = 10.0
 _KMEANS_SEEDS = 10
 
 
-class LabelledTask(Task):
+class LabelledTask(TableTask):
     """Texts with a class each; trained with a triplet loss on batches that hold several texts of a class."""
 
     batch_sampler = "group_by_label"
@@ -35,6 +35,9 @@ class LabelledTask(Task):
     @property
     def sizes(self) -> dict[str, int]:
         return {split: len(texts) for split, (texts, _) in self._splits.items()}
+
+    def texts(self, split: str) -> list[str]:
+        return sorted(set(self._of(split)[0]))
 
     def train_dataset(self) -> Dataset:
         texts, classes = self._of("train")
@@ -67,9 +70,9 @@ class ClassificationTask(LabelledTask):
     def evaluate(self, model: SentenceTransformer, split: str = "test") -> Evaluation:
         texts, classes = self._of("train")
         probe = require("sklearn.linear_model").LogisticRegression(C=_PROBE_C, max_iter=1_000)
-        probe.fit(_encode(model, texts[:_PROBE_ROWS]), classes[:_PROBE_ROWS])
+        probe.fit(embeddings(model, texts[:_PROBE_ROWS]), classes[:_PROBE_ROWS])
         held_out, gold = self._of(split)
-        correct = (probe.predict(_encode(model, held_out)) == gold).astype(np.float64)
+        correct = (probe.predict(embeddings(model, held_out)) == gold).astype(np.float64)
         return Evaluation(scores={"accuracy": 100 * float(correct.mean())}, rows={"accuracy": correct}, gold=gold)
 
 
@@ -84,14 +87,9 @@ class ClusteringTask(LabelledTask):
 
     def evaluate(self, model: SentenceTransformer, split: str = "test") -> Evaluation:
         texts, gold = self._of(split)
-        vectors = _encode(model, texts)
+        vectors = embeddings(model, texts)
         kmeans = require("sklearn.cluster").KMeans
         count = min(len(self._number), len(texts))
         runs = [kmeans(count, n_init=1, random_state=seed).fit_predict(vectors) for seed in range(_KMEANS_SEEDS)]
         clusters = np.stack(runs, axis=1)
         return Evaluation(scores={"v_measure": v_measure(clusters, gold)}, rows={"v_measure": clusters}, gold=gold)
-
-
-def _encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
-    """Embeddings (n, d) in float32."""
-    return model.encode(texts, batch_size=ENCODE_BATCH, show_progress_bar=False, convert_to_numpy=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._extras import require
-from ._task import ENCODE_BATCH, Task
+from ._task import ENCODE_BATCH, TableTask
 from .files import Rows
 from .statistics import Evaluation
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class PairTask(Task):
+class PairTask(TableTask):
     """Sentence pairs with a number each; trained with CoSENT, which uses the order of the numbers alone."""
 
     column: str  # the column that holds the number
@@ -31,6 +31,10 @@ class PairTask(Task):
     @property
     def sizes(self) -> dict[str, int]:
         return {split: len(rows[2]) for split, rows in self._splits.items()}
+
+    def texts(self, split: str) -> list[str]:
+        first, second, _ = self._of(split)
+        return sorted({*first, *second})
 
     def train_dataset(self) -> Dataset:
         first, second, numbers = self._of("train")

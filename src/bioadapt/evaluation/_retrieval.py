@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -60,6 +62,19 @@ class ApiSearchTask(Task):
     def describe(self) -> dict[str, Any]:
         documents = {split: len(self._search(split).documents) for split in ("validation", "test")}
         return {**super().describe(), "documents": documents, "versions": self.corpus.versions}
+
+    def texts(self, split: str) -> list[str]:
+        if split == "train":
+            return sorted({text for pair in self.corpus.train for text in pair})
+        search = self._search(split)
+        return sorted({*search.queries, *search.documents})
+
+    def without_test(self) -> Self:
+        sealed = copy.copy(self)
+        nothing = replace(self.corpus.test, queries=(), answers=(), documents=())
+        vars(sealed)["corpus"] = replace(self.corpus, test=nothing)
+        vars(sealed).pop("_test", None)
+        return sealed
 
     def train_dataset(self) -> Dataset:
         sentences, documents = zip(*self.corpus.train, strict=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
 
 from .statistics import Evaluation
 
@@ -14,6 +17,11 @@ if TYPE_CHECKING:  # heavy, and optional: imported where used
     from torch import nn
 
 ENCODE_BATCH = 64
+
+
+def embeddings(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
+    """Embeddings (n, d) in float32."""
+    return model.encode(texts, batch_size=ENCODE_BATCH, show_progress_bar=False, convert_to_numpy=True)
 
 
 class Task(ABC):
@@ -57,6 +65,14 @@ class Task(ABC):
         """Scores in percent, and what they are made of row by row."""
 
     @abstractmethod
+    def texts(self, split: str) -> list[str]:
+        """The different texts of a split, sorted."""
+
+    @abstractmethod
+    def without_test(self) -> Self:
+        """The same task without its test rows: who is given it cannot look at them."""
+
+    @abstractmethod
     def _content(self, split: str) -> Any:
         """Everything that decides the scores on a split."""
 
@@ -67,3 +83,14 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """What results must say about their task."""
         return {"name": self.name, "family": self.family, "rows": self.sizes, "metrics": list(self.metrics)}
+
+
+class TableTask(Task):
+    """A task whose splits are tables; a subclass says what is in them."""
+
+    _splits: dict[str, Any]
+
+    def without_test(self) -> Self:
+        sealed = copy.copy(self)
+        sealed._splits = {split: table for split, table in self._splits.items() if split != "test"}
+        return sealed
