@@ -1,0 +1,591 @@
+"""A study as one HTML page that needs nothing else: what was compared, what was found, what to copy.
+
+The page is made from what the storage holds, also while the study runs, and for studies of anything else; what is not
+there yet is said in a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import BioConfig, primitive_info
+from .._words import suggest
+from ..evaluation._extras import require
+from . import figures
+from .features import FeatureMap
+from .figures import BAD, GOOD, OTHER, Bar, Curve
+from .finale import shrinkage
+from .sampler import Effect, ThompsonSampler
+from .space import SearchSpace
+from .storage import DIED, open_storage
+
+LEADERS = 20
+# Mechanisms in the figure and in the map, all of which are in a table; other effects in theirs.
+SHOWN, MAPPED = 24, 10
+LISTED = 60
+# Two standard deviations about: the half width of a 95 % interval of a normal distribution.
+REACH = 1.96
+_FAILED_WITHOUT_REASON = "no reason given"
+# What a record of a `BioConfig` says beyond what one would write.
+_RECORDED = {
+    *("primitives", "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("inference_mode", "trained_over", "fingerprint", "bioadapt_version"),
+}
+
+
+def write_report(study_name: str, storage_url: str, output: str | Path) -> Path:
+    """Write the report of a study.
+
+    Args:
+        study_name: its name in the storage.
+        storage_url: as for `open_storage`.
+        output: the HTML file; its folder is made.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no study of that name, or one with several objectives.
+        ImportError: jinja2 or matplotlib is missing.
+        OSError: the storage does not answer, or the file cannot be written.
+    """
+    storage = open_storage(storage_url, create=False)
+    names = optuna.get_all_study_names(storage)
+    if study_name not in names:
+        raise ValueError(f"study {study_name!r} is not in {_without_login(storage_url)}: {suggest(study_name, names)}")
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    if len(study.directions) > 1:
+        raise ValueError(f"study {study_name!r} has {len(study.directions)} objectives; a report is about one")
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(study, _companion(study, storage, names)), encoding="utf-8")
+    return path
+
+
+def render(study: Study, lora: Study | None = None) -> str:
+    """The report of a study as HTML.
+
+    Args:
+        study: the search.
+        lora: the study in which the LoRA was tuned that it is compared with.
+    """
+    jinja = require("jinja2", "search")
+    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=_number, short=_short, interval=_interval, count=_count)
+    template = environment.from_string(source)
+    return template.render(r=_Report(study, lora), listed=LISTED, figure=require("markupsafe", "search").Markup)
+
+
+def _companion(study: Study, storage: BaseStorage, names: Sequence[str]) -> Study | None:
+    name = study.user_attrs.get("lora", {}).get("study")
+    return optuna.load_study(study_name=name, storage=storage) if name in names else None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A trial as the tables show it."""
+
+    number: int
+    score: float | None
+    words: str
+    parameters: int | None
+    seconds: float | None
+    reason: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the posterior says of a feature where it is present."""
+
+    name: str
+    mean: float
+    sd: float
+    probability_helps: float
+    support: int
+    dropped: bool
+
+    @property
+    def low(self) -> float:
+        return self.mean - REACH * self.sd
+
+    @property
+    def high(self) -> float:
+        return self.mean + REACH * self.sd
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A pair in the map of interactions; ``share`` of the strongest colour, ``helps`` its sign."""
+
+    text: str
+    title: str
+    helps: bool
+    share: float
+
+
+class _Report:
+    """What the template shows, read from the study once and computed when it is asked for."""
+
+    def __init__(self, study: Study, lora: Study | None) -> None:
+        self.study, self.lora_study = study, lora
+        self.name = study.study_name
+        self.attributes: dict[str, Any] = study.user_attrs
+        self.trials = study.get_trials(deepcopy=False)
+        self.higher = study.direction == StudyDirection.MAXIMIZE
+        self.settings: Mapping[str, Any] = self.attributes.get("settings", {})
+        self.space: Mapping[str, Any] = self.attributes.get("space", {})
+        self.task: Mapping[str, Any] = self.attributes.get("task", {})
+        self.lora: Mapping[str, Any] = self.attributes.get("lora", {})
+        self.confirmation: Sequence[Mapping[str, Any]] = self.attributes.get("confirmation", [])
+        self.final: Mapping[str, Any] = self.attributes.get("final", {})
+        self.is_search = bool(self.space or self.settings)
+
+    # -- how far it is --
+
+    @cached_property
+    def complete(self) -> list[FrozenTrial]:
+        """The best first."""
+        done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+        return sorted(done, key=lambda trial: -trial.value if self.higher else trial.value)
+
+    @cached_property
+    def repeated(self) -> dict[int, int]:
+        """Trials whose worker died, and the trial that took their place."""
+        return {
+            trial.system_attrs["retry_history"][-1]: trial.number
+            for trial in self.trials
+            if trial.system_attrs.get("retry_history")
+        }
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many trials are in which state; those that were repeated are counted apart."""
+        found = {"tickets": len(self.trials) - len(self.repeated), "repeated": len(self.repeated)}
+        for state in TrialState:
+            own = [t for t in self.trials if t.state == state and t.number not in self.repeated]
+            found[state.name.lower()] = len(own)
+        return found
+
+    @property
+    def unfinished(self) -> int:
+        return self.counts["running"] + self.counts["waiting"]
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all trials together."""
+        times = [trial.duration.total_seconds() for trial in self.trials if trial.duration is not None]
+        return float(sum(times))
+
+    @property
+    def dates(self) -> str:
+        starts = [trial.datetime_start for trial in self.trials if trial.datetime_start is not None]
+        ends = [trial.datetime_complete for trial in self.trials if trial.datetime_complete is not None]
+        if not starts or not ends:
+            return ""
+        return f"{min(starts):%Y-%m-%d %H:%M} to {max(ends):%Y-%m-%d %H:%M}"
+
+    @property
+    def metric(self) -> str:
+        """What the scores are, with their unit."""
+        metrics = self.task.get("metrics") or [self.final.get("metric")]
+        return f"{metrics[0]}, percent" if metrics[0] else "value"
+
+    @property
+    def verdict(self) -> str:
+        if self.final.get("verdict"):
+            return self.final["verdict"]
+        if not self.trials:
+            return "This study has no trials yet."
+        if not self.complete:
+            return "No trial of this study has ended with a score yet."
+        best = self.complete[0]
+        ended = _count(len(self.complete), "complete trial")
+        so_far = f"So far the best of {ended} is trial {best.number} with {_number(best.value)}"
+        if not self.is_search:
+            return f"{so_far}. This study has no final comparison, so nothing here was tested on fresh data."
+        return f"{so_far} on validation. Nothing has been tested yet: what wins on validation need not win on test."
+
+    # -- the comparison --
+
+    @property
+    def differences(self) -> list[Mapping[str, Any]]:
+        return list(self.final.get("differences", []))
+
+    def forest(self) -> str:
+        bars = [
+            Bar(
+                d["name"], d["estimate"], d["low"], d["high"], GOOD if d["low"] > 0 else BAD if d["high"] < 0 else OTHER
+            )
+            for d in self.differences
+        ]
+        return figures.forest(bars, f"difference on test, points of {self.final.get('metric', 'the metric')}", "final")
+
+    def forest_in_words(self) -> str:
+        lines = "; ".join(f"{d['name']}: {_interval(d)}" for d in self.differences)
+        return f"Differences on test with their intervals. {lines}."
+
+    def contenders(self) -> list[dict[str, Any]]:
+        """The rows of the final comparison, with the mean over seeds."""
+        return [
+            {"epochs": None, "seconds": None, "parameters": None, **c, "mean": _mean(c["scores"])}
+            for c in self.final.get("contenders", [])
+        ]
+
+    @property
+    def level(self) -> float:
+        levels = {d.get("level", 0.95) for d in self.differences}
+        return 100 * min(levels, default=0.95)
+
+    # -- the trials --
+
+    def row(self, trial: FrozenTrial) -> _Row:
+        return _Row(
+            trial.number,
+            trial.value if trial.values else None,
+            in_words(trial),
+            trial.user_attrs.get("parameters"),
+            trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else None),
+            self._reason(trial),
+        )
+
+    @cached_property
+    def leaders(self) -> list[_Row]:
+        """The best, each with what the model of all trials expects of it, where the study is one of ours."""
+        found = [self.row(trial) for trial in self.complete[:LEADERS]]
+        space = self._known_space
+        if space is None:
+            return found
+        believed = [shrinkage(self.study, space, row.number) for row in found]
+        return [
+            row if b["posterior"] is None else replace(row, expected=f"{_number(b['posterior'])} ± {_short(b['sd'])}")
+            for row, b in zip(found, believed, strict=True)
+        ]
+
+    def failed(self) -> list[_Row]:
+        return [self.row(trial) for trial in self.trials if trial.state == TrialState.FAIL]
+
+    def pruned(self) -> list[_Row]:
+        return [self.row(trial) for trial in self.trials if trial.state == TrialState.PRUNED]
+
+    def _reason(self, trial: FrozenTrial) -> str:
+        if trial.state == TrialState.PRUNED:
+            step = trial.last_step
+            return "" if step is None else f"at step {step} with {_number(trial.intermediate_values[step])}"
+        reason = trial.user_attrs.get("failure")
+        if trial.number in self.repeated:
+            return f"{reason or DIED}; repeated as trial {self.repeated[trial.number]}"
+        return reason or _FAILED_WITHOUT_REASON
+
+    def has_curves(self) -> bool:
+        return any(len(trial.intermediate_values) > 1 for trial in self.trials)
+
+    def curves(self) -> str:
+        best = self.complete[0].number if self.complete else None
+        kinds = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        lines = []
+        for trial in self.trials:
+            if trial.state in kinds and trial.intermediate_values:
+                steps = sorted(trial.intermediate_values)
+                kind = "best" if trial.number == best else kinds[trial.state]
+                lines.append(Curve(steps, [trial.intermediate_values[step] for step in steps], kind))
+        return figures.curves(lines, f"validation {self.metric}" if self.is_search else "reported value", "curves")
+
+    def progress(self) -> str:
+        shown = {"search": self.study}
+        if self.lora_study is not None:
+            shown["LoRA"] = self.lora_study
+        return figures.progress(
+            {title: (*_scores(study), self.higher) for title, study in shown.items() if _scores(study)[0]},
+            f"validation {self.metric}" if self.is_search else "value",
+            "progress",
+        )
+
+    def lora_best(self) -> _Row | None:
+        done = [] if self.lora_study is None else self.lora_study.get_trials(states=(TrialState.COMPLETE,))
+        return self.row(max(done, key=lambda trial: trial.value)) if done else None
+
+    # -- what helps --
+
+    @cached_property
+    def _known_space(self) -> SearchSpace | None:
+        """The study's space, where it is one of ours and all of its primitives are registered here."""
+        if "host" not in self.space:
+            return None
+        try:
+            return SearchSpace.from_record(self.space)
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    @cached_property
+    def effects(self) -> list[_Known]:
+        """The posterior's effects where they are present, the surest first."""
+        features = self._known_space.features if self._known_space else None
+        effects = ThompsonSampler(seed=0, features=features).effects(self.study)
+        sizes = self._sizes(features)
+        return [_known(effect, sizes.get(effect.name, 1.0)) for effect in effects]
+
+    def _sizes(self, features: FeatureMap | None) -> dict[str, float]:
+        """How large features are where they are present: an effect is a weight, what it adds is their product."""
+        sizes: dict[str, float] = {}
+        for trial in self.trials if features else []:
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                for name, value in features(trial.params).items() if features else ():
+                    label = name if isinstance(name, str) else " × ".join(name)
+                    sizes[label] = max(sizes.get(label, 0.0), abs(value))
+        return sizes
+
+    @cached_property
+    def _pairs(self) -> dict[frozenset[str], _Known]:
+        return {frozenset(effect.name.split(" × ")): effect for effect in self.effects if " × " in effect.name}
+
+    @cached_property
+    def mechanisms(self) -> list[_Known]:
+        """Main effects of primitives; of all parameters in a study of something else. The surest first."""
+        single = [effect for effect in self.effects if " × " not in effect.name]
+        if self._known_space is None:
+            return single
+        return [effect for effect in single if effect.name in self._known_space.primitives]
+
+    @cached_property
+    def others(self) -> list[_Known]:
+        """Places, strengths, orders and settings."""
+        shown = {effect.name for effect in self.mechanisms}
+        return [effect for effect in self.effects if " × " not in effect.name and effect.name not in shown]
+
+    def effects_figure(self) -> str:
+        shown = sorted(self.mechanisms[:SHOWN], key=lambda effect: -effect.mean if self.higher else effect.mean)
+        bars = [Bar(f"{e.name} ({e.support})", e.mean, e.low, e.high, self._colour(e)) for e in shown]
+        return figures.forest(bars, f"what it adds, points of {self.metric}" if self.is_search else "effect", "effects")
+
+    def effects_in_words(self) -> str:
+        helping = [e.name for e in self.mechanisms[:SHOWN] if self._colour(e) == GOOD]
+        harming = [e.name for e in self.mechanisms[:SHOWN] if self._colour(e) == BAD]
+        return (
+            f"Posterior means with 95 % intervals. Surely helping: {', '.join(helping) or 'none'}. "
+            f"Surely harming: {', '.join(harming) or 'none'}."
+        )
+
+    def _colour(self, effect: _Known) -> str:
+        if effect.low <= 0 <= effect.high:
+            return OTHER
+        return GOOD if (effect.mean > 0) == self.higher else BAD
+
+    @cached_property
+    def mapped(self) -> list[str]:
+        """The names in the map: mechanisms in most of the tested pairs, then the surest."""
+        rank = {effect.name: i for i, effect in enumerate(self.mechanisms)}
+        tested = {name: sum(name in pair for pair in self._pairs) for name in rank}
+        chosen = sorted(rank, key=lambda name: (-tested[name], rank[name]))[:MAPPED]
+        return sorted((name for name in chosen if tested[name]), key=rank.__getitem__)
+
+    def pair(self, first: str, second: str) -> _Cell | None:
+        """None where too few trials have shown the two together: untested, which is not the same as no effect."""
+        effect = self._pairs.get(frozenset((first, second)))
+        if effect is None:
+            return None
+        largest = max((abs(e.mean) for e in self._pairs.values()), default=0.0) or 1.0
+        title = f"{first} with {second}: {_interval(effect)}, {_count(effect.support, 'trial')}"
+        return _Cell(
+            f"{effect.mean:+.2g}", title, (effect.mean > 0) == self.higher, round(abs(effect.mean) / largest, 2)
+        )
+
+    def untested(self) -> int:
+        return sum(frozenset(pair) not in self._pairs for pair in combinations(self.mapped, 2))
+
+    # -- the winner --
+
+    @property
+    def winner(self) -> Mapping[str, Any]:
+        """The confirmed winner, or the best so far."""
+        if self.final.get("winner"):
+            return self.final["winner"]
+        for trial in self.complete[:1]:
+            configuration = trial.user_attrs.get("configuration", {})
+            return {
+                "number": trial.number,
+                "configs": trial.user_attrs.get("configs", []),
+                "learning_rate": configuration.get("learning_rate"),
+            }
+        return {}
+
+    def code(self) -> str:
+        return as_code(self.winner.get("configs", []), self.winner.get("learning_rate"), self._strengths())
+
+    def _strengths(self) -> dict[str, float]:
+        """Primitives of the winner that learn at another rate than the rest."""
+        chosen = [trial for trial in self.trials if trial.number == self.winner.get("number")]
+        slots = chosen[0].user_attrs.get("configuration", {}).get("slots", []) if chosen else []
+        return {slot["primitive"]: slot["strength"] for slot in slots if slot.get("strength", 1) != 1}
+
+    def as_json(self) -> str:
+        return json.dumps(self.winner, indent=1)
+
+    # -- how it was done --
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The settings as they stand, one line for each."""
+        return [line for key, value in self.settings.items() for line in _lines(key, value)]
+
+    def task_facts(self) -> list[tuple[str, str]]:
+        return [line for key, value in self.task.items() for line in _lines(key, value)]
+
+    @property
+    def power(self) -> tuple[str, int] | None:
+        """The size of the space as a number below ten and a power of ten, where it is long."""
+        digits = str(self.space.get("size", ""))
+        return (f"{digits[0]}.{digits[1]}", len(digits) - 1) if len(digits) > 7 else None
+
+
+def in_words(trial: FrozenTrial) -> str:
+    """A trial's configuration on one line; its parameters, where it is none of our space."""
+    configuration = trial.user_attrs.get("configuration")
+    if not configuration or "slots" not in configuration:
+        chosen = configuration or trial.params or trial.system_attrs.get("fixed_params", {})
+        return ", ".join(f"{name}={_value(value)}" for name, value in chosen.items())
+    slots = [
+        f"{slot['primitive']} @ {slot['layers']} {slot['modules']}"
+        + (f" (strength {slot['strength']:g})" if slot.get("strength", 1) != 1 else "")
+        for slot in configuration["slots"]
+    ]
+    if not slots:
+        return "no primitives"
+    joined = (" → " if configuration.get("composition") == "serial" else " + ").join(slots)
+    rank, rate = configuration.get("rank"), configuration.get("learning_rate")
+    extras = [f"rank {rank}" if rank else "full width"]
+    if len(slots) > 1:
+        extras.append(str(configuration.get("composition")))
+    if rate is not None:
+        extras.append(f"learning rate {rate:g}")
+    return f"{joined}; {', '.join(extras)}"
+
+
+def as_code(
+    configs: Sequence[Mapping[str, Any]],
+    learning_rate: float | None = None,
+    strengths: Mapping[str, float] | None = None,
+) -> str:
+    """Python that puts the adapters of `BioConfig` records into a model; what is a default is left out.
+
+    Args:
+        configs: records, as ``BioConfig.to_dict`` gives them.
+        learning_rate: what they were trained with.
+        strengths: factors on it, by primitive.
+    """
+    if not configs:
+        return ""
+    calls = [_call(config) for config in configs]
+    lines = [
+        "from peft import get_peft_model",
+        "from bioadapt import BioConfig",
+        "",
+        "# model: the base, or the LoRA over it",
+    ]
+    lines.append(f'model = get_peft_model(model, {calls[0]}, adapter_name="bio")')
+    names = ["bio"] + [f"bio_{number}" for number in range(2, len(calls) + 1)]
+    lines += [f'model.add_adapter("{name}", {call})' for name, call in zip(names[1:], calls[1:], strict=True)]
+    if len(calls) > 1:
+        lines.append(f"model.base_model.set_adapter({json.dumps(names)})")
+    if learning_rate is not None:
+        lines.append(f"# trained with learning rate {learning_rate:g}")
+        lines += [
+            f"# {name}: the tensor that starts at zero with {learning_rate * strength:g}"
+            for name, strength in (strengths or {}).items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _call(config: Mapping[str, Any]) -> str:
+    default = BioConfig(primitives=config["primitives"]).to_dict()
+    chosen = {
+        name: value
+        for name, value in config.items()
+        if name in default and name not in _RECORDED and value != default[name]
+    }
+    primitives = [_entry(entry) for entry in config["primitives"]]
+    parts = [f"primitives=[{', '.join(primitives)}]", *(f"{name}={value!r}" for name, value in chosen.items())]
+    return "BioConfig(\n    " + ",\n    ".join(parts) + ",\n)"
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    """A primitive in a list: its name alone where its settings are the defaults."""
+    settings = primitive_info(entry["name"]).settings
+    chosen = {key: value for key, value in entry.items() if key == "name" or value != settings[key].default}
+    return json.dumps(entry["name"]) if len(chosen) == 1 else repr(chosen)
+
+
+def _known(effect: Effect, size: float) -> _Known:
+    return _Known(
+        effect.name, effect.mean * size, effect.sd * size, effect.probability_helps, effect.support, effect.dropped
+    )
+
+
+def _scores(study: Study) -> tuple[list[int], list[float]]:
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if math.isfinite(t.value)]
+    return [trial.number for trial in done], [trial.value for trial in done]
+
+
+def _mean(scores: Sequence[float]) -> float | None:
+    return sum(scores) / len(scores) if scores else None
+
+
+def _lines(key: str, value: Any) -> list[tuple[str, str]]:
+    """A setting as lines; what is nested gets one for each part."""
+    if isinstance(value, Mapping):
+        return [line for part, inner in value.items() for line in _lines(f"{key}: {part}", inner)]
+    return [(key.replace("_", " "), _value(value))]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value))
+    return "none" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    """Two decimals where that says something, else four significant digits; integers in full."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.2f}" if 1 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _short(value: float | None) -> str:
+    """Two significant digits, or all before the point."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
+
+
+def _interval(effect: Any) -> str:
+    """Estimate and bounds, of an effect or of a record of a difference."""
+    if isinstance(effect, _Known):
+        return f"{effect.mean:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
+    return f"{effect['estimate']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def _without_login(url: str) -> str:
+    """An address whose user and password nobody needs to read."""
+    head, at, tail = url.rpartition("@")
+    return f"{head.partition('//')[0]}//{tail}" if at else url

@@ -1,0 +1,177 @@
+"""A real PostgreSQL server, and worker processes on one study, one of which is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+# "required": a server that is missing fails the tests instead of skipping them.
+REQUIRED = "BIOADAPT_TEST_POSTGRESQL"
+SERVER = "bioadapt"
+# Seconds after which a test gives up on another process; a busy machine is slow.
+PATIENCE = 180.0
+# What a worker needs seconds to import, once for all of them.
+PRELOAD = ["bioadapt.search.storage", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
+
+
+def _binaries():
+    """The folder of the newest PostgreSQL: on the path, or where Debian puts it."""
+    found = shutil.which("initdb")
+    folders = [Path(found).parent] if found else []
+    debian = Path("/usr/lib/postgresql").glob("*/bin")
+    folders += sorted(debian, key=lambda folder: float(folder.parent.name), reverse=True)
+    return next((folder for folder in folders if (folder / "postgres").exists()), None)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(condition, seconds=PATIENCE):
+    """Wait for something that another process does; what it returned."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """The address of a server on loopback that lives as long as the session, without the name of a database."""
+    binaries = _binaries()
+    if binaries is None:
+        tell = pytest.fail if os.environ.get(REQUIRED) == "required" else pytest.skip
+        tell("PostgreSQL's server is not installed")
+    psycopg = pytest.importorskip("psycopg")
+    # The server refuses to run as root. Its folder must not be in one that root alone may enter.
+    as_user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    folder = tempfile.mkdtemp(prefix="bioadapt-postgresql-")
+    if as_user:
+        shutil.chown(folder, "postgres", "postgres")
+    data, port = f"{folder}/data", free_port()
+    create = [binaries / "initdb", "-D", data, "-U", SERVER, "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"]
+    serve = [binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
+    serve += ["-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=30"]
+    try:
+        subprocess.run(create, check=True, capture_output=True, cwd=folder, **as_user)
+        with open(f"{folder}/log", "wb") as log:
+            server = subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **as_user)
+        try:
+            url = f"postgresql://{SERVER}@127.0.0.1:{port}"
+
+            def answers():
+                assert server.poll() is None, Path(folder, "log").read_text()
+                try:
+                    return psycopg.connect(f"{url}/postgres").close() is None
+                except psycopg.OperationalError:
+                    return False
+
+            until(answers)
+            yield url
+        finally:
+            # Immediate shutdown: its data are thrown away.
+            server.send_signal(signal.SIGQUIT)
+            server.wait(timeout=30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database(postgresql):
+    """The address of an empty database of one test."""
+    import psycopg
+
+    name = f"study_{time.monotonic_ns()}"
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgresql}/{name}"
+
+
+class Workers:
+    """Processes that take the tickets of one study: clean ones, forked from a server that has imported everything."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self.started = []
+
+    def start(self, target, *arguments, **settings):
+        process = self._context.Process(target=target, args=arguments, kwargs=settings)
+        process.start()
+        self.started.append(process)
+        return process
+
+    def runs(self):
+        """How often each trial was run to its end."""
+        return Counter(int(path.name.partition(".")[0]) for path in self.folder.iterdir())
+
+    def stop(self):
+        for process in self.started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+@pytest.fixture
+def workers(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    found = Workers(folder)
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def kill_one_of_two(workers):
+    """A study of ten tickets, and two workers of which the first is killed in mid-trial; nothing must be lost."""
+    import optuna
+    from optuna.trial import TrialState
+    from search.ticket_worker import value_of, work
+
+    from bioadapt.search.storage import DIED, open_storage
+
+    def run(url, *, tickets=10, elsewhere=False):
+        study = optuna.create_study(storage=open_storage(url), study_name="killed", direction="maximize")
+        study.enqueue_trial({"a": 4, "b": 0, "c": 3})
+        for _ in range(tickets - 1):
+            study.enqueue_trial({})
+        victim = workers.start(work, url, "killed", workers.folder, hang=True, elsewhere=elsewhere)
+
+        def in_the_middle():
+            return study.get_trials(deepcopy=False)[0].intermediate_values
+
+        until(in_the_middle)
+        survivor = workers.start(work, url, "killed", workers.folder)
+        until(lambda: workers.runs())
+        os.kill(victim.pid, signal.SIGKILL)
+        survivor.join(timeout=PATIENCE)
+        assert survivor.exitcode == 0
+
+        trials = study.get_trials()
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        assert [trial.state for trial in trials].count(TrialState.FAIL) == 1 and len(trials) == tickets + 1
+        assert workers.runs() == Counter(trial.number for trial in complete) and len(complete) == tickets
+        assert all(trial.value == value_of(trial.params) for trial in complete)
+        killed, again = trials[0], trials[-1]
+        assert killed.state == TrialState.FAIL and killed.params == again.params == {"a": 4, "b": 0, "c": 3}
+        assert again.system_attrs["retry_history"] == [0] and "retry_history" not in killed.system_attrs
+        assert again.user_attrs["worker"]["pid"] == survivor.pid != killed.user_attrs["worker"]["pid"]
+        # A heartbeat that stops leaves no reason behind, a process that is gone does.
+        assert killed.user_attrs.get("failure") == (None if elsewhere else DIED)
+        return study
+
+    return run
