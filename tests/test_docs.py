@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -68,3 +69,17 @@ def test_hand_written_pages_name_public_things_that_exist():
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     missing = [name for name in bioadapt.__all__ if f"bioadapt.{name}" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "start", ["import numpy", "import torch", "from bioadapt", "from peft", "from stable_baselines3"]
+)
+def test_the_examples_of_the_circuits_run(start, tmp_path, monkeypatch):
+    """All but the last, which is a search."""
+    for module in ("sklearn", "gymnasium", "stable_baselines3"):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "circuits.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = [code for code in blocks if code.startswith(start) and "genbais" not in code]
+    names = {} if start != "from bioadapt" else {"torch": pytest.importorskip("torch")}
+    exec(example, names)
