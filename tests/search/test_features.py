@@ -10,7 +10,7 @@ pytest.importorskip("scipy")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bioadapt.search.features import MappedDesign, SpaceDesign, alternatives, at, position, random_value
+from bioadapt.search.features import MappedDesign, Memo, SpaceDesign, alternatives, at, position, random_value
 
 NUMBERS = [
     FloatDistribution(-1e308, 1e308),
@@ -103,16 +103,29 @@ def test_only_the_most_supported_interactions_are_kept(monkeypatch):
     assert len(everything) == 4 and sorted(everything.values()) == sorted(full._together.values())[-4:]
 
 
-def test_candidates_are_encoded_as_trials_are():
-    space = {"kind": CategoricalDistribution("abc"), "n": IntDistribution(1, 9), "on": CategoricalDistribution([0, 1])}
-    built, trials = design(space, 30)
-    choices = {"kind": list("cab"), "n": [3, 7], "on": [1, 0]}
-    states = np.array([[0, 1, 0], [2, 0, 1]])
-    params = [{"kind": "c", "n": 7, "on": 1}, {"kind": "b", "n": 3, "on": 0}]
-    np.testing.assert_allclose(built.evaluator(choices)(states), built.encode(params))
-    mapped = MappedDesign(lambda p: {"n": p["n"], ("kind", p["kind"]): 1}, trials)
-    np.testing.assert_allclose(mapped.evaluator(choices)(states), mapped.encode(params))
-    assert mapped.key({"kind": "a", "n": 1, "on": 0}) == mapped.key({"kind": "a", "n": 1, "on": 1})
+def test_equal_configurations_have_equal_keys():
+    space = {"kind": CategoricalDistribution(["a", "b", float("nan")]), "n": FloatDistribution(-1, 9)}
+    trials = [{"kind": "a", "n": 0.0}, {"kind": "a", "n": -0.0, "other": 1}, {"kind": float("nan"), "n": 0.0}]
+    built = SpaceDesign(space, trials)
+    assert built.keys == [built.key(params) for params in trials]
+    assert built.keys[0] == built.keys[1] != built.keys[2] == built.key({"kind": float("nan"), "n": 0})
+    assert len(set(built.repetitions)) == 3  # what is outside of the space tells them apart
+    mapped = MappedDesign(lambda p: {"n": p["n"], ("kind", p["kind"]): 1}, [{"kind": "a", "n": 1, "on": 0}])
+    assert mapped.key({"kind": "a", "n": 1, "on": 1}) == mapped.keys[0] == mapped.repetitions[0]
+
+
+def test_a_choice_without_a_hash_is_encoded_too():
+    space = {"kind": CategoricalDistribution([["a"], ["b"], ["c"]])}
+    built = SpaceDesign(space, [{"kind": ["b"]}, {"kind": ["c"]}])
+    np.testing.assert_allclose(built.matrix, [[-1 / 3, 2 / 3, -1 / 3], [-1 / 3, -1 / 3, 2 / 3]])
+
+
+def test_what_is_remembered_is_what_was_asked_for_last():
+    asked = []
+    memo = Memo(lambda params: asked.append(params) or len(params))
+    first, second = {"a": 1}, {"a": 1, "b": 2}
+    assert memo([first, second]) == [1, 2] and memo([second]) == [2] and len(asked) == 2
+    assert memo([first, {"a": 1}]) == [1, 1] and len(asked) == 4  # forgotten, and another object
 
 
 def test_named_features():

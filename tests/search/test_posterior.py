@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 
 from scipy import linalg, stats
+from scipy.special import logsumexp
 
-from bioadapt.search.posterior import LinearPosterior, Scales, ShrinkagePosterior
+from bioadapt.search.posterior import MAIN, RATIO, RESIDUAL, LinearPosterior, Scales, ShrinkagePosterior
 from bioadapt.search.sampler import _pool_repetitions, _standardised
 
 
@@ -50,7 +53,7 @@ def planted(columns, interactions, weights, rows=60, noise=0.3):
     generator = np.random.default_rng(4)
     matrix = generator.choice([-0.5, 0.5], size=(rows, columns))
     target = matrix @ weights + noise * generator.normal(size=rows)
-    target, unit = _standardised(target)
+    target, _, unit = _standardised(target)
     return ShrinkagePosterior.fit(matrix, target, np.zeros(rows), interactions), unit
 
 
@@ -62,6 +65,26 @@ def test_the_same_data_move_an_interaction_less_than_a_main_effect():
     mean, _, helps = ShrinkagePosterior.fit(walsh, walsh @ noise, np.zeros(32), interactions).summary(np.eye(31))
     assert 0 < mean[15] < 0.9 * mean[0] < mean[0] < 1
     assert helps[0] > 0.9
+
+
+@pytest.mark.parametrize(("rows", "repeated"), [(16, False), (60, False), (60, True)])
+def test_the_points_that_count_are_all_found(rows, repeated):
+    generator = np.random.default_rng(rows)
+    matrix = generator.choice([-0.5, 0.5], size=(rows, 24))
+    interactions = np.arange(24) >= 8
+    for size in (0.0, 0.5, 3.0):
+        weights = size * generator.normal(size=24) * np.where(interactions, 0.3, 1.0)
+        target = _standardised(matrix @ weights + generator.normal(size=rows))[0]
+        error = generator.uniform(0, 0.2, rows) if repeated else np.zeros(rows)
+        found = ShrinkagePosterior.fit(matrix, target, error, interactions)
+        grid = [Scales(*point) for point in product(MAIN, RATIO, RESIDUAL)]
+        every = ShrinkagePosterior(matrix, target, error, interactions, grid, np.full(len(grid), 1 / len(grid)))
+        evidence = np.array([every._at(point).log_evidence for point in grid])
+        share = dict(zip(grid, np.exp(evidence - logsumexp(evidence)), strict=True))
+        missed = set(share) - set(found.scales)
+        assert sum(share[point] for point in missed) < 0.03 and all(share[point] < 0.006 for point in missed)
+        expected = np.array([share[point] for point in found.scales])
+        np.testing.assert_allclose(found.share, expected / expected.sum(), rtol=1e-6)
 
 
 def test_the_mixture_is_the_average_of_its_parts():
@@ -82,6 +105,19 @@ def test_believing_in_pending_trials_makes_surer_and_no_better():
     believer = posterior.believing(pending, np.zeros(1))
     before, after = posterior.summary(pending), believer.summary(pending)
     assert after[0] == pytest.approx(before[0]) and after[1] < 0.9 * before[1]
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (3, 4), (2, 9)])
+def test_believing_is_the_posterior_with_more_observations(shape):
+    matrix, target, noise, prior = problem(*shape)
+    posterior = LinearPosterior(matrix, target, noise, prior)
+    rows, error = np.random.default_rng(2).normal(size=(2, shape[1])), np.array([0.3, 0.7])
+    lie = np.concatenate([target, rows @ posterior.mean])
+    mean, covariance = closed_form(np.vstack([matrix, rows]), lie, np.concatenate([noise, error]), prior)
+    believer = posterior.believing(rows, error)
+    np.testing.assert_allclose(believer.mean, mean, atol=1e-9)
+    np.testing.assert_allclose(mean, posterior.mean, atol=1e-9)
+    np.testing.assert_allclose(believer.variance(np.eye(shape[1])), np.diag(covariance), atol=1e-9)
 
 
 def test_noise_is_learned_from_repetitions():
@@ -106,12 +142,12 @@ def test_a_stated_error_weighs_a_repetition():
 
 @pytest.mark.parametrize("bad", [-1e30, -1.7e308, -np.inf])
 def test_a_diverged_score_leaves_the_others_apart(bad):
-    scores, unit = _standardised(np.array([*np.linspace(0, 1, 19), bad]))
+    scores, _, unit = _standardised(np.array([*np.linspace(0, 1, 19), bad]))
     assert scores.argmin() in (0, 19) and np.ptp(scores[:19]) > 1
     assert np.isfinite(scores).all() and 0 < unit < 2
 
 
 @pytest.mark.parametrize("scores", [[1.0], [2.0, 2.0], [np.inf, np.nan], [1.7e308, -1.7e308, 1.0], [1e-320, 2e-320]])
 def test_scores_of_any_size_are_standardised(scores):
-    standardised, unit = _standardised(np.array(scores))
+    standardised, centre, unit = _standardised(np.array(scores))
     assert np.isfinite(standardised).all() and np.abs(standardised).max() < 5 and unit > 0

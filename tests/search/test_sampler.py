@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler, TPESampler
 
 from bioadapt.search import ThompsonSampler
+from experiments.search.run import regrets, structured
 
 LEVELS = {"a": 3, "b": 3, "c": 3, "d": 3, "e": 2}
 BEST = 1.0 + 1.7 + 0.6  # a=2; b=2 with c=1, together alone; e=1
@@ -55,6 +57,17 @@ def test_finds_the_optimum_in_fewer_trials_than_random_search_and_no_later_than_
     ours = trials_until_best(lambda seed: ThompsonSampler(seed=seed))
     assert ours < 0.85 * trials_until_best(lambda seed: RandomSampler(seed=seed))
     assert ours < 1.25 * trials_until_best(lambda seed: TPESampler(seed=seed))
+
+
+def test_finds_better_stacks_than_tpe_and_tpe_better_ones_than_random_search():
+    problems = [structured(seed) for seed in range(4)]
+
+    def lost(make):
+        return np.mean([regrets(p, make(p, seed), seed, 60)[0][-1] for seed, p in enumerate(problems)])
+
+    ours = lost(lambda problem, seed: ThompsonSampler(seed=seed, features=problem.features))
+    tpe = lost(lambda problem, seed: TPESampler(seed=seed))
+    assert ours < tpe < lost(lambda problem, seed: RandomSampler(seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +121,16 @@ def stacked(params):
     return {**dict.fromkeys(present, 1.0), **dict.fromkeys(combinations(present, 2), 1.0)}
 
 
-def stacks(effect, count=100):
-    """Random stacks of up to three parts; each feature adds its effect."""
+def stacks(effect, count=100, seed=0):
+    """Random stacks of up to three parts; each feature adds its effect, and the noise has a sd of 0.1."""
     study = optuna.create_study(direction="maximize")
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
+    trials = []
     for _ in range(count):
         params = {name: PARTS.choices[generator.integers(7)] for name in SPACE}
         value = sum(effect.get(name, 0.0) * size for name, size in stacked(params).items())
-        study.add_trial(optuna.create_trial(params=params, distributions=SPACE, value=value + 0.1 * generator.normal()))
+        trials.append(optuna.create_trial(params=params, distributions=SPACE, value=value + 0.1 * generator.normal()))
+    study.add_trials(trials)
     return study
 
 
@@ -157,6 +172,50 @@ def test_dropping_is_not_irrevocable():
 def test_a_useful_feature_is_hardly_ever_dropped():
     sampler = ThompsonSampler(seed=0, features=stacked)
     assert not any("plain" in sampler.dropped(stacks({**HELPS, "plain": 0.2}, count)) for count in range(40, 100, 6))
+
+
+def test_a_feature_that_is_useful_in_company_is_dropped_in_fewer_than_two_of_a_hundred_studies():
+    # Two noise sds from "shy" where "bold" is; alone it hurts by twice as much.
+    useful = {"bold": 0.1, "shy": -0.4, ("bold", "shy"): 0.6, "inert": -0.8}
+    dropped = [ThompsonSampler(seed=seed, features=stacked).dropped(stacks(useful, 60, seed)) for seed in range(200)]
+    assert sum("shy" in names for names in dropped) < 0.02 * 200
+    assert sum("inert" in names for names in dropped) > 0.5 * 200
+
+
+def test_the_dominant_pair_stands_out_in_a_search_without_noise():
+    def objective(trial):
+        present = stacked({name: trial.suggest_categorical(name, PARTS.choices) for name in SPACE})
+        return 3.0 * (("inert", "shy") in present) + 0.3 * ("bold" in present) - 0.2 * ("shy" in present)
+
+    study = optuna.create_study(direction="maximize", sampler=ThompsonSampler(seed=0, features=stacked))
+    study.optimize(objective, n_trials=60)
+    pairs = [effect for effect in study.sampler.effects(study) if "×" in effect.name]
+    assert len(pairs) > 5 and max(pairs, key=lambda effect: effect.mean).name == "inert × shy"
+
+
+@pytest.mark.parametrize("features", [None, stacked], ids=["default", "named"])
+def test_what_a_sampler_remembers_changes_no_proposal(features):
+    trials = stacks(HELPS, 132).trials
+    for i in range(5, 132, 6):  # some were pruned
+        trials[i] = optuna.create_trial(
+            params=trials[i].params,
+            distributions=SPACE,
+            state=optuna.trial.TrialState.PRUNED,
+            intermediate_values={0: trials[i].value / 2},
+        )
+    study = optuna.create_study(direction="maximize")
+    old = ThompsonSampler(seed=1, features=features)
+    for number, trial in enumerate(trials):
+        study.add_trial(trial)
+        if number in (40, 41, 98, 99, 100, 126, 131):
+            asked = SimpleNamespace(number=number + 1)
+            fresh = ThompsonSampler(seed=1, features=features)
+            space = fresh.infer_relative_search_space(study, asked)
+            assert fresh.sample_relative(study, asked, space) == old.sample_relative(study, asked, space)
+            assert fresh.effects(study) == old.effects(study)
+    other = stacks({}, 40, seed=5)
+    fresh = ThompsonSampler(seed=1, features=features)
+    assert fresh.effects(other) == old.effects(other)
 
 
 def test_stacks_with_equal_features_count_as_one():
@@ -285,3 +344,63 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "bioadapt.search")
     with pytest.raises(ImportError, match=r"scipy: pip install bioadapt\[search\]"):
         importlib.import_module("bioadapt.search")
+
+
+# -- what to believe of a score --
+
+
+def noisy_study(seed, trials=120, noise=1.0):
+    generator = np.random.default_rng(seed)
+
+    def objective(trial):
+        value = 0.5 * trial.suggest_int("a", 0, 4) - 0.5 * trial.suggest_int("b", 0, 4)
+        return value + 0.7 * trial.suggest_categorical("c", ["x", "y", "z"]).count("z") + noise * generator.normal()
+
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=seed))
+    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def true_value(trial):
+    return 0.5 * trial.params["a"] - 0.5 * trial.params["b"] + 0.7 * (trial.params["c"] == "z")
+
+
+def test_expected_scores_are_nearer_to_the_truth_than_observed_ones():
+    for seed in range(3):
+        study = noisy_study(seed)
+        expected = ThompsonSampler(seed=0).expected(study)
+        assert expected.keys() == {trial.number for trial in study.trials}
+        truth = np.array([true_value(trial) for trial in study.trials])
+        observed = np.array([trial.value for trial in study.trials])
+        means, sds = np.array([expected[trial.number] for trial in study.trials]).T
+        assert np.abs(means - truth).mean() < 0.5 * np.abs(observed - truth).mean()
+        assert (np.abs(means - truth) < 3 * sds).mean() > 0.9
+
+
+def test_the_best_score_was_lucky_and_is_expected_to_be_lower():
+    study = noisy_study(0)
+    mean, _ = ThompsonSampler(seed=0).expected(study)[study.best_trial.number]
+    assert true_value(study.best_trial) - 0.7 < mean < study.best_value - 0.5
+
+
+def test_what_is_recommended_is_better_than_the_luckiest_trial_on_average():
+    gains = []
+    for seed in range(6):
+        study = noisy_study(seed)
+        gains.append(true_value(ThompsonSampler(seed=0).recommend(study)) - true_value(study.best_trial))
+    assert np.mean(gains) > 0 and min(gains) > -0.5
+
+
+def test_a_study_that_minimises_is_recommended_its_lowest():
+    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda trial: trial.suggest_int("a", 0, 9), n_trials=40)
+    sampler = ThompsonSampler(seed=0)
+    assert sampler.recommend(study).params == {"a": 0}
+    assert sampler.expected(study)[study.best_trial.number][0] == pytest.approx(0, abs=0.3)
+
+
+def test_without_a_complete_trial_nothing_is_recommended():
+    study = optuna.create_study()
+    assert ThompsonSampler(seed=0).expected(study) == {}
+    with pytest.raises(ValueError, match="no trial is complete"):
+        ThompsonSampler(seed=0).recommend(study)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from itertools import chain, combinations, pairwise
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from .ascent import MappedScore, PairwiseScore
 
 Array = NDArray[np.float64]
 Params = Mapping[str, Any]
@@ -24,6 +27,25 @@ SUPPORT = 3
 # Of the tested interactions, those that the most trials have shown: this bounds the cost of a proposal.
 INTERACTIONS = 500
 KNOTS = (-0.5, 0.0, 0.5)
+T = TypeVar("T")
+
+
+class Memo(Generic[T]):
+    """What a function says of configurations, computed once for each object that holds one.
+
+    For configurations that no longer change. What the last call did not ask for is forgotten.
+    """
+
+    def __init__(self, function: Callable[[Params], T]) -> None:
+        self._function = function
+        self._known: dict[int, tuple[Params, T]] = {}
+
+    def __call__(self, observed: Sequence[Params]) -> list[T]:
+        # An object that is held here keeps its id to itself.
+        known = self._known
+        now = {id(params): known.get(id(params)) or (params, self._function(params)) for params in observed}
+        self._known = now
+        return [now[id(params)][1] for params in observed]
 
 
 @dataclass(frozen=True)
@@ -52,15 +74,20 @@ def _steps(distribution: BaseDistribution) -> int | None:
     return round((distribution.high - distribution.low) / distribution.step)
 
 
-def position(distribution: BaseDistribution, value: float) -> float:
-    """Where a number lies in its range, from -1 to 1; on a logarithmic scale if its distribution is."""
+def positions(distribution: BaseDistribution, values: Array) -> Array:
+    """Where numbers lie in their range, from -1 to 1; on a logarithmic scale if their distribution is."""
     low, high = float(distribution.low), float(distribution.high)
     if low == high:
-        return 0.0
+        return np.zeros(len(values))
     if distribution.log:
-        low, high, value = math.log(low), math.log(high), math.log(value)
+        low, high, values = math.log(low), math.log(high), np.log(values)
     # Halves, so that a range as wide as the floating point numbers does not overflow.
-    return (value / 2 - low / 2) / (high / 2 - low / 2) * 2 - 1
+    return (values / 2 - low / 2) / (high / 2 - low / 2) * 2 - 1
+
+
+def position(distribution: BaseDistribution, value: float) -> float:
+    """Where a number lies in its range; see `positions`."""
+    return float(positions(distribution, np.array([float(value)]))[0])
 
 
 def at(distribution: BaseDistribution, place: float) -> float | int:
@@ -114,14 +141,26 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def _code(distribution: BaseDistribution) -> Callable[[Any], float]:
+    internal: Callable[[Any], float] = distribution.to_internal_repr
+    if not isinstance(distribution, CategoricalDistribution):
+        return internal
+    try:
+        known = {choice: float(i) for i, choice in reversed(list(enumerate(distribution.choices)))}
+    except TypeError:  # choices that have no hash
+        return internal
+    return lambda value: known[value] if value in known else internal(value)
+
+
 @dataclass(frozen=True)
 class _Factor:
     """A parameter as columns. The first ``interacting`` of them also enter the products with other parameters'.
 
-    ``main`` and ``shared`` hold the readable contrasts, by label: of all columns, and of the interacting ones.
+    ``encode`` makes rows of codes. ``main`` and ``shared`` hold the readable contrasts, by label: of all columns, and
+    of the interacting ones.
     """
 
-    encode: Callable[[Any], Array]
+    encode: Callable[[Array], Array]
     width: int
     interacting: int
     main: dict[str, Array]
@@ -137,13 +176,11 @@ def _categorical(name: str, distribution: CategoricalDistribution) -> _Factor:
     count = len(distribution.choices)
     first = 1 if count == 2 else 0
     width = count - first if count > 1 else 0
+    # The last row is for what is not there.
+    table = np.vstack([np.eye(count)[:, count - width :] - 1 / count, np.zeros((1, width))])
 
-    def encode(value: Any) -> Array:
-        row = np.full(width, -1 / count)
-        level = int(distribution.to_internal_repr(value)) - first
-        if width and level >= 0:
-            row[level] += 1
-        return row
+    def encode(codes: Array) -> Array:
+        return table[np.where(np.isnan(codes), count, codes).astype(int)]
 
     against = np.eye(width) if width < 3 else (np.eye(width) * width - 1) / (width - 1)
     labels = [f"{name}={choice}" for choice in distribution.choices[first:]]
@@ -157,14 +194,21 @@ def _numeric(name: str, distribution: BaseDistribution) -> _Factor:
     The contrasts: from the lower end of the range to the upper, and from the ends to the middle.
     """
     if distribution.single():
-        return _Factor(lambda value: np.zeros(0), 0, 0, {}, {}, False)
+        return _Factor(lambda codes: np.zeros((len(codes), 0)), 0, 0, {}, {}, False)
 
-    def basis(x: float) -> Array:
-        return np.array([x, x * x - 1 / 3, *(max(x - knot, 0.0) for knot in KNOTS)])
+    def basis(x: Array) -> Array:
+        return np.column_stack([x, x * x - 1 / 3, *(np.maximum(x - knot, 0.0) for knot in KNOTS)])
 
-    rise, bend = basis(1.0) - basis(-1.0), basis(0.0) - (basis(1.0) + basis(-1.0)) / 2
+    def encode(codes: Array) -> Array:
+        there = ~np.isnan(codes)
+        rows = np.zeros((len(codes), 2 + len(KNOTS)))
+        rows[there] = basis(positions(distribution, codes[there]))
+        return rows
+
+    low, middle, high = basis(np.array([-1.0, 0.0, 1.0]))
+    rise, bend = high - low, middle - (high + low) / 2
     main = {name: rise, f"{name} (middle)": bend}
-    return _Factor(lambda value: basis(position(distribution, value)), 2 + len(KNOTS), 1, main, {name: rise[:1]}, False)
+    return _Factor(encode, 2 + len(KNOTS), 1, main, {name: rise[:1]}, False)
 
 
 def _factor(name: str, distribution: BaseDistribution) -> _Factor:
@@ -175,31 +219,53 @@ def _factor(name: str, distribution: BaseDistribution) -> _Factor:
     raise TypeError(f"parameter {name!r}: no features for a {type(distribution).__name__}")
 
 
+class Coding:
+    """Configurations of a space as numbers: for each parameter the index of a choice, or the number itself.
+
+    Attributes:
+        space: parameters and their distributions.
+        factors: their columns.
+        blocks: where these columns lie.
+        codes: one number for each parameter of a configuration, NaN for one that it lacks.
+        rows: the codes of finished trials, each of which is read once.
+    """
+
+    def __init__(self, space: Mapping[str, BaseDistribution]) -> None:
+        self.space = dict(space)
+        self.factors = {name: _factor(name, distribution) for name, distribution in space.items()}
+        edges = np.cumsum([0, *(factor.width for factor in self.factors.values())]).tolist()
+        self.blocks = {name: slice(*ends) for name, ends in zip(space, pairwise(edges), strict=True)}
+        self.code = {name: _code(distribution) for name, distribution in space.items()}
+        self.rows = Memo(self.codes)
+
+    def codes(self, params: Params) -> Array:
+        items = self.code.items()
+        # Adding zero makes -0.0 and 0.0 one.
+        return np.array([code(params[name]) if name in params else math.nan for name, code in items]) + 0.0
+
+
 def _most_supported(support: NDArray[np.int_]) -> NDArray[np.int_]:
     """Indices of the interactions that the model takes in, in their own order."""
     tested = np.flatnonzero(support >= SUPPORT)
     return np.sort(tested[np.argsort(-support[tested], kind="stable")][:INTERACTIONS])
 
 
-def _conditions(
-    space: Mapping[str, BaseDistribution], observed: Sequence[Params]
-) -> dict[str, tuple[str, frozenset[str]]]:
-    """For each parameter that is not always there: another one, and those of its choices without it.
+def _conditions(space: Mapping[str, BaseDistribution], table: Array) -> dict[int, tuple[int, Array]]:
+    """For each parameter that is not always there: another one, and the codes of its choices without it.
 
     The first parameter whose choices tell the trials with it from those without it, and no choice of which did both.
     """
-    found: dict[str, tuple[str, frozenset[str]]] = {}
-    for name in space:
-        if all(name in params for params in observed):
-            continue
-        for parent, distribution in space.items():
-            if parent == name or not isinstance(distribution, CategoricalDistribution):
+    there = ~np.isnan(table)
+    categorical = [isinstance(distribution, CategoricalDistribution) for distribution in space.values()]
+    found: dict[int, tuple[int, Array]] = {}
+    for child in np.flatnonzero(~there.all(0)):
+        for parent in np.flatnonzero(categorical):
+            if parent == child or (there[:, child] & ~there[:, parent]).any():
                 continue
-            having = {repr(params[parent]) for params in observed if parent in params and name in params}
-            lacking = {repr(params[parent]) for params in observed if parent in params and name not in params}
-            orphaned = any(name in params and parent not in params for params in observed)
-            if lacking and having and not having & lacking and not orphaned:
-                found[name] = (parent, frozenset(lacking))
+            having = np.unique(table[there[:, child], parent])
+            lacking = np.unique(table[there[:, parent] & ~there[:, child], parent])
+            if len(lacking) and len(having) and not np.isin(having, lacking).any():
+                found[int(child)] = (int(parent), lacking)
                 break
     return found
 
@@ -213,53 +279,75 @@ class SpaceDesign:
     Args:
         space: parameters and their distributions.
         observed: the configurations that decide which interactions are tested.
+        coding: of that space; one that outlives the design spares reading the same trials again.
     """
 
-    def __init__(self, space: Mapping[str, BaseDistribution], observed: Sequence[Params]) -> None:
-        self._factors = {name: _factor(name, distribution) for name, distribution in space.items()}
-        starts = np.cumsum([0, *(factor.width for factor in self._factors.values())])
-        self._starts = dict(zip(self._factors, starts, strict=False))
-        self._width = int(starts[-1])
-        self._conditions = _conditions(space, observed)
-        basis = self._basis(observed)
-        shown = self._shown(observed, basis)
+    def __init__(
+        self, space: Mapping[str, BaseDistribution], observed: Sequence[Params], coding: Coding | None = None
+    ) -> None:
+        self._coding = coding or Coding(space)
+        self._factors, self._blocks = self._coding.factors, list(self._coding.blocks.values())
+        self._starts = {name: block.start for name, block in self._coding.blocks.items()}
+        self._width = self._blocks[-1].stop if self._blocks else 0
+        table = self._table(self._coding.rows(observed))
+        self._conditions = _conditions(space, table)
+        basis = self._basis(table)
+        shown = self._shown(table, basis)
         left, right = self._pairs()
-        together = (shown.T.astype(float) @ shown)[left, right].astype(int)
+        counts = shown.astype(float)
+        together = (counts.T @ counts)[left, right].astype(int)
         kept = _most_supported(together)
         self._left, self._right = left[kept], right[kept]
         self.interaction = np.arange(self._width + len(kept)) >= self._width
         self.matrix: Array = self._with_products(basis)
         self._alone = shown.sum(0)
-        self._together = dict(zip(zip(left[kept], right[kept], strict=True), together[kept], strict=True))
+        self._together = dict(
+            zip(zip(left[kept].tolist(), right[kept].tolist(), strict=True), together[kept].tolist(), strict=True)
+        )
+        self.keys = self._keys(table)
+        # Where nothing is outside, all parameters of a trial have codes.
+        inside = (~np.isnan(table)).sum(1)
+        self.repetitions: list[Hashable] = [
+            (key, None if len(params) == count else self._outside(params))
+            for key, count, params in zip(self.keys, inside, observed, strict=True)
+        ]
+        self.switches = {
+            label: start + number
+            for factor, start in zip(self._factors.values(), self._starts.values(), strict=True)
+            if factor.switches
+            for number, label in enumerate(factor.main)
+        }
 
     def key(self, params: Params) -> Hashable:
-        """Equal for equal configurations."""
-        return frozenset((name, repr(value)) for name, value in params.items() if self._is_there(name, params))
+        """Equal for configurations that are equal in the space."""
+        return self._keys(self._table([self._coding.codes(params)]))[0]
 
     def encode(self, observed: Sequence[Params]) -> Array:
         """One row of features for each configuration."""
-        return self._with_products(self._basis(observed))
+        return self._with_products(self._basis(self._table([self._coding.codes(params) for params in observed])))
 
-    def evaluator(self, choices: Mapping[str, Sequence[Any]]) -> Callable[[NDArray[np.int_]], Array]:
-        """The features of configurations that are given as indices into the parameters' alternatives."""
-        tables = [np.array([self._factors[name].encode(value) for value in values]) for name, values in choices.items()]
-        order = [self._starts[name] for name in choices]
-        names = list(choices)
-        hidden = [
-            (name, names.index(parent), np.array([repr(value) in without for value in choices[parent]], dtype=bool))
-            for name, (parent, without) in self._conditions.items()
-        ]
+    def score(self, choices: Mapping[str, Sequence[Any]], weights: Array, penalty: Array) -> PairwiseScore:
+        """A function of configurations that are given as indices into the parameters' alternatives.
 
-        def rows(states: NDArray[np.int_]) -> Array:
-            basis = np.zeros((len(states), self._width))
-            for at_column, table, indices in zip(order, tables, states.T, strict=True):
-                basis[:, at_column : at_column + table.shape[1]] = table[indices]
-            for name, column, absent in hidden:
-                start = self._starts[name]
-                basis[absent[states[:, column]], start : start + self._factors[name].width] = 0
-            return self._with_products(basis)
-
-        return rows
+        Args:
+            choices: the alternatives, in the order of the space.
+            weights: one for each feature.
+            penalty: what is taken off where a feature is positive; main effects only.
+        """
+        values = {name: np.array([code(value) for value in choices[name]]) for name, code in self._coding.code.items()}
+        names = list(self._factors)
+        hidden = {
+            child: (parent, np.isin(values[names[parent]], without))
+            for child, (parent, without) in self._conditions.items()
+        }
+        return PairwiseScore(
+            [factor.encode(values[name]) for name, factor in self._factors.items()],
+            self._blocks,
+            hidden,
+            (self._left, self._right),
+            weights,
+            penalty[: self._width],
+        )
 
     def contrasts(self) -> list[Contrast]:
         """Every main effect and tested interaction that a report can name."""
@@ -289,38 +377,63 @@ class SpaceDesign:
                     found.append(Contrast((first, second), row, int(self._together[pair])))
         return found
 
-    def _is_there(self, name: str, params: Params) -> bool:
-        parent, without = self._conditions.get(name, (name, frozenset()))
-        return repr(params.get(parent)) not in without
+    def _table(self, rows: Sequence[Array]) -> Array:
+        return np.array(rows).reshape(len(rows), len(self._factors))
 
-    def _basis(self, observed: Sequence[Params]) -> Array:
-        basis = np.zeros((len(observed), self._width))
-        for row, params in zip(basis, observed, strict=True):
-            for name, factor in self._factors.items():
-                if name in params:
-                    row[self._starts[name] : self._starts[name] + factor.width] = factor.encode(params[name])
-        return basis
+    def _keys(self, table: Array) -> list[bytes]:
+        """Equal for rows of codes that differ only in what a condition hides."""
+        seen = table.copy()
+        for child, (parent, without) in self._conditions.items():
+            seen[np.isin(table[:, parent], without), child] = math.nan
+        return [row.tobytes() for row in seen]
 
-    def _shown(self, observed: Sequence[Params], basis: Array) -> NDArray[np.bool_]:
+    def _outside(self, params: Params) -> frozenset[tuple[str, str]]:
+        return frozenset((name, repr(value)) for name, value in params.items() if name not in self._factors)
+
+    def _basis(self, table: Array) -> Array:
+        blocks = [factor.encode(column) for factor, column in zip(self._factors.values(), table.T, strict=True)]
+        return np.hstack([np.zeros((len(table), 0)), *blocks])
+
+    def _shown(self, table: Array, basis: Array) -> NDArray[np.bool_]:
         """Which columns each configuration says something about: the level it has, the numbers it gives."""
         shown = basis > 0
-        for name, factor in self._factors.items():
+        for factor, block, column in zip(self._factors.values(), self._blocks, table.T, strict=True):
             if not factor.switches:
-                has = np.array([name in params for params in observed], dtype=bool)
-                shown[:, self._starts[name] : self._starts[name] + factor.width] = has[:, None]
+                shown[:, block] = ~np.isnan(column)[:, None]
         return shown
 
     def _pairs(self) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-        left: list[int] = []
-        right: list[int] = []
-        for (one, a), (two, b) in combinations(self._factors.items(), 2):
-            for i in range(a.interacting):
-                left.extend([self._starts[one] + i] * b.interacting)
-                right.extend(range(self._starts[two], self._starts[two] + b.interacting))
-        return np.array(left, dtype=int), np.array(right, dtype=int)
+        factors = list(self._factors.values())
+        column = np.concatenate(
+            [np.arange(b.start, b.start + f.interacting) for f, b in zip(factors, self._blocks, strict=True)]
+        )
+        owner = np.repeat(np.arange(len(factors)), [factor.interacting for factor in factors])
+        left, right = np.triu_indices(len(column), 1)
+        apart = owner[left] != owner[right]
+        return column[left[apart]], column[right[apart]]
 
     def _with_products(self, basis: Array) -> Array:
         return np.hstack([basis, basis[:, self._left] * basis[:, self._right]])
+
+
+Reading = tuple[dict[Feature, float], Hashable]
+
+
+def reader(features: FeatureMap) -> Callable[[Params], Reading]:
+    """A configuration's features that are not zero, and a key that is equal where these are.
+
+    Raises:
+        ValueError: a feature is not finite; from the function that is returned.
+    """
+
+    def read(params: Params) -> Reading:
+        values = {name: float(value) for name, value in features(params).items() if value}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"features that are not finite: {bad} for {dict(params)}")
+        return values, frozenset(values.items())
+
+    return read
 
 
 class MappedDesign:
@@ -330,17 +443,23 @@ class MappedDesign:
         features: maps parameters to the features that are not zero. A larger value makes a weaker prior.
         observed: the configurations that decide which interactions are tested.
         possible: further configurations; main effects that only they have are drawn from their prior.
+        read: the readings of configurations; a memo that outlives the design spares reading them again.
     """
 
-    def __init__(self, features: FeatureMap, observed: Sequence[Params], possible: Sequence[Params] = ()) -> None:
-        self._features = features
-        seen = [self._read(params) for params in observed]
-        support: dict[Feature, int] = {}
-        for values in seen:
-            for name in values:
-                support[name] = support.get(name, 0) + 1
+    def __init__(
+        self,
+        features: FeatureMap,
+        observed: Sequence[Params],
+        possible: Sequence[Params] = (),
+        read: Memo[Reading] | None = None,
+    ) -> None:
+        self._features, self._read = features, reader(features)
+        readings = (read or Memo(self._read))(observed)
+        seen = [values for values, _ in readings]
+        self.keys = self.repetitions = [key for _, key in readings]
+        support = dict(Counter(chain.from_iterable(seen)))
         for params in possible:
-            for name in self._read(params):
+            for name in self._read(params)[0]:
                 support.setdefault(name, 0)
         single = [name for name in support if isinstance(name, str)]
         several = [name for name in support if not isinstance(name, str)]
@@ -348,28 +467,29 @@ class MappedDesign:
         self._names: list[Feature] = [*single, *(several[i] for i in kept)]
         self._place = {name: i for i, name in enumerate(self._names)}
         self._support = support
-        self._indicators = {name for name in single if all(values.get(name, 0) in (0, 1) for values in seen)}
         self.interaction = np.arange(len(self._names)) >= len(single)
         self.matrix: Array = self._rows(seen)
+        binary = ((self.matrix == 0) | (self.matrix == 1))[:, : len(single)].all(0)
+        self.switches = {name: i for i, name in enumerate(single) if binary[i]}
 
     def key(self, params: Params) -> Hashable:
         """Equal for configurations with equal features."""
-        return frozenset(self._read(params).items())
+        return self._read(params)[1]
 
     def encode(self, observed: Sequence[Params]) -> Array:
         """One row of features for each configuration."""
-        return self._rows([self._read(params) for params in observed])
+        return self._rows([self._read(params)[0] for params in observed])
 
-    def evaluator(self, choices: Mapping[str, Sequence[Any]]) -> Callable[[NDArray[np.int_]], Array]:
-        """The features of configurations that are given as indices into the parameters' alternatives."""
-        known: dict[tuple[int, ...], Array] = {}
+    def score(self, choices: Mapping[str, Sequence[Any]], weights: Array, penalty: Array) -> MappedScore:
+        """A function of configurations that are given as indices into the parameters' alternatives.
 
-        def row(state: tuple[int, ...]) -> Array:
-            if state not in known:
-                known[state] = self.encode([configuration(choices, state)])[0]
-            return known[state]
-
-        return lambda states: np.array([row(tuple(state)) for state in states.tolist()])
+        Args:
+            choices: the alternatives.
+            weights: one for each feature.
+            penalty: what is taken off where a feature is present; for features that are 0 or 1.
+        """
+        worth = dict(zip(self._names, (weights - penalty).tolist(), strict=True))
+        return MappedScore(choices, self._features, self._read, worth)
 
     def contrasts(self) -> list[Contrast]:
         """Every feature and tested interaction that a report can name."""
@@ -379,31 +499,19 @@ class MappedDesign:
                 (name,) if isinstance(name, str) else name,
                 rows[i],
                 self._support[name],
-                i if name in self._indicators else None,
+                self.switches.get(name) if isinstance(name, str) else None,
             )
             for i, name in enumerate(self._names)
             if self._support[name]
         ]
 
-    def _read(self, params: Params) -> dict[Feature, float]:
-        values = {name: float(value) for name, value in self._features(params).items() if value}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise ValueError(f"features that are not finite: {bad} for {dict(params)}")
-        return values
-
     def _rows(self, seen: Sequence[Mapping[Feature, float]]) -> Array:
-        matrix = np.zeros((len(seen), len(self._names)))
-        for row, values in zip(matrix, seen, strict=True):
-            for name, value in values.items():
-                if name in self._place:
-                    row[self._place[name]] = value
-        return matrix
+        # A last column takes what the model does not have.
+        matrix = np.zeros((len(seen), len(self._names) + 1))
+        rows = np.repeat(np.arange(len(seen)), [len(values) for values in seen])
+        columns = [self._place.get(name, -1) for name in chain.from_iterable(seen)]
+        matrix[rows, columns] = list(chain.from_iterable(values.values() for values in seen))
+        return matrix[:, :-1]
 
 
 Design = SpaceDesign | MappedDesign
-
-
-def configuration(choices: Mapping[str, Sequence[Any]], state: Sequence[int]) -> dict[str, Any]:
-    """The parameters that a state of indices into their alternatives stands for."""
-    return {name: values[i] for (name, values), i in zip(choices.items(), state, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,21 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from .ascent import best_configuration, configuration
 from .features import (
+    Coding,
     Contrast,
     Design,
     FeatureMap,
     MappedDesign,
+    Memo,
+    Reading,
     SpaceDesign,
     alternatives,
-    configuration,
     random_value,
+    reader,
 )
-from .posterior import Array, ShrinkagePosterior
+from .posterior import Array, Scales, ShrinkagePosterior
 from .pruner import Curve
 
 # A trial may state how uncertain its own score is (over its seeds, say) in the user attribute of this name.
@@ -34,9 +38,11 @@ STANDARD_ERROR = "standard_error"
 # A diverged run says that it is bad, not how bad: scores are held within this many robust sds on the bad side. The
 # first trials tell how wide scores scatter: those of a search that has converged hardly do.
 WORST, FIRST = 5.0, 20
-# The search for the best configuration of a draw: all of them where they are few.
-EXHAUSTIVE = 1024
-POOL, DRAWN_STARTS, RANDOM_STARTS, BEST_STARTS, SWEEPS = 64, 5, 3, 3, 4
+# Where an ascent to the best configuration of a draw starts: the best of a random pool, some others of it, and the
+# best observed.
+POOL, DRAWN_STARTS, RANDOM_STARTS, BEST_STARTS = 64, 5, 3, 3
+# Scales and dropped features are judged afresh with every trial up to so many, then with every so many more.
+OFTEN, EVERY = 100, 25
 # Dropping a feature: it must have been seen so often, and not even its best partners, so many, may save it.
 SEEN, PARTNERS, DRAWS = 5, 3, 256
 FORBIDDEN = 1e6
@@ -66,11 +72,15 @@ class Effect:
 
 @dataclass(frozen=True)
 class _Observations:
-    """Scores to be maximised, standardised, with their known error variances; ``unit`` turns them back."""
+    """Scores to be maximised, standardised, with their known error variances.
+
+    ``centre`` plus ``unit`` times a score is in the objective's own units again.
+    """
 
     trials: list[FrozenTrial]
     scores: Array
     errors: Array
+    centre: float
     unit: float
 
 
@@ -82,6 +92,15 @@ class _Fit:
     posterior: ShrinkagePosterior
     observations: _Observations
     noise: float
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What is judged only now and then, from the trials up to some number: the scales, and what does not help."""
+
+    scales: Sequence[Scales]
+    share: Array
+    dropped: frozenset[str]
 
 
 class ThompsonSampler(BaseSampler):
@@ -105,10 +124,14 @@ class ThompsonSampler(BaseSampler):
     A feature is dropped when, with probability above ``1 - drop_below``, it does not help even together with its three
     best partners. A share ``exploration`` of the proposals still tries a dropped feature (one of them at random), or,
     when there is none, a random configuration. This happens here and not in a pruner because it is about what to
-    propose. Dropping changes no distribution of the study, and is judged afresh for every proposal.
+    propose. Dropping changes no distribution of the study.
 
-    The sampler holds no state: it is rebuilt from the stored trials, and a proposal depends on them, the seed and the
-    trial's number alone. A study that is resumed goes on as if it had never stopped.
+    How strongly effects are shrunk, and what is dropped, is judged from the first 100, 125, 150, … finished trials (up
+    to 100: from all there are); the weights themselves are always drawn given all of them.
+
+    The sampler holds no state: a proposal depends on the stored trials, the seed and the trial's number alone, and a
+    study that is resumed goes on as if it had never stopped. What it keeps between proposals only spares it reading
+    the same trials again, and judging again by the same ones.
 
     Reference: Thompson (1933), "On the likelihood that one unknown probability exceeds another in view of the evidence
     of two samples", Biometrika; Russo, Van Roy, Kazerouni, Osband & Wen (2018), "A tutorial on Thompson sampling",
@@ -146,10 +169,14 @@ class ThompsonSampler(BaseSampler):
         self._n_startup_trials = max(n_startup_trials, 1)
         self._drop_below = drop_below
         self._exploration = exploration
+        self._spaces = _Spaces()
+        self._read_features: Memo[Reading] | None = None if features is None else Memo(reader(features))
+        self._coding = Coding({})
+        self._judged: tuple[tuple[Any, ...], _Judgement] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         self._raise_error_if_multi_objective(study)
-        return _shared_space(study)
+        return self._spaces.shared(study)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -158,7 +185,7 @@ class ThompsonSampler(BaseSampler):
         if not search_space:
             return {}
         generator = np.random.default_rng([self._seed, trial.number])
-        observations = _observe(study)
+        observations = _observe(_finished(study), study.direction)
         complete = sum(other.state == TrialState.COMPLETE for other in observations.trials)
         if complete < self._n_startup_trials:
             return _random_configuration(search_space, generator)
@@ -174,67 +201,129 @@ class ThompsonSampler(BaseSampler):
     def effects(self, study: Study) -> list[Effect]:
         """Main effects and tested interactions, the surest first. An interaction that is not listed is untested."""
         self._raise_error_if_multi_objective(study)
-        space, observations = _shared_space(study), _observe(study)
+        space, observations = self._spaces.shared(study), _observe(_finished(study), study.direction)
         if not space or len(observations.trials) == 0:
             return []
-        fit = self._fit(space, observations)
+        judgement = self._judge(study, space)
+        fit = self._fit(space, observations, judgement)
         contrasts = fit.design.contrasts()
         mean, sd, helps = fit.posterior.summary(_rows(contrasts, fit))
-        dropped = self._dropped(fit)
         unit = observations.unit
         effects = [
             Effect(
-                " × ".join(c.labels), float(m * unit), float(s * abs(unit)), float(p), c.support, c.column in dropped
+                " × ".join(c.labels),
+                float(m * unit),
+                float(s * abs(unit)),
+                float(p),
+                c.support,
+                c.column is not None and c.labels[0] in judgement.dropped,
             )
             for c, m, s, p in zip(contrasts, mean, sd, helps, strict=True)
         ]
         return sorted(effects, key=lambda effect: -abs(effect.mean) / max(effect.sd, 1e-12))
 
+    def expected(self, study: Study) -> dict[int, tuple[float, float]]:
+        """What the model expects the configuration of each finished trial to score: mean and sd, by trial number.
+
+        In the objective's units, without the noise of one trial. The best of many noisy scores is better than its
+        configuration; what the parts of that configuration did in other trials says how much of it was luck.
+        """
+        self._raise_error_if_multi_objective(study)
+        space, observations = self._spaces.shared(study), _observe(_finished(study), study.direction)
+        if not space or len(observations.trials) == 0:
+            return {}
+        fit = self._fit(space, observations, self._judge(study, space))
+        mean, sd, _ = fit.posterior.summary(fit.design.matrix, constant=1.0)
+        means, sds = observations.centre + observations.unit * mean, abs(observations.unit) * sd
+        numbers = [trial.number for trial in observations.trials]
+        return dict(zip(numbers, zip(means.tolist(), sds.tolist(), strict=True), strict=True))
+
+    def recommend(self, study: Study) -> FrozenTrial:
+        """The completed trial whose configuration is expected to score best; ``study.best_trial`` is the luckiest, too.
+
+        Raises:
+            ValueError: no trial is complete.
+        """
+        complete = study.get_trials(states=(TrialState.COMPLETE,))
+        if not complete:
+            raise ValueError("no trial is complete yet")
+        expected = self.expected(study)
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        return max(complete, key=lambda trial: sign * expected.get(trial.number, (trial.value,))[0])
+
     def dropped(self, study: Study) -> list[str]:
         """Names of the features that the sampler proposes only now and then, because they do not help."""
         return sorted(effect.name for effect in self.effects(study) if effect.dropped)
+
+    def _judge(self, study: Study, space: Mapping[str, BaseDistribution]) -> _Judgement:
+        """Scales and dropped features, from the trials that decide on them."""
+        trials = _finished(study)
+        count = len(trials)
+        trials = trials[: count if count < OFTEN else count - count % EVERY]
+        asked = (trials, study.direction, space)
+        judged = self._judged
+        # Comparing the same trials costs nothing where a storage hands out the same objects.
+        if judged is None or judged[0] != asked:
+            judged = self._judged = asked, self._judgement(space, _observe(trials, study.direction))
+        return judged[1]
+
+    def _judgement(self, space: Mapping[str, BaseDistribution], observations: _Observations) -> _Judgement:
+        fit = self._fit(space, observations)
+        return _Judgement(fit.posterior.scales, fit.posterior.share, self._dropped(fit))
 
     def _fit(
         self,
         space: Mapping[str, BaseDistribution],
         observations: _Observations,
+        judgement: _Judgement | None = None,
         possible: Sequence[Mapping[str, Any]] = (),
     ) -> _Fit:
-        observed = [trial.params for trial in observations.trials]
-        design: Design
-        if self._features is None:
-            design = SpaceDesign(space, observed)
-        else:
-            design = MappedDesign(self._features, observed, possible)
+        """The model of these trials; without a judgement it also weighs the scales."""
+        design = self._design(space, [trial.params for trial in observations.trials], possible)
         # All of a trial's parameters make it a repetition of another, those outside of the space included.
-        keys = [design.key(params) for params in observed]
-        first, scores, errors, noise = _pool_repetitions(keys, observations.scores, observations.errors)
-        posterior = ShrinkagePosterior.fit(design.matrix[first], scores, errors, design.interaction)
+        first, scores, errors, noise = _pool_repetitions(design.repetitions, observations.scores, observations.errors)
+        data = design.matrix[first], scores, errors, design.interaction
+        if judgement is None:
+            posterior = ShrinkagePosterior.fit(*data)
+        else:
+            posterior = ShrinkagePosterior(*data, judgement.scales, judgement.share)
         return _Fit(design, posterior, observations, noise)
 
-    def _dropped(self, fit: _Fit) -> list[int]:
-        """Columns of the features that do not help, whatever they are combined with."""
-        if not self._drop_below:
-            return []
+    def _design(
+        self,
+        space: Mapping[str, BaseDistribution],
+        observed: Sequence[Mapping[str, Any]],
+        possible: Sequence[Mapping[str, Any]],
+    ) -> Design:
+        if self._features is not None:
+            return MappedDesign(self._features, observed, possible, self._read_features)
+        coding = self._coding
+        if coding.space != space:
+            coding = self._coding = Coding(space)
+        return SpaceDesign(space, observed, coding)
+
+    def _dropped(self, fit: _Fit) -> frozenset[str]:
+        """The features that do not help, whatever they are combined with."""
         contrasts = fit.design.contrasts()
-        helps = fit.posterior.summary(_rows(contrasts, fit))[2]
-        single = [
-            (contrast, contrast.column)
-            for contrast, probability in zip(contrasts, helps, strict=True)
-            if contrast.column is not None and contrast.support >= SEEN and probability < self._drop_below
-        ]
-        if not single:
-            return []
+        single = [c for c in contrasts if c.column is not None and c.support >= SEEN]
+        if not self._drop_below or not single:
+            return frozenset()
+        helps = fit.posterior.summary(_rows(single, fit))[2]
+        doubtful = [c for c, probability in zip(single, helps, strict=True) if probability < self._drop_below]
         draws = fit.posterior.draw(np.random.default_rng(self._seed), DRAWS)
-        dropped = []
-        for contrast, column in single:
+        partners: dict[str, list[Array]] = {}
+        for contrast in contrasts:
+            for label in contrast.labels if len(contrast.labels) > 1 else ():
+                partners.setdefault(label, []).append(contrast.row)
+        dropped = set()
+        for contrast in doubtful:
             (label,) = contrast.labels
-            together = [other.row for other in contrasts if len(other.labels) > 1 and label in other.labels]
-            gains = np.maximum(np.array(together) @ draws, 0) if together else np.zeros((1, DRAWS))
+            together = partners.get(label)
+            gains = np.zeros((1, DRAWS)) if together is None else np.maximum(np.array(together) @ draws, 0)
             most = contrast.row @ draws + np.sort(gains, axis=0)[-PARTNERS:].sum(0)
             if (most > 0).mean() < self._drop_below:
-                dropped.append(column)
-        return dropped
+                dropped.add(label)
+        return frozenset(dropped)
 
     def _propose(
         self,
@@ -252,7 +341,9 @@ class ThompsonSampler(BaseSampler):
         }
         sizes = [len(values) for values in choices.values()]
         pool = generator.integers(sizes, size=(POOL, len(sizes)))
-        fit = self._fit(space, observations, [configuration(choices, state) for state in pool])
+        possible = () if self._features is None else [configuration(choices, state) for state in pool.tolist()]
+        judgement = self._judge(study, space)
+        fit = self._fit(space, observations, judgement, possible)
         running = [
             other.params
             for other in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -262,35 +353,25 @@ class ThompsonSampler(BaseSampler):
         if running:
             posterior = posterior.believing(fit.design.encode(running), np.full(len(running), fit.noise))
         weights = posterior.draw(generator)[:, 0]
-        dropped = self._dropped(fit)
-        forced = None
+        dropped = sorted(fit.design.switches[name] for name in judgement.dropped if name in fit.design.switches)
+        penalty = np.zeros(len(weights))
+        penalty[dropped] = FORBIDDEN
         if generator.random() < self._exploration:
             if not dropped:
                 return _random_configuration(space, generator)
-            forced = dropped[int(generator.integers(len(dropped)))]
-        rows = fit.design.evaluator(choices)
-
-        def score(states: NDArray[np.int_]) -> Array:
-            features = rows(states)
-            on = features[:, dropped] > 0
-            value = features @ weights - FORBIDDEN * on.sum(1)
-            return value if forced is None else value + 2 * FORBIDDEN * (features[:, forced] > 0)
-
-        starts = [
+            penalty[dropped[int(generator.integers(len(dropped)))]] = -FORBIDDEN
+        score = fit.design.score(choices, weights, penalty)
+        observed = [
             [
                 values.index(params[name]) if name in params else fallback
                 for (name, values), fallback in zip(choices.items(), state, strict=True)
             ]
-            for params, state in zip(best, pool, strict=False)
+            for params, state in zip(best, pool.tolist(), strict=False)
         ]
-        taken = {fit.design.key(_within(params, space, self._features)) for params in running}
-        taken |= {fit.design.key(_within(other.params, space, self._features)) for other in observations.trials}
-        return _best_configuration(score, choices, pool, np.array(starts), taken, fit.design.key)
-
-
-def _within(params: Mapping[str, Any], space: Mapping[str, Any], features: FeatureMap | None) -> Mapping[str, Any]:
-    """A user's features may read parameters from outside of the space; the default ones know the space alone."""
-    return params if features is not None else {name: value for name, value in params.items() if name in space}
+        promising = pool[np.argsort(-score(pool), kind="stable")[:DRAWN_STARTS]]
+        starts = np.vstack([promising, pool[-RANDOM_STARTS:], np.array(observed)])
+        taken = {*fit.design.keys, *(fit.design.key(params) for params in running)}
+        return best_configuration(score, choices, starts, taken, fit.design.key)
 
 
 def _rows(contrasts: Sequence[Contrast], fit: _Fit) -> Array:
@@ -301,23 +382,39 @@ def _random_configuration(space: Mapping[str, BaseDistribution], generator: np.r
     return {name: random_value(distribution, generator) for name, distribution in space.items()}
 
 
-def _shared_space(study: Study) -> dict[str, BaseDistribution]:
-    """Every parameter that finished trials had, unless its distribution has changed or leaves no choice.
-
-    A parameter need not occur in all of them: a proposal may hold more than the trial then asks for.
-    """
-    space: dict[str, BaseDistribution] = {}
-    changed = set()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        for name, distribution in trial.distributions.items():
-            if space.setdefault(name, distribution) != distribution:
-                changed.add(name)
-    return {name: space[name] for name in sorted(space) if name not in changed and not space[name].single()}
+def _finished(study: Study) -> list[FrozenTrial]:
+    return list(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
-def _observe(study: Study) -> _Observations:
-    """The finished trials in the order of their numbers, pruned ones at their predicted final score."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+class _Spaces:
+    """Reads what parameters the finished trials of a study had, each trial once."""
+
+    def __init__(self) -> None:
+        self._read: tuple[dict[int, FrozenTrial], dict[str, BaseDistribution], frozenset[str]] = ({}, {}, frozenset())
+
+    def shared(self, study: Study) -> dict[str, BaseDistribution]:
+        """Every parameter that finished trials had, unless its distribution has changed or leaves no choice.
+
+        A parameter need not occur in all of them: a proposal may hold more than the trial then asks for.
+        """
+        trials = {id(trial): trial for trial in _finished(study)}
+        read, space, changed = self._read
+        if not read.keys() <= trials.keys():  # of another study
+            read, space, changed = {}, {}, frozenset()
+        space, differing = dict(space), set(changed)
+        for key, trial in trials.items():
+            if key not in read:
+                for name, distribution in trial.distributions.items():
+                    known = space.setdefault(name, distribution)
+                    # Optuna compares choices one by one, which is slow.
+                    if vars(known) != vars(distribution) and known != distribution:
+                        differing.add(name)
+        self._read = trials, space, frozenset(differing)
+        return {name: space[name] for name in sorted(space) if name not in differing and not space[name].single()}
+
+
+def _observe(finished: Sequence[FrozenTrial], direction: StudyDirection) -> _Observations:
+    """Finished trials in the order of their numbers, pruned ones at their predicted final score."""
     complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
     curves: dict[int, Curve | None] = {}
     trials, values, errors = [], [], []
@@ -339,16 +436,16 @@ def _observe(study: Study) -> _Observations:
             trials.append(trial)
             values.append(prediction.mean)
             errors.append(math.sqrt(prediction.variance))
-    sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-    scores, unit = _standardised(sign * np.array(values))
-    return _Observations(trials, scores, (np.array(errors) / unit) ** 2, sign * unit)
+    sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
+    scores, centre, unit = _standardised(sign * np.array(values))
+    return _Observations(trials, scores, (np.array(errors) / unit) ** 2, sign * centre, sign * unit)
 
 
-def _standardised(scores: Array) -> tuple[Array, float]:
-    """Mean 0, sd 1; and the sd that it had. Infinite and diverged scores are pulled to the edge of the others."""
+def _standardised(scores: Array) -> tuple[Array, float, float]:
+    """Mean 0, sd 1; and those that it had. Infinite and diverged scores are pulled to the edge of the others."""
     finite = scores[np.isfinite(scores)]
     if len(finite) == 0:
-        return np.zeros(len(scores)), 1.0
+        return np.zeros(len(scores)), 0.0, 1.0
     # Held back by a factor, so that no difference overflows.
     scores = np.clip(scores, finite.min(), finite.max()) / 32
     middle = np.median(scores)
@@ -359,11 +456,12 @@ def _standardised(scores: Array) -> tuple[Array, float]:
     # And no square.
     largest = np.abs(scores - middle).max()
     if largest == 0:
-        return np.zeros(len(scores)), 1.0
+        return np.zeros(len(scores)), float(middle * 32), 1.0
     scores = (scores - middle) / largest
-    sd = scores.std()
+    mean, sd = scores.mean(), scores.std()
     unit = np.clip(sd * largest, np.finfo(float).tiny, np.finfo(float).max / 32) * 32
-    return (scores - scores.mean()) / sd, float(unit)
+    centre = np.clip(middle + mean * largest, -np.finfo(float).max / 32, np.finfo(float).max / 32) * 32
+    return (scores - mean) / sd, float(centre), float(unit)
 
 
 def _pool_repetitions(
@@ -374,67 +472,16 @@ def _pool_repetitions(
     Also the variance of one score about its configuration's mean, from the trials that state none: zero (all is left
     to the residual variance) where nothing was repeated.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    unstated = [[i for i in group if math.isnan(errors[i])] for group in groups.values()]
-    freedom = sum(len(group) - 1 for group in unstated if group)
-    squares = sum(((scores[group] - scores[group].mean()) ** 2).sum() for group in unstated if group)
-    noise = float(squares / freedom) if freedom else 0.0
+    numbers: dict[Hashable, int] = {}
+    group = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    unstated = np.isnan(errors)
+    own, values = group[unstated], scores[unstated]
+    size = np.bincount(own, minlength=len(numbers))
+    mean = np.bincount(own, values, len(numbers)) / np.maximum(size, 1)
+    freedom = (size[size > 0] - 1).sum()
+    noise = float(((values - mean[own]) ** 2).sum() / freedom) if freedom else 0.0
     # Never exactly zero: a mean weighs its trials by the inverse.
-    precision = 1 / np.maximum(np.where(np.isnan(errors), noise, errors), 1e-8)
-    first = np.array([group[0] for group in groups.values()])
-    total = np.array([precision[group].sum() for group in groups.values()])
-    means = np.array([(precision[group] * scores[group]).sum() for group in groups.values()]) / total
-    return first, means, 1 / total, noise
-
-
-def _best_configuration(
-    score: Callable[[NDArray[np.int_]], Array],
-    choices: Mapping[str, Sequence[Any]],
-    pool: NDArray[np.int_],
-    starts: NDArray[np.int_],
-    taken: set[Hashable],
-    key: Callable[[Mapping[str, Any]], Hashable],
-) -> dict[str, Any]:
-    """The best that is not taken; of everything where that is little, else of all that an ascent comes by."""
-    sizes = [len(values) for values in choices.values()]
-    total = math.prod(sizes)
-    if total <= EXHAUSTIVE:
-        everything = np.array(np.unravel_index(np.arange(total), sizes)).T
-        value = score(everything)
-    else:
-        everything, value = _ascent(score, sizes, pool, starts)
-    ranked = everything[np.argsort(-value, kind="stable")]
-    passed: set[tuple[int, ...]] = set()
-    for state in map(tuple, ranked.tolist()):
-        if state not in passed:
-            passed.add(state)
-            found = configuration(choices, state)
-            if key(found) not in taken:
-                return found
-    return configuration(choices, ranked[0].tolist())
-
-
-def _ascent(
-    score: Callable[[NDArray[np.int_]], Array], sizes: Sequence[int], pool: NDArray[np.int_], starts: NDArray[np.int_]
-) -> tuple[NDArray[np.int_], Array]:
-    """All that coordinate ascent tries, from the best of the pool, some random ones and the best observed.
-
-    One parameter at a time takes its best alternative, for all starts at once, until none of them changes.
-    """
-    promising = np.argsort(-score(pool), kind="stable")[:DRAWN_STARTS]
-    states = np.vstack([pool[promising], pool[-RANDOM_STARTS:], starts])
-    tried, scores = [states.copy()], [score(states)]
-    for _ in range(SWEEPS):
-        before = states.copy()
-        for column, size in enumerate(sizes):
-            candidates = np.repeat(states, size, axis=0)
-            candidates[:, column] = np.tile(np.arange(size), len(states))
-            value = score(candidates)
-            tried.append(candidates)
-            scores.append(value)
-            states[:, column] = value.reshape(len(states), size).argmax(1)
-        if (states == before).all():
-            break
-    return np.vstack(tried), np.concatenate(scores)
+    precision = 1 / np.maximum(np.where(unstated, noise, errors), 1e-8)
+    first = np.unique(group, return_index=True)[1]
+    total = np.bincount(group, precision)
+    return first, np.bincount(group, precision * scores) / total, 1 / total, noise
