@@ -74,10 +74,16 @@ def test_the_example_that_show_prints_is_valid():
         (["demo", "--bio-learning-rate", "nan"], "--bio-learning-rate nan: a number above zero is needed"),
         (["demo", "--limit", "0"], "limit=0: at least 1"),
         (["demo", "--model", "no/such/model"], "model 'no/such/model' could not be loaded"),
+        (["search", "--task", "api-serch"], "did you mean 'api-search'?"),
+        (["search", "--trials", "0"], "trials 0: a whole number above zero is needed"),
+        (["search", "--epochs", "0"], "epochs 0.0: a number above zero is needed"),
+        (["search", "--budget-params", "1 percent"], "budget of parameters '1 percent': a whole number or a share"),
+        (["search", "--lora", "no/such/folder"], "lora 'no/such/folder': no adapter_config.json is there"),
+        (["report", "anything", "--storage", "postgre://here"], "unknown kind 'postgre'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch):
-    if arguments[0] == "demo":
+    if arguments[0] in ("demo", "search", "report"):
         pytest.importorskip("sentence_transformers")
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -103,7 +109,7 @@ def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
 def test_the_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("list", "show", "demo"))
+    assert all(command in result.output for command in ("list", "show", "demo", "search", "report"))
 
 
 def test_importing_the_command_line_brings_nothing_optional():
@@ -112,5 +118,5 @@ def test_importing_the_command_line_brings_nothing_optional():
         "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for heavy in ("sentence_transformers", "matplotlib", "datasets", "scipy", "sklearn"):
+    for heavy in ("sentence_transformers", "matplotlib", "datasets", "scipy", "sklearn", "optuna"):
         assert f"'{heavy}'" not in done.stdout

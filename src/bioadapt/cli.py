@@ -1,4 +1,4 @@
-"""The command ``bioadapt``: list and show primitives, run the demo.
+"""The command ``bioadapt``: list and show primitives, run the demo, search, report.
 
 Everything heavy is imported by the command that needs it. A user's mistake is one line on stderr and exit code 2.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLE_WIDTH = 384
 _USAGE_ERROR = 2
+_INTERRUPTED = 130  # as a shell has it
 
 app = typer.Typer(
     name="bioadapt",
@@ -143,6 +144,92 @@ def demo(
     except ReloadError as error:
         typer.echo(f"bioadapt: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def search(
+    task: Annotated[str, typer.Option(help="api-search, stsb, or a task of --data-dir.")] = "api-search",
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
+    lora: Annotated[
+        str, typer.Option(help="auto: tuned with as many trials; none; or the folder of a trained one.")
+    ] = "auto",
+    trials: Annotated[int, typer.Option(help="How many configurations are tried; give more to go on.")] = 40,
+    budget_params: Annotated[str, typer.Option(help="Most trainable numbers: 200000, or 1% of the model.")] = "1%",
+    storage: Annotated[
+        str | None,
+        typer.Option(help="PATH.journal, sqlite:///PATH, postgresql://..., grpc://...; a journal, if not given."),
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study; task and model, if not given.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that train at the same time.")] = 1,
+    output: Annotated[str, typer.Option(help="Where adapters and report go.")] = "search_output",
+    seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
+    epochs: Annotated[float, typer.Option(help="Of the LoRA and of the bio adapter each.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
+    rungs: Annotated[int, typer.Option(help="How often a trial is validated, the end included.")] = 2,
+    limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
+    primitives: Annotated[str | None, typer.Option(help="Names to choose from, parted by commas; else all.")] = None,
+    slots: Annotated[int, typer.Option(help="Most primitives of a configuration.")] = 6,
+    confirm: Annotated[int, typer.Option(help="How many of the best are trained again on fresh seeds.")] = 3,
+    confirm_seeds: Annotated[int, typer.Option(help="On how many.")] = 2,
+    test_seeds: Annotated[int, typer.Option(help="On how many the winner and its rivals are tested.")] = 3,
+    timeout: Annotated[float, typer.Option(help="Seconds that a trial may take.")] = 3600.0,
+    max_step_time: Annotated[float | None, typer.Option(help="Seconds that a training step may take.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Only take trials of a search that is running, until none is left.")
+    ] = False,
+) -> None:
+    """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
+    try:
+        from .search.contest import Search, SearchSettings
+
+        names = None if primitives is None else tuple(n.strip() for n in primitives.split(",") if n.strip())
+        job = Search(
+            SearchSettings(
+                task=task, data_dir=data_dir, model=model, lora=lora, trials=trials, budget_params=budget_params,
+                output=output, storage=storage, study=study, workers=workers, seed=seed, epochs=epochs,
+                batch_size=batch_size, rungs=rungs, limit=limit, primitives=names, slots=slots, confirm=confirm,
+                confirm_seeds=confirm_seeds, test_seeds=test_seeds, timeout=timeout, max_step_time=max_step_time,
+                device=device,
+            ),
+            _console(),
+        )  # fmt: skip
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    try:
+        if join:
+            job.join()
+        else:
+            job.run()
+    except ValueError as error:
+        _fail(error)
+    except RuntimeError as error:
+        typer.echo(f"bioadapt: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("bioadapt: stopped; the same command goes on from here", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+@app.command()
+def report(
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Annotated[
+        str, typer.Option(help="Where it is, as for `bioadapt search`.")
+    ] = "search_output/study.journal",
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Write the report of a study, finished or not, as one HTML file."""
+    try:
+        from .search.report import write_report
+
+        path = write_report(study, storage, output)
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    _console().print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fail(error: Exception) -> NoReturn:

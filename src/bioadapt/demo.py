@@ -28,8 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import BioConfig
+from ._extras import require
 from .evaluation import Evaluation, Interval, Task, load_task, paired_interval, score_interval
-from .evaluation._extras import require
 from .evaluation.api_search import VALIDATION_LIBRARIES
 from .evaluation.picture import draw
 from .evaluation.tasks import DEFAULT_TASK
@@ -41,6 +41,7 @@ from .evaluation.training import (
     fit,
     load_encoder,
     load_stack,
+    rank_of_size,
     trainable_parameters,
 )
 
@@ -327,13 +328,7 @@ def lora_of_size(lora: PeftModel, parameters: int) -> LoraConfig:
         for name, module in lora.get_base_model().named_modules()
         if hasattr(module, "lora_A")
     }
-    rank = max(1, parameters // sum(costs.values()))
-    missing = parameters - rank * sum(costs.values())
-    raised = []
-    for name, cost in costs.items():
-        if missing >= cost / 2:
-            raised.append(name)
-            missing -= cost
+    rank, raised = rank_of_size(costs, parameters)
     config = _lora_config(rank)
     config.rank_pattern = dict.fromkeys(raised, rank + 1)
     config.alpha_pattern = dict.fromkeys(raised, _ALPHA_PER_RANK * (rank + 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .evaluation._extras import require
+from ._extras import require
 from .primitives.base import Context, Host, Primitive
 from .registry import build_primitive, primitive_info
 

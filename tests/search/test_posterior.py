@@ -150,4 +150,4 @@ def test_a_diverged_score_leaves_the_others_apart(bad):
 @pytest.mark.parametrize("scores", [[1.0], [2.0, 2.0], [np.inf, np.nan], [1.7e308, -1.7e308, 1.0], [1e-320, 2e-320]])
 def test_scores_of_any_size_are_standardised(scores):
     standardised, centre, unit = _standardised(np.array(scores))
-    assert np.isfinite(standardised).all() and np.abs(standardised).max() < 5 and unit > 0
+    assert np.isfinite(centre) and np.isfinite(standardised).all() and np.abs(standardised).max() < 5 and unit > 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.evaluation._extras import require
+from bioadapt._extras import require
 from bioadapt.primitives.base import Host, Setting
 from bioadapt.primitives.competition.k_winners_take_all import silencing
 from bioadapt.primitives.memory.cerebellar_granule import granule_drive

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._extras import require
 from ..evaluation import Evaluation, Task
-from ..evaluation._extras import require
 from ..evaluation._task import embeddings
 from ..evaluation.training import Schedule, fit, load_encoder, trainable_parameters
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._extras import require
+from .._extras import require
 from ._task import TableTask, embeddings
 from .files import Rows
 from .statistics import Evaluation, v_measure

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._extras import require
+from .._extras import require
 from ._task import ENCODE_BATCH, TableTask
 from .files import Rows
 from .statistics import Evaluation

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ._extras import require
+from .._extras import require
 from ._task import ENCODE_BATCH, Task
 from .api_search import ApiCorpus, Search, build_api_corpus
 from .statistics import Evaluation

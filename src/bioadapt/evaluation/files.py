@@ -9,8 +9,8 @@ import gzip
 import json
 from pathlib import Path
 
+from .._extras import only_errors_of, require
 from .._words import suggest
-from ._extras import only_errors_of, require
 
 SPLITS = ("train", "dev", "test")
 FAMILIES = ("sts", "pair_classification", "classification", "clustering")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._extras import require
+from .._extras import require
 from ._task import Task
 from .statistics import Interval, score_interval
 

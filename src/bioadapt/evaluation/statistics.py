@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._extras import require
+from .._extras import require
 
 # metric -> statistic(values, gold), both with one row per test row; scores are in percent.
 Statistic = Callable[[np.ndarray, np.ndarray], float]

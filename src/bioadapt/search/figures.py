@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation._extras import require
+from .._extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

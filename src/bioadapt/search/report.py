@@ -22,12 +22,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import BioConfig, primitive_info
+from .._extras import require
 from .._words import suggest
-from ..evaluation._extras import require
 from . import figures
 from .features import FeatureMap
 from .figures import BAD, GOOD, OTHER, Bar, Curve
-from .finale import shrinkage
 from .sampler import Effect, ThompsonSampler
 from .space import SearchSpace
 from .storage import DIED, open_storage
@@ -270,10 +269,12 @@ class _Report:
         space = self._known_space
         if space is None:
             return found
-        believed = [shrinkage(self.study, space, row.number) for row in found]
+        expected = ThompsonSampler(features=space.features).expected(self.study)
         return [
-            row if b["posterior"] is None else replace(row, expected=f"{_number(b['posterior'])} ± {_short(b['sd'])}")
-            for row, b in zip(found, believed, strict=True)
+            replace(row, expected=f"{_number(expected[row.number][0])} ± {_short(expected[row.number][1])}")
+            if row.number in expected
+            else row
+            for row in found
         ]
 
     def failed(self) -> list[_Row]:

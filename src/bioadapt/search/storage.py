@@ -41,8 +41,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from .._extras import require
 from .._words import suggest
-from ..evaluation._extras import require
 
 # Seconds between two heartbeats, and after the last one until a trial counts as dead.
 HEARTBEAT, GRACE = 30, 120

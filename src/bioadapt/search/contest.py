@@ -1,0 +1,440 @@
+"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import torch
+from optuna.study import Study
+from optuna.trial import TrialState
+from rich.console import Console
+
+from .._extras import require
+from .._words import suggest
+from ..evaluation import Task, load_task
+from ..evaluation.tasks import DEFAULT_TASK
+from ..evaluation.training import DEFAULT_MODEL, adapt, load_encoder, load_stack, transformer_of
+from .adapters import load_adapters
+from .finale import (
+    Confirmation,
+    Final,
+    best_trials,
+    confirm,
+    contenders,
+    lora_size,
+    open_test,
+    shrinkage,
+    summary,
+    verdict,
+)
+from .host import Host
+from .isolation import Child, Report
+from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
+from .objective import Bench, BioObjective, without_test
+from .report import write_report
+from .runner import Job, prepare, run_study, tickets
+from .space import SLOTS, Configuration, SearchSpace
+from .storage import open_storage
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+AUTO, NO_LORA = "auto", "none"
+# A third of the trials at most show one primitive alone, so that main effects are known before pairs are asked about.
+_WARM_UP = 3
+# Seconds between two looks at what another machine has done.
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What to search, and for how long.
+
+    Attributes:
+        task: as for `load_task`.
+        data_dir: as for `load_task`.
+        model: as for `load_encoder`.
+        lora: ``auto``: tuned with as many trials as the bio adapters get; ``none``; or the folder of a trained one.
+        trials: how many configurations are tried.
+        budget_params: the most trainable numbers of a bio adapter: an integer, or a share of the model as ``1%``.
+        output: where adapters, results and report go.
+        storage: as for `open_storage`; a journal file in ``output`` if None.
+        study: its name.
+        workers: processes that train at the same time.
+        seed: of the search.
+        epochs: of the LoRA and of the bio adapter each; the LoRA of the same size gets both.
+        batch_size: rows per training step.
+        rungs: how often a trial is validated, the end included.
+        limit: about so many rows per split.
+        primitives: names to choose from; all if None.
+        slots: the most primitives of a configuration.
+        confirm: how many of the best are trained again.
+        confirm_seeds: on how many fresh seeds.
+        test_seeds: on how many further ones the winner and its rivals are trained and tested.
+        timeout: seconds that a trial may take.
+        max_step_time: seconds that a training step may take.
+        device: as for `load_encoder`.
+    """
+
+    task: str = DEFAULT_TASK
+    data_dir: str | None = None
+    model: str = DEFAULT_MODEL
+    lora: str = AUTO
+    trials: int = 40
+    budget_params: str | int = "1%"
+    output: str = "search_output"
+    storage: str | None = None
+    study: str | None = None
+    workers: int = 1
+    seed: int = 0
+    epochs: float = 1.0
+    batch_size: int = 64
+    rungs: int = 2
+    limit: int | None = None
+    primitives: tuple[str, ...] | None = None
+    slots: int = SLOTS
+    confirm: int = 3
+    confirm_seeds: int = 2
+    test_seeds: int = 3
+    timeout: float | None = 3600.0
+    max_step_time: float | None = None
+    device: str | None = None
+
+
+# What may differ when a search goes on, or another machine joins: who works, where and how long.
+_FREE = ("output", "storage", "study", "workers", "timeout", "trials", "data_dir", "device")
+
+
+class Search:
+    """The job in its steps. Construction checks everything that a user may have got wrong; `run` does the work.
+
+    Every phase is recorded in the study, so that the same call goes on where another one was ended.
+
+    Raises:
+        ValueError: wrong settings, an unknown task, model, primitive or storage, or a study of other settings.
+        ImportError: a package of an extra is not installed.
+        OSError: the output folder cannot be made, or nothing answers at the storage's address.
+    """
+
+    def __init__(self, settings: SearchSettings, console: Console | None = None) -> None:
+        self.settings, self.console = settings, console or Console()
+        _check(settings)
+        for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
+            require(module)
+        self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
+        self._bench = Bench(
+            settings.model,
+            without_test(self.task),
+            settings.epochs,
+            settings.batch_size,
+            settings.rungs,
+            settings.device,
+            settings.max_step_time,
+        )
+        encoder = load_encoder(settings.model, settings.device)
+        plain = transformer_of(encoder)
+        self._lora_targets = tuple(targets_of(plain)) if settings.lora == AUTO else TARGETS
+        host = Host.of(plain, settings.primitives)
+        self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
+        if settings.lora not in (AUTO, NO_LORA):
+            _load_given(encoder, settings.lora)
+        self.output = Path(settings.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.storage = settings.storage or str(self.output / "study.journal")
+        self.name = settings.study or f"{self.task.name} {Path(settings.model).name}"
+        open_storage(self.storage)
+
+    def join(self) -> None:
+        """Take trials of a search that `run` has begun, on this or another machine, until none is left.
+
+        The folder ``output`` has to be the same one, since the tuned LoRA lies there.
+
+        Raises:
+            ValueError: there is no such study, or it was begun with other settings.
+        """
+        study = self._begun()
+        lora = f"{self.name}-lora"
+        while self.settings.lora != NO_LORA and "lora" not in study.user_attrs:
+            if self.settings.lora == AUTO and self._has_tickets(lora):
+                objective = LoraObjective(self._bench, self._lora_targets, self._start(study), self.settings.seed)
+                run_study(self._job(lora, objective), self.settings.workers, self.console, "tuning the LoRA")
+            time.sleep(_PATIENCE)
+        while not self._has_tickets(self.name):
+            time.sleep(_PATIENCE)
+        job = self._job(self.name, self._objective(study, study.user_attrs.get("lora")))
+        run_study(job, self.settings.workers, self.console, "searching bio adapters")
+
+    def _has_tickets(self, name: str) -> bool:
+        storage = open_storage(self.storage)
+        if name not in optuna.get_all_study_names(storage):
+            return False
+        return "tickets" in optuna.load_study(study_name=name, storage=storage).user_attrs
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns what the study records as ``final``.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C. The same call goes on.
+            RuntimeError: all workers have died, no trial has succeeded, or the study was made with other settings.
+        """
+        study = self._begin()
+        self._announce()
+        start = self._start(study)
+        lora = self._lora(study, start)
+        self._search(study, lora)
+        self._confirm(study, lora)
+        final = self._final(study, lora)
+        report = write_report(self.name, self.storage, self.output / "report.html")
+        self._say(final["verdict"])
+        self._say(f"Report: {report}")
+        return final
+
+    def winner(self, final: Mapping[str, Any]) -> SentenceTransformer:
+        """The encoder with the LoRA and the bio adapter that were tested on the first seed, loaded from disk, frozen.
+
+        Args:
+            final: what `run` has returned.
+        """
+        folder = self._tested(final["winner"]["number"]) / f"seed-{self._test_seeds[0]}"
+        given = None if self.settings.lora in (AUTO, NO_LORA) else self.settings.lora
+        below = str(folder / "lora") if self.settings.lora == AUTO else given
+        encoder = self._bench.encoder(self.settings.seed, below)
+        if (folder / "bio").is_dir():
+            adapt(encoder, lambda lora: load_adapters(lora, folder / "bio"))
+        return encoder
+
+    # -- phases --
+
+    def _begun(self) -> Study:
+        """The study that is there, made with the same settings."""
+        names = optuna.get_all_study_names(open_storage(self.storage))
+        if self.name not in names:
+            raise ValueError(f"study {self.name!r} is not in the storage: {suggest(self.name, names)}")
+        study = optuna.load_study(study_name=self.name, storage=open_storage(self.storage))
+        known, settings = study.user_attrs.get("settings", {}), self._fixed()
+        for name, value in settings.items():
+            if known.get(name) != value:
+                raise ValueError(
+                    f"study {self.name!r} was begun with {name}={known.get(name)!r}, not {value!r}: go on with that, "
+                    "or give another name with --study"
+                )
+        return study
+
+    def _fixed(self) -> dict[str, Any]:
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        return json.loads(json.dumps(settings))
+
+    def _begin(self) -> Study:
+        if self.name in optuna.get_all_study_names(open_storage(self.storage)):
+            return self._begun()
+        study = prepare(self.storage, self.name, 0)
+        study.set_user_attr("settings", {**self._fixed(), "trials": self.settings.trials, **_surroundings()})
+        study.set_user_attr("task", self.task.describe())
+        study.set_user_attr("space", self.space.record())
+        return study
+
+    def _announce(self) -> None:
+        space = self.space
+        budget = "no budget" if space.budget is None else f"budget {space.budget:,} parameters"
+        self._say(
+            f"Space: {space.size():,} (about {float(space.size()):.1e}) configurations of {len(space.primitives)} "
+            f"primitives, {len(space.places)} places, up to {space.slots} slots; {budget}."
+        )
+        for names, why in ((space.host.refused, "this model refuses"), (space.too_large, "larger than the budget")):
+            if names:
+                self._say(f"Left out, {why}: {', '.join(names)}.")
+
+    def _start(self, study: Study) -> float:
+        """Validation score of the model as it comes."""
+        if "start" not in study.user_attrs:
+            study.set_user_attr("start", self._bench.validate(self._bench.encoder(self.settings.seed)))
+        return study.user_attrs["start"]
+
+    def _lora(self, study: Study, start: float) -> dict[str, Any] | None:
+        settings = self.settings
+        if settings.lora == NO_LORA:
+            return None
+        if "lora" in study.user_attrs:
+            return study.user_attrs["lora"]
+        if settings.lora == AUTO:
+            name = f"{self.name}-lora"
+            objective = LoraObjective(self._bench, self._lora_targets, start, settings.seed)
+            prepare(self.storage, name, settings.trials, [USUAL])
+            tuned = run_study(self._job(name, objective), settings.workers, self.console, "tuning the LoRA")
+            best = _best(tuned)
+            folder = str(self.output / "lora")
+            with Child(SavedLora(self._bench, settings.seed, folder)) as child:
+                validation, size = child.call(best.params)
+            record = {"study": name, "trials": tickets(tuned), "params": best.params, "folder": folder}
+        else:
+            encoder = self._bench.encoder(settings.seed, settings.lora)
+            validation = self._bench.validate(encoder)
+            size = lora_size(transformer_of(encoder))
+            record = {"study": None, "trials": 0, "params": None, "folder": settings.lora}
+        study.set_user_attr("lora", {**record, "validation": validation, "parameters": size})
+        return study.user_attrs["lora"]
+
+    def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
+        settings = self.settings
+        alone = [self.space.alone(name) for name in self.space.primitives]
+        # Spread over the alphabet where there is room for some of them only.
+        count = min(len(alone), settings.trials // _WARM_UP)
+        first = [alone[i * len(alone) // count] for i in range(count)]
+        prepare(self.storage, self.name, settings.trials, first)
+        job = self._job(self.name, self._objective(study, lora))
+        run_study(job, settings.workers, self.console, "searching bio adapters")
+
+    def _objective(self, study: Study, lora: Mapping[str, Any] | None) -> BioObjective:
+        start = lora["validation"] if lora else self._start(study)
+        return BioObjective(self.space, self._bench, lora["folder"] if lora else None, start, self.settings.seed)
+
+    def _confirm(self, study: Study, lora: Mapping[str, Any] | None) -> None:
+        settings = self.settings
+        if "confirmation" in study.user_attrs:
+            return
+        _best(study)
+        seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
+        with Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child:
+            found = confirm(study, best_trials(study, settings.confirm), seeds, child.call)
+        study.set_user_attr("confirmation", found)
+
+    def _final(self, study: Study, lora: Mapping[str, Any] | None) -> dict[str, Any]:
+        if "final" in study.user_attrs:
+            return study.user_attrs["final"]
+        number = study.user_attrs["confirmation"][0]["number"]
+        trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
+        winner = Configuration.from_record(trial.user_attrs["configuration"])
+        params = lora["params"] if lora else None
+        given = lora["folder"] if lora and params is None else None
+        folder = self._tested(number)
+        final = Final(self.space, replace(self._bench, task=self.task), winner, params, given, str(folder))
+        with Child(final) as child:
+            results = open_test(contenders(params, given), self._test_seeds, folder, child.call)
+        record = summary(results, self.task.metrics[0])
+        record |= {
+            "winner": {"number": number, "configs": trial.user_attrs["configs"], "learning_rate": winner.learning_rate},
+            "shrinkage": shrinkage(study, self.space, number),
+            "configurations_tried": len(
+                study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+            ),
+            "verdict": verdict(record["differences"], record["metric"]),
+        }
+        study.set_user_attr("final", record)
+        return record
+
+    # -- small things --
+
+    def _tested(self, number: int) -> Path:
+        """Where results and adapters of the test go, if this trial has won."""
+        return self.output / f"test of trial {number}"
+
+    @property
+    def _test_seeds(self) -> list[int]:
+        """Neither the search nor the confirmation has seen them."""
+        first = self.settings.seed + 1 + self.settings.confirm_seeds
+        return [first + i for i in range(self.settings.test_seeds)]
+
+    def _job(self, name: str, objective: Any) -> Job:
+        return Job(self.storage, name, objective, self.settings.seed, self.settings.timeout)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """Trains a LoRA again and saves it; what runs in the child. Called with its parameters."""
+
+    bench: Bench
+    seed: int
+    folder: str
+
+    def __call__(self, params: Mapping[str, Any], report: Report) -> tuple[float, int]:
+        encoder = self.bench.encoder(self.seed)
+        model, history = train_lora(self.bench, encoder, params, self.seed)
+        model.save_pretrained(self.folder)
+        return history.validation[-1][1], lora_size(model)
+
+
+def search(console: Console | None = None, **settings: Any) -> dict[str, Any]:
+    """Search a bio adapter for a sentence encoder, over a LoRA that is tuned as long, and test the winner once.
+
+    Args:
+        console: where progress is shown; the terminal if None.
+        settings: the fields of `SearchSettings`, such as ``task="stsb", data_dir="data", trials=40``.
+
+    Returns:
+        What the study records as ``final``: contenders, differences with intervals, the winner's configuration.
+    """
+    return Search(SearchSettings(**settings), console).run()
+
+
+def budget(wanted: str | int, parameters: int) -> int:
+    """A budget in numbers: an integer, or a share of ``parameters`` in percent.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(wanted).strip().replace("_", "").replace(",", "")
+    try:
+        count = int(float(text[:-1]) / 100 * parameters) if text.endswith("%") else int(text)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ValueError(f"budget of parameters {wanted!r}: a whole number or a share such as 1% is needed, above zero")
+    return count
+
+
+def _check(settings: SearchSettings) -> None:
+    for name in ("trials", "workers", "slots", "confirm", "confirm_seeds", "test_seeds", "rungs"):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} {value!r}: a whole number above zero is needed")
+    for name in ("epochs", "batch_size", "timeout", "max_step_time"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} {value!r}: a number above zero is needed")
+    budget(settings.budget_params, 10**12)
+    if settings.lora not in (AUTO, NO_LORA) and not Path(settings.lora, "adapter_config.json").is_file():
+        raise ValueError(
+            f"lora {settings.lora!r}: no adapter_config.json is there; accepted: auto, none, a LoRA's folder"
+        )
+
+
+def _load_given(encoder: Any, folder: str) -> None:
+    try:
+        load_stack(encoder, [folder])
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"lora {folder!r} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _best(study: Study) -> Any:
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        reasons = [trial.user_attrs.get("failure", "pruned") for trial in study.get_trials(deepcopy=False)]
+        raise RuntimeError(f"study {study.study_name!r}: no trial has succeeded; the last one: {reasons[-1]}")
+    return study.best_trial
+
+
+def _surroundings() -> dict[str, Any]:
+    packages = ("bioadapt", "torch", "transformers", "peft", "sentence-transformers", "optuna")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from its sources
+            continue
+    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "device": _device()}
+    return {"versions": versions, "machine": machine}
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -1,0 +1,292 @@
+"""What comes after a search: confirm the best on fresh seeds, then open the test split once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ..evaluation.statistics import STATISTICS, Interval
+from ..evaluation.training import History
+from .adapters import save_adapters
+from .isolation import Report
+from .lora import train_lora
+from .objective import Bench, train_bio
+from .sampler import ThompsonSampler
+from .space import Configuration, SearchSpace
+
+BASE, LORA, WINNER, SAME_SIZE = "model as it comes", "tuned LoRA", "LoRA + bio", "LoRA, same size"
+RESAMPLES = 2000
+_FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Trains a configuration on a fresh seed; what runs in the child. Called with (configuration as a record, seed)."""
+
+    space: SearchSpace
+    bench: Bench
+    below: str | None
+
+    def __call__(self, argument: tuple[dict[str, Any], int], report: Report) -> float:
+        record, seed = argument
+        encoder = self.bench.encoder(seed, self.below)
+        configuration = Configuration.from_record(record)
+        if not configuration.slots:
+            return self.bench.validate(encoder)
+        _, history = train_bio(self.bench, encoder, self.space, configuration, seed, rungs=1)
+        return history.validation[-1][1]
+
+
+@dataclass(frozen=True)
+class Final:
+    """Trains and tests one contender on one seed; what runs in the child. Called with (contender, seed).
+
+    Attributes:
+        space: of the search.
+        bench: with the test rows.
+        winner: the configuration that was chosen.
+        lora: parameters of the tuned LoRA's space; None if it was given as a folder, or there is none.
+        given: folder of the LoRA that was given.
+        folder: where the adapters go, a folder for each seed.
+    """
+
+    space: SearchSpace
+    bench: Bench
+    winner: Configuration
+    lora: Mapping[str, Any] | None
+    given: str | None
+    folder: str
+
+    def __call__(self, argument: tuple[str, int], report: Report) -> dict[str, Any]:
+        name, seed = argument
+        folder = Path(self.folder, f"seed-{seed}")
+        encoder = self.bench.encoder(seed, self._below(name, folder))
+        size, trained, history = lora_size(encoder[0].model), 0.0, History()
+        if name == WINNER and self.winner.slots:
+            model, history = train_bio(self.bench, encoder, self.space, self.winner, seed, rungs=0)
+            save_adapters(model, folder / "bio")
+            size, trained = size + self.space.parameters(self.winner), self.bench.epochs
+        elif name == LORA and self.lora is not None:
+            model, history = train_lora(self.bench, encoder, self.lora, seed, rungs=0)
+            model.save_pretrained(str(folder / "lora"))
+            size, trained = lora_size(model), self.bench.epochs
+        elif name == SAME_SIZE:
+            assert self.lora is not None
+            wanted, trained = self._below_winner(seed)["parameters"] + self.space.parameters(self.winner), self._both
+            model, history = train_lora(self.bench, encoder, self.lora, seed, size=wanted, epochs=trained, rungs=0)
+            model.save_pretrained(str(folder / "lora-same-size"))
+            size = lora_size(model)
+        seconds = history.seconds
+        if name == WINNER and self.lora is not None:
+            seconds, trained = seconds + self._below_winner(seed)["seconds"], trained + self.bench.epochs
+        found = self.bench.test(encoder)
+        metric = self.bench.task.metrics[0]
+        return {
+            "name": name,
+            "seed": seed,
+            "score": found.scores[metric],
+            "rows": found.rows[metric].tolist(),
+            "gold": found.gold.tolist(),
+            "parameters": size,
+            "epochs": trained,
+            "seconds": seconds,
+        }
+
+    @property
+    def _both(self) -> float:
+        """Epochs of the LoRA and of the bio adapter over it."""
+        return (2 if self.winner.slots else 1) * self.bench.epochs
+
+    def _below(self, name: str, folder: Path) -> str | None:
+        """The LoRA that is loaded: the one that was given, or under the winner the one of the same seed."""
+        if self.given is not None and name in (LORA, WINNER):
+            return self.given
+        return str(folder / "lora") if self.lora is not None and name == WINNER else None
+
+    def _below_winner(self, seed: int) -> dict[str, Any]:
+        return json.loads(_file(self.folder, LORA, seed).read_text(encoding="utf-8"))
+
+
+def lora_size(model: Any) -> int:
+    """How many numbers the LoRAs in a model have, trained or frozen."""
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def contenders(lora: Mapping[str, Any] | None, given: str | None) -> tuple[str, ...]:
+    """Who takes part, in the order of training."""
+    if lora is not None:
+        return (BASE, LORA, WINNER, SAME_SIZE)
+    return (BASE, LORA, WINNER) if given is not None else (BASE, WINNER)
+
+
+def best_trials(study: Study, count: int) -> list[FrozenTrial]:
+    """The best completed trials with different configurations, the best first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    distinct: dict[str, FrozenTrial] = {}
+    for trial in sorted(trials, key=lambda trial: -(trial.value or 0.0)):
+        distinct.setdefault(json.dumps(trial.user_attrs["configuration"], sort_keys=True), trial)
+    return list(distinct.values())[:count]
+
+
+def confirm(
+    study: Study,
+    best: Sequence[FrozenTrial],
+    seeds: Sequence[int],
+    train: Callable[[tuple[dict[str, Any], int]], float],
+) -> list[dict[str, Any]]:
+    """Validation scores of the best trials on fresh seeds; each is kept in the study as soon as it is known.
+
+    Returns:
+        ``number``, ``scores`` and ``mean`` of each, the best mean first.
+    """
+    known: dict[str, float] = dict(study.user_attrs.get("confirmation_scores", {}))
+    for trial in best:
+        for seed in seeds:
+            key = f"{trial.number}/{seed}"
+            if key not in known:
+                known[key] = train((trial.user_attrs["configuration"], seed))
+                study.set_user_attr("confirmation_scores", known)
+    found = []
+    for trial in best:
+        scores = [known[f"{trial.number}/{seed}"] for seed in seeds]
+        found.append({"number": trial.number, "scores": scores, "mean": float(np.mean(scores))})
+    return sorted(found, key=lambda record: -record["mean"])
+
+
+def open_test(
+    names: Sequence[str], seeds: Sequence[int], folder: str | Path, train: Callable[[tuple[str, int]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Results of every contender on every seed. What has been tested is in a file, and is not tested again."""
+    found = []
+    for seed in seeds:
+        for name in names:
+            if name == BASE and seed != seeds[0]:
+                continue
+            file = _file(folder, name, seed)
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = file.with_suffix(".part")
+                unfinished.write_text(json.dumps(train((name, seed))) + "\n", encoding="utf-8")
+                unfinished.replace(file)
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def _file(folder: str | Path, name: str, seed: int) -> Path:
+    return Path(folder, f"seed-{seed}", f"{name.replace(',', '').replace(' ', '-')}.json")
+
+
+def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """Contenders and paired differences of `open_test`'s results, as the study keeps them.
+
+    Args:
+        results: of every contender on every seed.
+        metric: what their rows are of.
+    """
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["name"], []).append(result)
+    seeds = max(map(len, by_name.values()))
+    # The model as it comes is the same for every seed.
+    every = {name: list(own) * (seeds if len(own) == 1 else 1) for name, own in by_name.items()}
+    differences = []
+    for name in by_name:
+        if name != WINNER:
+            interval = difference(every[WINNER], every[name], metric)
+            differences.append({"name": f"{WINNER} - {name}", **asdict(interval)})
+    return {
+        "metric": metric,
+        "contenders": [
+            {
+                "name": name,
+                "parameters": round(float(np.mean([result["parameters"] for result in own]))),
+                "epochs": own[0]["epochs"],
+                "seconds": float(np.mean([result["seconds"] for result in own])),
+                "scores": [result["score"] for result in own],
+            }
+            for name, own in by_name.items()
+        ],
+        "differences": differences,
+        "test_accesses": len(results),
+    }
+
+
+def difference(
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
+    metric: str,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean difference over seeds, with a percentile bootstrap interval over seeds and test rows together.
+
+    Every resample draws seeds, and then rows, the same for both contenders. Few seeds say little about how much seeds
+    differ: with three of them the interval is rather too narrow.
+
+    Args:
+        first: results on each seed, with ``rows`` and ``gold``.
+        second: of the other contender, on the same seeds in the same order.
+        metric: a name of `STATISTICS`.
+        resamples: how often to draw.
+        level: of the interval.
+        seed: of the draws.
+    """
+    statistic = STATISTICS[metric]
+    gold = np.array(first[0]["gold"])
+    pairs = [(np.array(a["rows"]), np.array(b["rows"])) for a, b in zip(first, second, strict=True)]
+    generator = np.random.default_rng(seed)
+
+    def mean_difference(seeds: Sequence[int], rows: np.ndarray) -> float:
+        of_seed = {
+            i: statistic(pairs[i][0][rows], gold[rows]) - statistic(pairs[i][1][rows], gold[rows]) for i in set(seeds)
+        }
+        return float(np.mean([of_seed[i] for i in seeds]))
+
+    everything = mean_difference(range(len(pairs)), np.arange(len(gold)))
+    drawn = [
+        mean_difference(
+            generator.integers(len(pairs), size=len(pairs)).tolist(), generator.integers(len(gold), size=len(gold))
+        )
+        for _ in range(resamples)
+    ]
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(everything, float(low), float(high), level)
+
+
+def shrinkage(study: Study, space: SearchSpace, number: int) -> dict[str, float | None]:
+    """What the winner scored in its trial, and what the model of all trials makes of that: its mean and sd.
+
+    The best of many noisy scores is too high on average. The sampler's model, which knows of a configuration what its
+    parts did in other trials, expects less of it; too few trials say nothing.
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    observed = next(trial.value for trial in trials if trial.number == number)
+    expected = ThompsonSampler(features=space.features).expected(study)
+    if len(trials) < _FEWEST or number not in expected:
+        return {"observed": observed, "posterior": None, "sd": None}
+    mean, sd = expected[number]
+    return {"observed": observed, "posterior": mean, "sd": sd}
+
+
+def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """One plain sentence on the winner against the strongest rival there is."""
+    by_name = {record["name"]: record for record in differences}
+    rival = next(name for name in (SAME_SIZE, LORA, BASE) if f"{WINNER} - {name}" in by_name)
+    record = by_name[f"{WINNER} - {rival}"]
+    words = {SAME_SIZE: "the LoRA of the same size", LORA: "the LoRA below it", BASE: "the model as it comes"}[rival]
+    size = f"{abs(record['estimate']):.2f} points of {metric} [{record['low']:+.2f}, {record['high']:+.2f}]"
+    if record["low"] > 0:
+        return f"The bio adapter wins here: {WINNER} is better than {words} by {size} on test."
+    if record["high"] < 0:
+        return f"The bio adapter loses here: {WINNER} is worse than {words} by {size} on test."
+    side = "above" if record["estimate"] > 0 else "below"
+    return f"Undecided: {WINNER} is {size} {side} {words} on test, and the interval includes zero."

@@ -1,0 +1,123 @@
+"""What a model offers to a search: the places where adapters can sit, and the primitives that can act there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from .. import BioConfig, list_primitives, primitive_info
+
+_PROBE = "probe"
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that adapters can be put around.
+
+    Attributes:
+        path: its full name in the plain model.
+        layer: number of the block that it belongs to.
+        kind: its name within the block, such as ``attention.output.dense``.
+        d_in: features that it reads.
+        d_out: features that it writes.
+    """
+
+    path: str
+    layer: int
+    kind: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model as the search sees it.
+
+    Attributes:
+        sites: the default targets of `BioConfig`, in the model's order.
+        parameters: how many numbers the plain model has.
+        primitives: names of those that can act at every site.
+        refused: the others, with the reason.
+    """
+
+    sites: tuple[Site, ...]
+    parameters: int
+    primitives: tuple[str, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, primitives: Sequence[str] | None = None) -> Host:
+        """Find out by putting adapters into the model; it is as before afterwards.
+
+        Args:
+            model: a plain model, or a `PeftModel` over one.
+            primitives: names to consider; all that are registered if None.
+
+        Raises:
+            ValueError: an unknown primitive, none that can act here, or a model whose default targets are not known.
+        """
+        names = [primitive_info(name).name for name in (list_primitives() if primitives is None else primitives)]
+        parameters = sum(p.numel() for p in _plain(model).parameters())
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        # An adapter that nothing refuses: any site serves it, so that the sites are known before anything else is.
+        harmless = list_primitives(stage="dendritic", kind="pointwise")[0]
+        adapted = get_peft_model(model, BioConfig(primitives=[harmless]), adapter_name=_PROBE)
+        try:
+            sites = tuple(_site(adapted, path) for path in adapted.base_model.targeted_module_names)
+            refused = _refused(adapted, sites, names)
+        finally:
+            adapted.unload()
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+        accepted = tuple(name for name in names if name not in refused)
+        if not accepted:
+            raise ValueError(f"primitives={names}: none can act on this model: {next(iter(refused.values()))}")
+        return cls(sites, parameters, accepted, refused)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_record` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Host:
+        sites = tuple(Site(**site) for site in record["sites"])
+        return cls(sites, record["parameters"], tuple(record["primitives"]), dict(record["refused"]))
+
+
+def block_of(path: str) -> tuple[int, str] | None:
+    """Number of the block that a module belongs to, and its name in there; None outside of numbered blocks."""
+    found = _NUMBER.search(path)
+    return None if found is None else (int(found[1]), path[found.end() :])
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _site(adapted: PeftModel, path: str) -> Site:
+    layer = adapted.base_model.model.get_submodule(path)
+    number, kind = block_of(path) or (0, path)
+    return Site(path, number, kind, layer.in_features, layer.out_features)
+
+
+def _refused(adapted: PeftModel, sites: Sequence[Site], names: Sequence[str]) -> dict[str, str]:
+    """Which primitives cannot act at one site of each shape, and why."""
+    shapes = {(site.kind, site.d_in, site.d_out): site.path for site in sites}
+    targets = list(shapes.values())
+    refused = {}
+    for name in names:
+        state = torch.get_rng_state()
+        try:
+            adapted.add_adapter(name, BioConfig(primitives=[name], target_modules=targets))
+            adapted.delete_adapter(name)
+        except ValueError as error:
+            refused[name] = str(error)
+        torch.set_rng_state(state)
+    return refused

@@ -1,0 +1,213 @@
+"""A process of its own for everything that may crash, run out of memory, hang or poison what it leaves behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Report = Callable[[int, float], None]
+Target = Callable[[Any, Report], Any]
+
+_GRACE = 5.0
+
+
+def processes() -> Any:
+    """How processes are made here: as copies of one that has imported this package and done nothing else.
+
+    So a new one is there at once. Where the system cannot do that, each one starts from nothing.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__package__])
+    return context
+
+
+class Failed(RuntimeError):
+    """A call did not return; the message says why, in words for a report."""
+
+
+class Stopped(Exception):
+    """Raised in the child, out of ``report``, when the other side asks for the end; and in the parent once it ended."""
+
+
+class Child:
+    """Runs ``target(argument, report)`` in a process that is started when needed, and again when it is gone.
+
+    An exception leaves the process as it is, unless memory ran out: what else is in there could suffer from that.
+
+    Args:
+        target: what to run; it and its arguments and results travel by pickle.
+        threads: how many threads torch may use there; its own choice if None.
+    """
+
+    def __init__(self, target: Target, threads: int | None = None) -> None:
+        self._target, self._threads = target, threads
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._log = Path()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def call(
+        self,
+        argument: Any,
+        judge: Callable[[int, float], bool] = lambda step, score: False,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run the target once.
+
+        Args:
+            argument: its first argument.
+            judge: called with what the target reports; True ends it.
+            timeout: seconds that it may take; no limit if None.
+
+        Raises:
+            Stopped: ``judge`` has ended it.
+            Failed: it raised, crashed, was killed or took too long.
+        """
+        connection = self._started()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            connection.send(argument)
+            while True:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if not connection.poll(left):
+                    raise Failed(f"timeout: not done after {timeout:g} s")
+                kind, *content = connection.recv()
+                if kind == "report":
+                    connection.send(judge(*content))
+                elif kind == "done":
+                    return content[0]
+                elif kind == "stopped":
+                    raise Stopped
+                else:
+                    reason, poisoned = content
+                    if poisoned:
+                        self.end()
+                    break
+        except (EOFError, ConnectionError):
+            reason = self._epitaph()
+        except Stopped:
+            raise
+        except BaseException:
+            self.end()
+            raise
+        raise Failed(reason)
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._forget()
+
+    def _started(self) -> Connection:
+        if self._process is None:
+            making = processes()
+            here, there = making.Pipe()
+            handle, name = tempfile.mkstemp(prefix="bioadapt-", suffix=".log")
+            os.close(handle)
+            self._log = Path(name)
+            process = making.Process(target=_serve, args=(there, self._target, self._threads, name), daemon=True)
+            process.start()
+            there.close()
+            self._process, self._connection = process, here
+            try:
+                here.recv()  # imports are done: from here on time is the target's
+            except (EOFError, ConnectionError):
+                raise Failed(self._epitaph()) from None
+        assert self._connection is not None
+        return self._connection
+
+    def _epitaph(self) -> str:
+        """Why the process is gone."""
+        self._process.join(_GRACE)
+        code = self._process.exitcode
+        last = self._last_words()
+        self.end()
+        if code is None:
+            return f"the connection to the process was lost{last}"
+        if code == -signal.SIGKILL:
+            return "killed (signal 9), which is what happens where memory runs out"
+        if code < 0:
+            return f"crashed (signal {-code}, {signal.Signals(-code).name}){last}"
+        return f"the process ended with exit code {code}{last}"
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return f": {lines[-1].strip()[:300]}" if lines else ""
+
+    def _forget(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._log.unlink(missing_ok=True)
+        self._process = self._connection = None
+
+
+def _serve(connection: Connection, target: Target, threads: int | None, log: str) -> None:
+    """What the child does: one call after the other, until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides what Ctrl-C ends
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _write_to(log)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def report(step: int, score: float) -> None:
+        connection.send(("report", int(step), float(score)))
+        if connection.recv():
+            raise Stopped
+
+    connection.send("ready")
+    while True:
+        argument = connection.recv()
+        try:
+            answer: tuple[Any, ...] = ("done", target(argument, report))
+        except Stopped:
+            answer = ("stopped",)
+        except Exception as error:
+            answer = ("failed", *_in_words(error))
+        connection.send(answer)
+
+
+def _in_words(error: Exception) -> tuple[str, bool]:
+    """What happened, and whether the process had better not be used again."""
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        return f"out of memory: {text}" if text else "out of memory", True
+    return f"{type(error).__name__}: {text}", "CUDA" in text
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _write_to(log: str) -> None:
+    """Libraries talk: into a file, whose last line tells what a crash said."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

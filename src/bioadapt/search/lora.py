@@ -1,0 +1,150 @@
+"""The rival: a LoRA that is tuned as long as the bio adapters are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..evaluation.training import History, adapt, rank_of_size, transformer_of
+from .host import block_of
+from .isolation import Report
+from .objective import Bench
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
+
+RANKS = (2, 4, 8, 16, 32)
+ALPHAS_PER_RANK = (1, 2, 4)
+DROPOUTS = (0.0, 0.05, 0.1)
+QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR = "query + value", "query + key + value", "all linear"
+TARGETS = (QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR)
+LEARNING_RATES = (1e-4, 1e-2)
+
+# What most people start from; the tuning does, too.
+USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "targets": QUERY_VALUE, "learning_rate": 1e-3}
+
+
+def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The modules of each choice of targets on a model, as ends of their names.
+
+    Raises:
+        ValueError: PEFT knows no default targets for the model's type.
+    """
+    kind = model.config.model_type
+    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if usual is None:
+        raise ValueError(f"no LoRA targets are known for model type {kind!r}: give a trained LoRA, or none")
+    keys = [name.replace("query", "key").replace("q_", "k_") if name != "q" else "k" for name in usual]
+    blocks = [block_of(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {
+        QUERY_VALUE: sorted(usual),
+        QUERY_KEY_VALUE: sorted({*usual, *keys}),
+        ALL_LINEAR: sorted({block[1] for block in blocks if block is not None}),
+    }
+
+
+def lora_config(model: PreTrainedModel, params: Mapping[str, Any]) -> LoraConfig:
+    """PEFT's configuration for parameters of the LoRA's space."""
+    return LoraConfig(
+        r=params["rank"],
+        lora_alpha=params["rank"] * params["alpha_per_rank"],
+        lora_dropout=params["dropout"],
+        target_modules=targets_of(model)[params["targets"]],
+    )
+
+
+def lora_of_size(model: PreTrainedModel, params: Mapping[str, Any], parameters: int) -> LoraConfig:
+    """The same LoRA with as nearly ``parameters`` numbers as ranks per module allow; the scale stays as it is.
+
+    Args:
+        model: the plain model.
+        params: parameters of the LoRA's space; the rank is replaced.
+        parameters: how many trainable numbers there should be.
+    """
+    ends = targets_of(model)[params["targets"]]
+    costs = {
+        path: module.in_features + module.out_features
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(path == end or path.endswith(f".{end}") for end in ends)
+    }
+    rank, raised = rank_of_size(costs, parameters)
+    config = lora_config(model, {**params, "rank": rank})
+    config.rank_pattern = dict.fromkeys(raised, rank + 1)
+    config.alpha_pattern = dict.fromkeys(raised, params["alpha_per_rank"] * (rank + 1))
+    return config
+
+
+@dataclass(frozen=True)
+class LoraObjective:
+    """Validation score, in percent, of a LoRA; the same bench and the same seed as for the bio adapters.
+
+    Attributes:
+        bench: what trains.
+        targets: the choices of modules that the model offers.
+        start: validation score of the model as it comes.
+        seed: of all trials.
+    """
+
+    bench: Bench
+    targets: tuple[str, ...]
+    start: float
+    seed: int = 0
+    features = None
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        return {
+            "rank": trial.suggest_categorical("rank", RANKS),
+            "alpha_per_rank": trial.suggest_categorical("alpha_per_rank", ALPHAS_PER_RANK),
+            "dropout": trial.suggest_categorical("dropout", DROPOUTS),
+            "targets": trial.suggest_categorical("targets", self.targets),
+            "learning_rate": trial.suggest_float("learning_rate", *LEARNING_RATES, log=True),
+        }
+
+    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {"configuration": dict(params)}
+
+    def run(self, params: Mapping[str, Any], report: Report) -> float:
+        encoder = self.bench.encoder(self.seed)
+        _, history = train_lora(self.bench, encoder, params, self.seed, self.start, report)
+        return history.validation[-1][1]
+
+
+def train_lora(
+    bench: Bench,
+    encoder: SentenceTransformer,
+    params: Mapping[str, Any],
+    seed: int,
+    start: float | None = 0.0,
+    report: Report = lambda step, score: None,
+    *,
+    size: int | None = None,
+    epochs: float | None = None,
+    rungs: int | None = None,
+) -> tuple[PeftModel, History]:
+    """Put a LoRA into an encoder and train it.
+
+    Args:
+        bench: what trains.
+        encoder: changed in place.
+        params: parameters of the LoRA's space.
+        seed: of the order of the rows and of dropout.
+        start: validation score before, for the history.
+        report: see `Bench.train`.
+        size: how many numbers it should have, in the place of the rank.
+        epochs: the bench's if None.
+        rungs: the bench's if None.
+    """
+    base = transformer_of(encoder)
+    config = lora_config(base, params) if size is None else lora_of_size(base, params, size)
+    model = adapt(encoder, lambda base: get_peft_model(base, config))
+    history = bench.train(
+        encoder, params["learning_rate"], seed, epochs=epochs, start=start, report=report, rungs=rungs
+    )
+    return model, history

@@ -1,0 +1,262 @@
+"""Training and validating one configuration on a sentence encoder."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import torch
+from peft import PeftModel
+
+from .. import BioConfig
+from ..evaluation import Evaluation, Task
+from ..evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
+from .adapters import add_adapters, learning_rates
+from .features import Feature
+from .isolation import Report
+from .space import Configuration, SearchSpace
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_FIRST_STEPS = 6
+
+
+class TooSlow(RuntimeError):
+    """A training step takes longer than allowed."""
+
+
+def without_test(task: Task) -> Task:
+    """The same task without its test rows: what a search is given cannot look at them.
+
+    Raises:
+        ValueError: there is nothing to train on, or nothing to validate on.
+    """
+    for split in ("train", "validation"):
+        if not task.sizes.get(split):
+            raise ValueError(f"task {task.name!r} has no {split} rows, which a search needs; take one that has")
+    return task.without_test()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trainings of a search have in common.
+
+    Attributes:
+        model: a name or path, as for `load_encoder`.
+        task: to train, validate and, where it has its test rows, test on.
+        epochs: of each stage.
+        batch_size: rows per training step.
+        rungs: how often the validation split is scored on the way, the end included.
+        device: where to train; the fastest there is if None.
+        max_step_time: seconds that a training step may take, by the median of the first ones; no limit if None.
+    """
+
+    model: str
+    task: Task
+    epochs: float = 1.0
+    batch_size: int = 64
+    rungs: int = 2
+    device: str | None = None
+    max_step_time: float | None = None
+
+    def encoder(self, seed: int, below: str | Path | None = None) -> SentenceTransformer:
+        """The model as it comes, over a saved LoRA if ``below`` names one, which is frozen then."""
+        torch.manual_seed(seed)
+        encoder = load_encoder(self.model, self.device)
+        return encoder if below is None else load_stack(encoder, [below])
+
+    def validate(self, encoder: SentenceTransformer) -> float:
+        """Score on the validation split, in percent."""
+        return self.task.evaluate(encoder, "validation").scores[self.task.metrics[0]]
+
+    def test(self, encoder: SentenceTransformer) -> Evaluation:
+        """Scores on the test split, and the rows that they are made of."""
+        return self.task.evaluate(encoder, "test")
+
+    def train(
+        self,
+        encoder: SentenceTransformer,
+        learning_rate: float,
+        seed: int,
+        *,
+        epochs: float | None = None,
+        rates: Mapping[str, float] | None = None,
+        start: float | None = 0.0,
+        report: Report = lambda step, score: None,
+        rungs: int | None = None,
+    ) -> History:
+        """Train what requires a gradient. The score at the last rung is not reported: it is in the history.
+
+        Args:
+            encoder: changed in place.
+            learning_rate: of all tensors but those that ``rates`` names.
+            seed: of the order of the rows and of dropout.
+            epochs: the bench's if None.
+            rates: see `fit`.
+            start: the validation score before training, for the history.
+            report: called with (step, score) at each rung.
+            rungs: the bench's if None; 0 for no validation.
+
+        Raises:
+            TooSlow: a step takes longer than ``max_step_time``.
+            Diverged: the loss is not finite.
+        """
+        epochs = self.epochs if epochs is None else epochs
+        rungs = self.rungs if rungs is None else rungs
+        return fit(
+            encoder,
+            self.task,
+            Schedule(epochs, learning_rate, self.batch_size, seed),
+            validations_per_epoch=rungs / epochs,
+            start=start,
+            progress=_StepClock(self.max_step_time) if self.max_step_time else lambda step, steps: None,
+            learning_rates=rates,
+            report=_all_but_last(report, rungs),
+        )
+
+    def bio(self, encoder: SentenceTransformer, configs: list[BioConfig]) -> PeftModel:
+        """Put adapters over what the encoder has."""
+        return adapt(encoder, lambda below: add_adapters(below, configs))
+
+
+def _all_but_last(report: Report, rungs: int) -> Report:
+    """The last rung is the trial's value: nothing is gained by stopping there."""
+    seen = []
+
+    def forward(step: int, score: float) -> None:
+        seen.append(step)
+        if len(seen) < rungs:
+            report(len(seen), score)
+
+    return forward
+
+
+class _StepClock:
+    """Ends a training whose first steps are too slow. The very first one is not counted: it warms up."""
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+        self._times = [time.perf_counter()]
+
+    def __call__(self, step: int, steps: int) -> None:
+        self._times.append(time.perf_counter())
+        if step == _FIRST_STEPS:
+            between = [after - before for before, after in zip(self._times[1:], self._times[2:], strict=False)]
+            middle = statistics.median(between)
+            if middle > self._most:
+                raise TooSlow(f"a training step takes {middle:.2f} s, allowed are {self._most:g} s")
+
+
+@dataclass(frozen=True)
+class BioObjective:
+    """Validation score, in percent, of a bio adapter trained over a frozen LoRA.
+
+    Every trial has the same seed, so that trials are compared on the same order of rows and the same dropout.
+
+    Attributes:
+        space: what is searched.
+        bench: what trains.
+        below: folder of the LoRA to stack over, or None.
+        start: validation score of what lies below.
+        seed: of all trials.
+    """
+
+    space: SearchSpace
+    bench: Bench
+    below: str | None
+    start: float
+    seed: int = 0
+
+    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
+        return self.space.features(params)
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        return self.space.suggest(trial)
+
+    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return describe(self.space, params)
+
+    def run(self, params: Mapping[str, Any], report: Report) -> float:
+        """Train one configuration from scratch; one without primitives is what lies below."""
+        configuration = self.space.realise(params)
+        if not configuration.slots:
+            return self.start
+        encoder = self.bench.encoder(self.seed, self.below)
+        _, history = train_bio(self.bench, encoder, self.space, configuration, self.seed, self.start, report)
+        return history.validation[-1][1]
+
+
+def train_bio(
+    bench: Bench,
+    encoder: SentenceTransformer,
+    space: SearchSpace,
+    configuration: Configuration,
+    seed: int,
+    start: float | None = 0.0,
+    report: Report = lambda step, score: None,
+    rungs: int | None = None,
+) -> tuple[PeftModel, History]:
+    """Put a configuration's adapters into an encoder and train them."""
+    configs = space.configs(configuration)
+    for config in configs:
+        config.seed = seed
+    model = bench.bio(encoder, configs)
+    rates = learning_rates(encoder, configuration.slots, configuration.learning_rate)
+    found = trainable_parameters(model)
+    assert found == space.parameters(configuration), (found, space.parameters(configuration))
+    history = bench.train(
+        encoder, configuration.learning_rate, seed, rates=rates, start=start, report=report, rungs=rungs
+    )
+    return model, history
+
+
+def describe(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial records of its configuration."""
+    configuration = space.realise(params)
+    return {
+        "configuration": configuration.record(),
+        "configs": [_told(config) for config in space.configs(configuration)],
+        "parameters": space.parameters(configuration),
+    }
+
+
+_TOLD = ("primitives", "target_modules", "rank", "composition")
+
+
+def _told(config: BioConfig) -> dict[str, Any]:
+    content = config.to_dict()
+    return {name: content[name] for name in _TOLD}
+
+
+@dataclass(frozen=True)
+class FunctionObjective:
+    """A user's own training loop in the place of the sentence encoder's.
+
+    Attributes:
+        space: what is searched.
+        train: ``train(configs, configuration, report) -> score``, higher being better; a function of a module, since it
+            runs in other processes. `add_adapters` puts the configs into a model, `learning_rates` gives the rates of
+            a configuration, and ``report(step, score)`` may end the call.
+    """
+
+    space: SearchSpace
+    train: Callable[[list[BioConfig], Configuration, Report], float] = field(repr=False)
+
+    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
+        return self.space.features(params)
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        return self.space.suggest(trial)
+
+    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return describe(self.space, params)
+
+    def run(self, params: Mapping[str, Any], report: Report) -> float:
+        configuration = self.space.realise(params)
+        return self.train(self.space.configs(configuration), configuration, report)

@@ -1,0 +1,474 @@
+"""The space of bio adapters: which primitives, in which order, where, how strong, on what, how fast."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import optuna
+
+from .. import BioConfig, primitive_info
+from .._words import suggest
+from .features import Feature
+from .host import Host, Site
+
+NONE, FULL, ALL, LOWER, UPPER = "none", "full", "all", "lower", "upper"
+SLOTS = 6
+RANKS: tuple[int | str, ...] = (FULL, 4, 8, 16, 32)
+STRENGTHS = (0.3, 1.0, 3.0)
+COMPOSITIONS = ("serial", "staged", "parallel")
+LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+
+# How far effects are believed to reach before anything is seen, relative to that of a primitive being there.
+_AT_PLACE, _STRENGTH, _STAGE, _ORDER = 0.5, 0.33, 0.5, 0.5
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One primitive of a configuration.
+
+    Attributes:
+        primitive: its registry name.
+        layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one.
+        modules: ``all``, or the name of one module within a block.
+        strength: how much faster than the rest the tensor learns that starts at zero.
+    """
+
+    primitive: str
+    layers: str
+    modules: str
+    strength: float
+
+    @property
+    def place(self) -> str:
+        return f"{self.layers} {self.modules}"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A point of the space as it is built: within the budget, without what has no effect.
+
+    Attributes:
+        slots: the primitives in their order.
+        rank: size of the population that they run on; None for the full output.
+        composition: as in `BioConfig`.
+        learning_rate: of everything but the tensors whose slot has another strength than one.
+    """
+
+    slots: tuple[Slot, ...]
+    rank: int | None
+    composition: str
+    learning_rate: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_record` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Configuration:
+        slots = tuple(Slot(**slot) for slot in record["slots"])
+        return cls(slots, record["rank"], record["composition"], record["learning_rate"])
+
+
+class SearchSpace:
+    """Every way to put from none to ``slots`` primitives into a model, within a budget of parameters.
+
+    A primitive occurs at most once in a configuration, in one slot, which may cover many modules. The order of the
+    slots matters where the composition is serial and two of them share a module.
+
+    What the constraints forbid cannot be proposed: primitives that some site refuses are no choice, nor are those that
+    exceed the budget wherever they are put; slots that no longer fit the budget are dropped, from the last on, and so
+    is a slot whose primitive an earlier slot has.
+
+    Args:
+        host: what the model offers.
+        budget: the most trainable numbers that a configuration may have; None for no limit.
+        slots: the most primitives that a configuration may have.
+        ranks: sizes of the population, or ``"full"`` for the layer's full output. Primitives of kind ``weight``, which
+            have sizes of their own, ignore it.
+        strengths: factors on the learning rate of a primitive's tensor that starts at zero.
+        compositions: as in `BioConfig`.
+        learning_rates: the grid.
+
+    Raises:
+        ValueError: an empty or wrong list of choices, or a budget below what any primitive needs.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        budget: int | None = None,
+        slots: int = SLOTS,
+        ranks: Sequence[int | str] = RANKS,
+        strengths: Sequence[float] = STRENGTHS,
+        compositions: Sequence[str] = COMPOSITIONS,
+        learning_rates: Sequence[float] = LEARNING_RATES,
+    ) -> None:
+        _check(slots, ranks, strengths, compositions, learning_rates)
+        self.host, self.budget, self.slots = host, budget, slots
+        self.ranks, self.strengths = tuple(ranks), tuple(float(s) for s in strengths)
+        self.compositions, self.learning_rates = tuple(compositions), tuple(float(rate) for rate in learning_rates)
+        self._kinds = {name: primitive_info(name).kind for name in host.primitives}
+        self._stages = {name: primitive_info(name).stage for name in host.primitives}
+        self.places = _places(host.sites)
+        self._masks = {place: sum(1 << i for i in sites) for place, sites in self.places.items()}
+        self._counts: dict[tuple[str, int, int], int] = {}
+        self._costs: dict[tuple[str, tuple[str, str], int | None], int] = {}
+        self.too_large = tuple(name for name in host.primitives if not self._fits_somewhere(name))
+        self.primitives = tuple(name for name in host.primitives if name not in self.too_large)
+        if not self.primitives:
+            raise ValueError(f"budget of {budget} parameters: no primitive is so small on this model")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layers for layers, _ in self.places))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(modules for _, modules in self.places))
+
+    # -- from a trial to a configuration --
+
+    @cached_property
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """Every parameter of the space."""
+        choice = optuna.distributions.CategoricalDistribution
+        space = {
+            "composition": choice(self.compositions),
+            "learning_rate": choice(self.learning_rates),
+            "rank": choice(self.ranks),
+        }
+        for number in range(1, self.slots + 1):
+            space[f"slot{number}.primitive"] = choice((NONE, *self.primitives))
+            space[f"slot{number}.layers"] = choice(self.layers)
+            space[f"slot{number}.modules"] = choice(self.modules)
+            space[f"slot{number}.strength"] = choice(self.strengths)
+        return space
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        """The parameters of a trial; where a slot is empty, its place and strength are not asked for."""
+
+        def choose(name: str) -> Any:
+            return trial.suggest_categorical(name, self.distributions[name].choices)
+
+        params = {name: choose(name) for name in ("composition", "learning_rate", "rank")}
+        for number in range(1, self.slots + 1):
+            params[f"slot{number}.primitive"] = choose(f"slot{number}.primitive")
+            if params[f"slot{number}.primitive"] != NONE:
+                for part in ("layers", "modules", "strength"):
+                    params[f"slot{number}.{part}"] = choose(f"slot{number}.{part}")
+        return params
+
+    def alone(self, primitive: str) -> dict[str, Any]:
+        """Parameters of the configuration with one primitive, at the widest place that the budget allows."""
+        rank, fitting = next(
+            (rank, places)
+            for rank in sorted(self.ranks, key=lambda rank: rank != FULL)
+            if (places := [p for p in self.places if self._within(self._cost([(primitive, p)], _number(rank)))])
+        )
+        layers, modules = max(fitting, key=lambda place: len(self.places[place]))
+        params: dict[str, Any] = {f"slot{number}.primitive": NONE for number in range(2, self.slots + 1)}
+        middle = self.learning_rates[len(self.learning_rates) // 2]
+        strength = min(self.strengths, key=lambda s: abs(math.log(s)))
+        return params | {
+            "composition": self.compositions[0],
+            "learning_rate": middle,
+            "rank": rank,
+            "slot1.primitive": primitive,
+            "slot1.layers": layers,
+            "slot1.modules": modules,
+            "slot1.strength": strength,
+        }
+
+    def realise(self, params: Mapping[str, Any]) -> Configuration:
+        """The configuration that parameters stand for. A missing slot is an empty one."""
+        rank = _number(params.get("rank", self.ranks[0]))
+        slots: list[Slot] = []
+        placed: list[tuple[str, tuple[str, str]]] = []
+        for number in range(1, self.slots + 1):
+            name = params.get(f"slot{number}.primitive", NONE)
+            place = (params.get(f"slot{number}.layers"), params.get(f"slot{number}.modules"))
+            if name == NONE or place not in self.places or any(name == slot.primitive for slot in slots):
+                continue
+            placed.append((name, place))
+            slots.append(Slot(name, *place, strength=float(params[f"slot{number}.strength"])))
+        while slots and not self._within(self._cost(placed, rank)):
+            slots.pop()
+            placed.pop()
+        return self._canonical(slots, rank, params)
+
+    def _canonical(self, slots: list[Slot], rank: int | None, params: Mapping[str, Any]) -> Configuration:
+        """Equal for equal adapters: what means nothing has its first choice, what commutes is in order of name."""
+        composition = params.get("composition", self.compositions[0])
+        rate = float(params.get("learning_rate", self.learning_rates[0]))
+        free = [slot for slot in slots if self._kinds[slot.primitive] != "weight"]
+        if not free:
+            rank = _number(self.ranks[0])
+        if not slots:
+            rate = self.learning_rates[0]
+        if not any(self._share(a, b) for a, b in combinations(free, 2)):
+            composition = self.compositions[0]
+        return Configuration(tuple(self._in_order(slots, composition)), rank, composition, rate)
+
+    def _in_order(self, slots: list[Slot], composition: str) -> list[Slot]:
+        """The first by name among the orders that mean the same."""
+        if composition != "serial":
+            return sorted(slots, key=lambda slot: slot.primitive)
+        left, ordered = list(slots), []
+        while left:
+            ready = [slot for i, slot in enumerate(left) if not any(self._bound(slot, o) for o in left[:i])]
+            ordered.append(min(ready, key=lambda slot: slot.primitive))
+            left.remove(ordered[-1])
+        return ordered
+
+    def _bound(self, a: Slot, b: Slot) -> bool:
+        """Whether it matters in a series which of two comes first."""
+        return "weight" not in (self._kinds[a.primitive], self._kinds[b.primitive]) and self._share(a, b)
+
+    def _share(self, a: Slot, b: Slot) -> bool:
+        return bool(self._masks[a.layers, a.modules] & self._masks[b.layers, b.modules])
+
+    # -- what it costs --
+
+    def parameters(self, configuration: Configuration) -> int:
+        """Trainable numbers of a configuration."""
+        placed = [(slot.primitive, (slot.layers, slot.modules)) for slot in configuration.slots]
+        return self._cost(placed, configuration.rank)
+
+    def _within(self, count: int) -> bool:
+        return self.budget is None or count <= self.budget
+
+    def _fits_somewhere(self, name: str) -> bool:
+        return any(
+            self._within(self._cost([(name, place)], _number(rank))) for place in self.places for rank in self.ranks
+        )
+
+    def _cost(self, placed: Sequence[tuple[str, tuple[str, str]]], rank: int | None) -> int:
+        total, populated = 0, 0
+        for name, place in placed:
+            population = None if self._kinds[name] == "weight" else rank
+            key = (name, place, population)
+            if key not in self._costs:
+                self._costs[key] = sum(self._count(name, self.host.sites[i], population) for i in self.places[place])
+            total += self._costs[key]
+            if population is not None:
+                populated |= self._masks[place]
+        if populated:
+            assert rank is not None
+            total += sum(2 * rank * site.d_out for i, site in enumerate(self.host.sites) if populated >> i & 1)
+        return total
+
+    def _count(self, name: str, site: Site, population: int | None) -> int:
+        key = (name, site.d_in, site.d_out if population is None else population)
+        if key not in self._counts:
+            self._counts[key] = primitive_info(name).parameter_count(*key[1:])
+        return self._counts[key]
+
+    # -- what the adapter is --
+
+    def configs(self, configuration: Configuration) -> list[BioConfig]:
+        """The adapters, to be active together: modules with equal lists share one; none for an empty configuration."""
+        lists: dict[tuple[tuple[str, ...], int | None], list[str]] = {}
+        for i, site in enumerate(self.host.sites):
+            here = [slot.primitive for slot in configuration.slots if i in self.places[slot.layers, slot.modules]]
+            on_weight = tuple(name for name in here if self._kinds[name] == "weight")
+            others = tuple(name for name in here if self._kinds[name] != "weight")
+            groups = [(on_weight + others, None)] if configuration.rank is None else [
+                (on_weight, None), (others, configuration.rank)
+            ]  # fmt: skip
+            for names, rank in groups:
+                if names:
+                    lists.setdefault((names, rank), []).append(site.path)
+        return [
+            BioConfig(
+                primitives=list(names),
+                target_modules=_exactly(paths),
+                rank=rank,
+                composition=configuration.composition,
+            )
+            for (names, rank), paths in lists.items()
+        ]
+
+    # -- what the sampler's model sees --
+
+    def features(self, params: Mapping[str, Any]) -> dict[Feature, float]:
+        """Named features of the configuration that parameters stand for; equal configurations have equal ones.
+
+        A primitive, that primitive at a place, its stage, its strength, pairs of primitives, the order of two that
+        share a module, rank, composition and learning rate. Smaller numbers mean that less is expected of a feature.
+        """
+        configuration = self.realise(params)
+        slots = configuration.slots
+        found: dict[Feature, float] = {
+            f"rank {configuration.rank or FULL}": 1.0,
+            f"learning rate {configuration.learning_rate:g}": 1.0,
+            f"composition {configuration.composition}": 1.0,
+        }
+        for slot in slots:
+            stage = f"stage {self._stages[slot.primitive]}"
+            found[stage] = found.get(stage, 0.0) + _STAGE
+            found[slot.primitive] = 1.0
+            found[f"{slot.primitive} @ {slot.place}"] = _AT_PLACE
+            if slot.strength != 1:
+                found[f"{slot.primitive} strength"] = _STRENGTH * math.log(slot.strength, 3)
+        serial = configuration.composition == "serial"
+        for first, second in combinations(slots, 2):
+            a, b = sorted((first.primitive, second.primitive))
+            found[a, b] = 1.0
+            if serial and self._bound(first, second):
+                # Of one name: an interaction, which is heavily shrunk and needs support, but of an order.
+                found[(f"{a} before {b}",)] = _ORDER if first.primitive == a else -_ORDER
+        return found
+
+    # -- how large it is --
+
+    def size(self) -> int:
+        """The exact number of distinct configurations, the budget not counted.
+
+        Two configurations are distinct if a module has another list of primitives, or one of them another strength, if
+        the order of two that share a module differs and is serial, or composition, rank or learning rate differ where
+        they mean something. Orders are counted as heaps of pieces: n labelled pieces, each at one of the places, make
+        ``n! [t^n] 1 / sum_j (-1)^j d_j t^j / j!`` heaps, where d_j counts j-tuples of disjoint places (Viennot, 1986,
+        "Heaps of pieces, I: basic definitions and combinatorial lemmas").
+        """
+        on_weight = sum(self._kinds[name] == "weight" for name in self.primitives)
+        others = len(self.primitives) - on_weight
+        places, rates, ranks = len(self.places), len(self.learning_rates), len(self.ranks)
+        disjoint = _disjoint_tuples(self.places, self.slots)
+        heaps = _heaps(disjoint)
+        serial, commuting = "serial" in self.compositions, len(self.compositions) - ("serial" in self.compositions)
+        total = 1
+        for free in range(self.slots + 1):
+            sharing = places**free - disjoint[free]
+            arranged = disjoint[free] + commuting * sharing + serial * (heaps[free] - disjoint[free])
+            for bound in range(self.slots + 1 - free):
+                if free + bound:
+                    chosen = math.comb(others, free) * math.comb(on_weight, bound)
+                    settings = len(self.strengths) ** (free + bound) * rates * (ranks if free else 1)
+                    total += chosen * arranged * places**bound * settings
+        return total
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_record` is the way back."""
+        return {
+            "size": str(self.size()),
+            "slots": self.slots,
+            "primitives": list(self.primitives),
+            "places": [f"{layers} {modules}" for layers, modules in self.places],
+            "learning_rates": list(self.learning_rates),
+            "ranks": list(self.ranks),
+            "strengths": list(self.strengths),
+            "compositions": list(self.compositions),
+            "budget": self.budget,
+            "too_large": list(self.too_large),
+            "host": self.host.record(),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> SearchSpace:
+        """The space that a study was made with."""
+        names = ("budget", "slots", "ranks", "strengths", "compositions", "learning_rates")
+        return cls(Host.from_record(record["host"]), **{name: record[name] for name in names})
+
+
+def _number(rank: int | str) -> int | None:
+    return None if rank == FULL else int(rank)
+
+
+def _exactly(paths: Sequence[str]) -> list[str] | str:
+    """Targets that mean these modules alone: PEFT reads a name in a list as the end of a path."""
+    return "|".join(path.replace(".", r"\.") for path in paths)
+
+
+def _places(sites: Sequence[Site]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Indices of the sites at each (layers, modules); of two names for the same sites, the wider one stays."""
+    numbers = sorted({site.layer for site in sites})
+    half = len(numbers) // 2
+    layers = {ALL: set(numbers), LOWER: set(numbers[:half]), UPPER: set(numbers[half:])}
+    layers |= {str(number): {number} for number in numbers}
+    kinds = list(dict.fromkeys(site.kind for site in sites))
+    modules = {ALL: set(kinds)} | {kind: {kind} for kind in kinds}
+    if len(kinds) == 1:
+        modules.pop(kinds[0])
+    distinct = {frozenset(members): name for name, members in reversed(layers.items()) if members}
+    kept = [name for name in layers if name in distinct.values()]
+    return {
+        (layer, module): found
+        for layer in kept
+        for module in modules
+        if (found := tuple(i for i, s in enumerate(sites) if s.layer in layers[layer] and s.kind in modules[module]))
+    }
+
+
+def _check(
+    slots: int,
+    ranks: Sequence[int | str],
+    strengths: Sequence[float],
+    compositions: Sequence[str],
+    learning_rates: Sequence[float],
+) -> None:
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise ValueError(f"slots={slots!r}: an integer of at least 1 is needed")
+    for rank in ranks:
+        if rank != FULL and (isinstance(rank, (bool, str)) or int(rank) != rank or rank < 1):
+            raise ValueError(f"ranks: {rank!r} is not accepted; 'full' and integers of at least 1 are")
+    for name, values in (("strengths", strengths), ("learning_rates", learning_rates)):
+        for value in values:
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r} is not accepted; numbers above zero are")
+    for composition in compositions:
+        if composition not in COMPOSITIONS:
+            raise ValueError(f"compositions: {composition!r}; {suggest(composition, COMPOSITIONS)}")
+    choices = {"ranks": ranks, "strengths": strengths, "compositions": compositions, "learning_rates": learning_rates}
+    for name, choice in choices.items():
+        if not choice or len(set(choice)) < len(choice):
+            raise ValueError(f"{name}={list(choice)}: at least one choice is needed, each once")
+
+
+def _heaps(disjoint: Sequence[int]) -> list[int]:
+    """Heaps of 0, 1, ... labelled pieces, from the numbers of ordered tuples of disjoint places."""
+    heaps = [1]
+    for n in range(1, len(disjoint)):
+        terms = ((-1) ** (j + 1) * math.comb(n, j) * disjoint[j] * heaps[n - j] for j in range(1, n + 1))
+        heaps.append(sum(terms))
+    return heaps
+
+
+def _disjoint_tuples(places: Mapping[tuple[str, str], tuple[int, ...]], most: int) -> list[int]:
+    """How many ordered tuples of 0, 1, ..., ``most`` places there are that share no site.
+
+    Places of several layers are few and tried out; the rest of the layers then do not see each other.
+    """
+    wide = {place: sites for place, sites in places.items() if place[0] in (ALL, LOWER, UPPER)}
+    narrow: dict[str, list[tuple[int, ...]]] = {}
+    for (layer, _), sites in places.items():
+        if layer not in (ALL, LOWER, UPPER):
+            narrow.setdefault(layer, []).append(sites)
+    total = [0] * (most + 1)
+    for count, taken in _disjoint(list(wide.values()), most):
+        sets = [0] * count + [1] + [0] * (most - count)
+        for options in narrow.values():
+            free = [sites for sites in options if not taken & set(sites)]
+            own = Counter(number for number, _ in _disjoint(free, most))
+            sets = [sum(own[j] * sets[n - j] for j in range(n + 1)) for n in range(most + 1)]
+        total = [a + b for a, b in zip(total, sets, strict=True)]
+    return [math.factorial(n) * number for n, number in enumerate(total)]
+
+
+def _disjoint(places: Sequence[tuple[int, ...]], most: int) -> Iterator[tuple[int, frozenset[int]]]:
+    """Size and union of every set of at most ``most`` places that share nothing."""
+    for size in range(most + 1):
+        found = False
+        for chosen in combinations(places, size):
+            union = frozenset(site for sites in chosen for site in sites)
+            if len(union) == sum(map(len, chosen)):
+                found = True
+                yield size, union
+        if not found:
+            return

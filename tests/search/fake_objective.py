@@ -1,0 +1,61 @@
+"""Objectives without any training, for the tests of what runs a study; importable, so that fresh processes can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+LEVELS = {"a": 4, "b": 4, "c": 3}
+BEST = 2.0 + 1.0 + 3.0
+
+
+def value_of(params):
+    """6 at best: a counts for itself, b=2 and c=1 are worth something together."""
+    return 2.0 * params["a"] / 3 + (params["c"] == 2) * 1.0 + (3.0 if (params["b"], params["c"]) == (2, 1) else 0.0)
+
+
+@dataclass
+class FakeObjective:
+    """A function of three choices.
+
+    Args:
+        seconds: how long a trial takes.
+        faults: what goes wrong where ``a`` has this value: ``raise``, ``nan``, ``kill``, ``hang``, ``memory``, or
+            ``exit``.
+        log: folder in which every started trial leaves a file ``PID-TIME``.
+    """
+
+    seconds: float = 0.0
+    faults: dict[int, str] | None = None
+    log: str | None = None
+    features = None
+
+    def suggest(self, trial):
+        return {name: trial.suggest_categorical(name, list(range(levels))) for name, levels in LEVELS.items()}
+
+    def describe(self, params):
+        return {"parameters": 10 * params["a"], "configuration": {"slots": []}}
+
+    def run(self, params, report):
+        if self.log is not None:
+            Path(self.log, f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(self.seconds / 2)
+        fault = (self.faults or {}).get(params["a"])
+        if fault == "raise":
+            raise ValueError("no such thing")
+        if fault == "nan":
+            return float("nan")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hang":
+            time.sleep(600)
+        if fault == "memory":
+            raise MemoryError
+        if fault == "exit":
+            os._exit(3)
+        report(1, value_of(params) / 2)
+        time.sleep(self.seconds / 2)
+        return value_of(params)

