@@ -19,8 +19,9 @@ class _Suppression(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, pools: Tensor, sources: Tensor, own: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, pools, sources, own, scale)
         rate = x.abs()
-        lost = rate.minimum(_inhibition(rate, rate @ sources.mT, pools, own))
-        return x.sign().mul_(lost).mul_(-scale)
+        lost = _inhibition(rate, rate @ sources.mT, pools, own)
+        torch.minimum(rate, lost, out=lost)
+        return lost.mul_(torch.sign(x, out=rate)).mul_(-scale)  # tensors of this width cost more than what fills them
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

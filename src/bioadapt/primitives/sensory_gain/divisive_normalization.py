@@ -21,16 +21,16 @@ class _PooledRatio(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, direct, gain, floor, weights)
         ctx.alpha, ctx.p = alpha, p
-        drive = _power(x.abs(), p)
+        drive = _drive(x, p)
         divisor = _divisor(drive, floor, weights, alpha)
-        return drive.mul_(x.sign()).div_(divisor).mul_(gain).addcmul_(x, direct)
+        return drive.div_(divisor).mul_(torch.sign(x, out=divisor)).mul_(gain).addcmul_(x, direct)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, direct, gain, floor, weights = ctx.saved_tensors
         alpha, p = ctx.alpha, ctx.p
         sign, rate, axes = x.sign(), x.abs(), tuple(range(x.dim() - 1))
-        drive = _power(rate, p)
+        drive = _drive(x, p)
         divisor = _divisor(drive, floor, weights, alpha)
         ratio = (sign * drive).div_(divisor)
         product = grad * ratio
@@ -39,14 +39,15 @@ class _PooledRatio(torch.autograd.Function):
         on_pool = on_divisor.sum(-1, keepdim=True).neg_()
         on_floor, on_weights = on_divisor.sum(axes).neg_(), on_pool.flatten() @ drive.flatten(0, -2)
         on_drive = on_divisor.mul_(-alpha).addcmul_(on_pool, weights)
-        on_signed = torch.mul(grad, gain).div_(divisor)
+        on_signed = torch.mul(grad, gain, out=drive).div_(divisor)
         slope = rate.mul_(2) if p == 2 else rate.pow_(p - 1).mul_(p)
         on_x = on_drive.mul_(sign).add_(on_signed).mul_(slope).addcmul_(grad, direct)
-        return on_x, ratio.copy_(grad).mul_(x).sum(axes), on_gain, on_floor, on_weights, None, None
+        on_direct = torch.mul(grad, x, out=ratio).sum(axes)
+        return on_x, on_direct, on_gain, on_floor, on_weights, None, None
 
 
-def _power(rate: Tensor, p: float) -> Tensor:
-    return rate.square() if p == 2 else rate.pow(p)
+def _drive(x: Tensor, p: float) -> Tensor:
+    return x.square() if p == 2 else x.abs().pow_(p)
 
 
 def _divisor(drive: Tensor, floor: Tensor, weights: Tensor, alpha: float) -> Tensor:
