@@ -24,7 +24,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as missing:
     raise ImportError(
-        f"the fly's classifiers need scikit-learn ({missing.name} is missing): pip install bioadapt[demo]"
+        f"the fly's classifiers need scikit-learn ({missing.name} is missing): pip install bioadapt[circuits]"
     ) from missing
 
 Array = NDArray[np.float64]
