@@ -1,4 +1,4 @@
-"""The documentation: hand-written pages here, one page per primitive made from the registry while it is built."""
+"""The documentation: hand-written pages here; while it is built, a page for every primitive and every experiment."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from bioadapt import __version__
 project = "bioadapt"
 author = "the bioadapt developers"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue"]
-exclude_patterns = ["_build", "_ext"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "ledger"]
+exclude_patterns = ["_build", "_ext", "ledger_intro.md"]  # the last is part of a page that is made
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"

@@ -1,9 +1,5 @@
 """The experiments' scripts on tiny data: what they count, how they go on after a stop, and that merging is exact."""
 
-import importlib.util
-import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,23 +9,12 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("matplotlib")
 
 from peft import get_peft_model
-from scipy import stats
 
 from bioadapt.testing.hosts import HOSTS
+from experiments.ledger import over_seeds
+from experiments.task_decoupling import run
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "task_decoupling" / "run.py"
 NAMES = ("stsb", "qqp", "searchsnippets", "banking77")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("task_decoupling", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-run = load_script()
 
 
 def score(method, seed, way, task, value, *, weight=1.0, rate=2e-3, split="test"):
@@ -47,16 +32,6 @@ def scores_of(method, way, drops, *, weight=1.0):
 
 
 # -- rows --
-
-
-def test_a_sample_keeps_rows_whole_and_is_not_the_head_of_the_file():
-    rows = {"text": [f"t{n}" for n in range(50)], "label": [f"c{n}" for n in range(50)]}
-    drawn = run.sample(rows, 10)
-    assert [text[1:] for text in drawn["text"]] == [label[1:] for label in drawn["label"]]
-    assert len(set(drawn["text"])) == 10
-    assert drawn["text"] != rows["text"][:10]
-    assert drawn == run.sample(rows, 10)
-    assert sorted(run.sample(rows, 1000)["text"]) == sorted(rows["text"])
 
 
 def test_a_known_score_is_not_computed_again_even_by_another_process(tmp_path):
@@ -89,16 +64,6 @@ def test_the_rate_is_the_best_in_the_mean_over_tasks_on_validation_alone():
     assert run.choose_rates(found) == {"m": 1e-3}
 
 
-def test_the_interval_over_seeds_is_students():
-    values = [1.0, 2.0, 4.0, 5.5]
-    found = run.over_seeds(values)
-    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    alone = run.over_seeds([3.0])
-    assert math.isnan(alone.low)
-    assert alone.verdict == "undecided"
-
-
 def test_drops_and_their_paired_differences():
     fly = "FlyLoRA r=32 k=8"
     lines = run.summarise(scores_of("LoRA r=8", "cat", [-4.0, -6.0]) + scores_of(fly, "route", [-1.0, -3.5]))
@@ -107,7 +72,7 @@ def test_drops_and_their_paired_differences():
     assert found["drop", "LoRA r=8", "stsb"].estimate == pytest.approx(-3.0)
     assert found["merged", "FlyLoRA route", run.MEAN].estimate == pytest.approx(67.75)
     gap = found[run.DIFFERENCE, "FlyLoRA route - LoRA r=8", run.MEAN]
-    paired = run.over_seeds([3.0, 2.5])
+    paired = over_seeds([3.0, 2.5])
     assert (gap.estimate, gap.low, gap.high, gap.seeds) == pytest.approx((2.75, paired.low, paired.high, 2))
     assert gap.interval.verdict == "undecided"  # two seeds: the t factor is 12.7
 
@@ -118,28 +83,35 @@ def test_adapters_merged_with_different_weights_are_not_compared():
     assert not [line for line in lines if line.what == run.DIFFERENCE]
 
 
-def test_the_report_states_trained_and_activated_parameters_and_goes_between_the_marks(tmp_path):
+def test_each_way_is_judged_by_its_drops_next_to_those_of_each_lora():
+    fly, lora = scores_of("FlyLoRA r=32 k=8", "route", [-1.0, -3.5, -2.0]), scores_of("LoRA r=8", "cat", [-4.0] * 3)
+    (claim,) = run.claims(lora + fly)
+    assert claim.text == "Merged with weight 1 each, FlyLoRA route loses less than LoRA r=8"
+    assert claim.values == pytest.approx([3.0, 0.5, 2.0])
+    assert (claim.side, claim.bound) == ("above", 0.0)
+
+
+def test_the_tables_state_trained_and_activated_parameters(tmp_path):
     fly = "FlyLoRA r=32 k=8"
     found = scores_of("LoRA r=8", "cat", [-4.0, -6.0]) + scores_of(fly, "route", [-1.0, -3.0])
     found += [score(name, 0, "single", "qqp", 1.0, split="validation") for name in ("LoRA r=8", fly)]
     found += [score("zero-shot", 0, "zero-shot", task, 60.0, weight=0.0) for task in ("stsb", "qqp")]
     lines = run.summarise(found)
-    text = run.report(found, lines)
+    text = run.tables(found, lines)
     assert "| LoRA r=8 | 100 | 100 | 0.002 | 70.00 | 65.00 | -5.00 [" in text
     assert "| FlyLoRA route | 100 | 25 | 0.002 | 70.00 | 68.00 | -2.00 [" in text
-    page = f"before\n{run.START}\nold\n{run.END}\nafter\n"
-    filled = run.between_marks(page, text)
-    assert filled.startswith("before\n")
-    assert filled.endswith("after\n")
-    assert text in filled
-    assert "old" not in filled
-    assert run.between_marks(filled, text) == filled
-    with pytest.raises(ValueError, match="lacks"):
-        run.between_marks("no marks", text)
-    run.draw(lines, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    labels = [[label.get_text() for label in axes.get_yticklabels()] for axes in run.draw(lines).axes]
+    assert labels == [["LoRA r=8", "FlyLoRA route"], ["FlyLoRA route - LoRA r=8"]]
     run.write_summary(lines, tmp_path / "summary.csv")
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == len(lines) + 1
+
+
+def test_a_score_is_published_as_it_was_added(tmp_path):
+    place = {"method": "LoRA r=8", "learning_rate": 5e-4, "seed": 1, "way": "cat", "weight": 1.0}
+    results = run.Results(tmp_path / "r.csv", 8, 4)
+    results.add(lambda: 61.25, trained=7, **place, task="qqp", split="test")
+    header, line = (tmp_path / "r.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), line.split(","), strict=True)) == run.record(results.scores[0])
 
 
 # -- merging --

@@ -1,7 +1,7 @@
 """Do adapters of several tasks disturb each other less when they are FlyLoRAs than when they are LoRAs?
 
-    python experiments/task_decoupling/run.py --data-dir FOLDER            # everything; writes beside this file
-    python experiments/task_decoupling/run.py --data-dir FOLDER --quick    # under a minute, into quick/; says nothing
+    python -m experiments.task_decoupling.run --data-dir FOLDER            # everything; writes beside this file
+    python -m experiments.task_decoupling.run --data-dir FOLDER --quick    # under a minute, into quick/; says nothing
 
 README.md beside this file states claim, set-up and result. A run that was broken off goes on where it stopped: trained
 adapters are kept in adapters/, scores in results.csv.
@@ -9,10 +9,7 @@ adapters are kept in adapters/, scores in results.csv.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -24,32 +21,22 @@ import peft
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
-from scipy import stats
 
 from bioadapt import FlyLoraConfig
 from bioadapt.evaluation import Interval, Task
-from bioadapt.evaluation._labelled import ClassificationTask, ClusteringTask
-from bioadapt.evaluation._pairs import PairClassificationTask, StsTask
-from bioadapt.evaluation.files import Rows, read_folder
-from bioadapt.evaluation.training import Schedule, adapt, calm, fit, load_encoder, trainable_parameters
+from bioadapt.evaluation.training import Schedule, adapt, calm, fit, trainable_parameters
+from experiments import sentence_task
+from experiments.ledger import COLOURS, Claim, markdown, over_seeds, publish
+from experiments.sentence_task import BATCH, PROJECTIONS, fresh_encoder, load_task, parser
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 HERE = Path(__file__).resolve().parent
-# No text of one stands in another.
-TASKS: dict[str, Callable[[str, dict[str, Rows]], Task]] = {
-    "stsb": StsTask,
-    "qqp": PairClassificationTask,
-    "searchsnippets": ClusteringTask,
-    "banking77": ClassificationTask,
-}
-TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six projections of a layer, not the pooler
+TASKS = ("stsb", "qqp", "searchsnippets", "banking77")  # no text of one stands in another
 RATES = (5e-4, 2e-3, 8e-3)
-TOKENS = 64  # longer texts are cut: a single one makes a whole batch slow
-BATCH = 16
+ROWS, QUICK_ROWS = (384, 300), (32, 16)  # training rows, and validation or test rows, per task
 SINGLE, ZERO_SHOT = "single", "zero-shot"
-START, END = "<!-- results -->", "<!-- end of results -->"
 
 
 @dataclass(frozen=True)
@@ -62,10 +49,12 @@ class Method:
 
 
 METHODS = {
-    "LoRA r=8": Method(lambda seed: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), ("cat",)),
-    "LoRA r=32": Method(lambda seed: LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS), ("cat",)),
+    "LoRA r=8": Method(lambda seed: LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS), ("cat",)),
+    "LoRA r=32": Method(lambda seed: LoraConfig(r=32, lora_alpha=64, target_modules=PROJECTIONS), ("cat",)),
     "FlyLoRA r=32 k=8": Method(
-        lambda seed: FlyLoraConfig(r=32, k=8, target_modules=TARGETS, seed=seed), ("route", "dense"), activated=8 / 32
+        lambda seed: FlyLoraConfig(r=32, k=8, target_modules=PROJECTIONS, seed=seed),
+        ("route", "dense"),
+        activated=8 / 32,
     ),
 }
 
@@ -98,7 +87,7 @@ class Results:
         self.path, self.rows = path, (train_rows, held_out_rows)
         self.scores = read_scores(path) if path.is_file() else []
         if any((score.train_rows, score.held_out_rows) != self.rows for score in self.scores):
-            raise ValueError(f"{path} was made with other numbers of rows: give another --output")
+            raise ValueError(f"{path} was made with other numbers of rows: move it away to begin anew")
 
     def find(self, **wanted: Any) -> list[Score]:
         """The scores with these values."""
@@ -115,9 +104,14 @@ class Results:
             writer = csv.DictWriter(file, [field.name for field in fields(Score)], lineterminator="\n")
             if fresh:
                 writer.writeheader()
-            writer.writerow({**asdict(found), "score": f"{found.score:.4f}"})
+            writer.writerow(record(found))
         print(f"{found.method:18} seed {found.seed} {found.learning_rate:g} {found.way:9} weight {found.weight:.2f} "
               f"{found.task:15} {found.split:10} {found.score:6.2f}", flush=True)  # fmt: skip
+
+
+def record(score: Score) -> dict[str, str]:
+    """The score as it stands in results.csv."""
+    return {**{name: str(value) for name, value in asdict(score).items()}, "score": f"{score.score:.4f}"}
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -126,32 +120,7 @@ def read_scores(path: Path) -> list[Score]:
         return [Score(**{f.name: kinds[f.type](row[f.name]) for f in fields(Score)}) for row in csv.DictReader(file)]
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-def sample(rows: Rows, count: int) -> Rows:
-    """That many rows, always the same: the files are sorted, so that their first rows lack most classes."""
-    order = np.random.default_rng(0).permutation(len(next(iter(rows.values()))))[:count]
-    return {column: [values[index] for index in order] for column, values in rows.items()}
-
-
-def load_tasks(data_dir: Path, train_rows: int, held_out_rows: int) -> dict[str, Task]:
-    tasks = {}
-    for name, kind in TASKS.items():
-        _, splits = read_folder(name, data_dir)
-        counts = {"train": train_rows, "dev": held_out_rows, "test": held_out_rows}
-        drawn = {split: sample(splits[split], count) for split, count in counts.items()}
-        tasks[name] = kind(name, {"train": drawn["train"], "validation": drawn["dev"], "test": drawn["test"]})
-    return tasks
-
-
 # -- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def fresh_encoder() -> SentenceTransformer:
-    encoder = load_encoder()
-    encoder.max_seq_length = TOKENS
-    return encoder.eval()
 
 
 def trained(method: Method, rate: float, seed: int, tasks: dict[str, Task], folder: Path) -> SentenceTransformer:
@@ -185,11 +154,7 @@ def merge(model: PeftModel, way: str, weight: float) -> str:
 
 def score_of(encoder: SentenceTransformer, adapter: str, task: Task, split: str) -> float:
     encoder[0].model.set_adapter(adapter)
-    return main_score(encoder, task, split)
-
-
-def main_score(encoder: SentenceTransformer, task: Task, split: str) -> float:
-    return task.evaluate(encoder, split).scores[task.metrics[0]]
+    return sentence_task.score(encoder, task, split)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -222,7 +187,7 @@ class Experiment:
         if len(self.results.find(**place)) < len(self.tasks):
             encoder = fresh_encoder()
             for name, task in self.tasks.items():
-                self.results.add(partial(main_score, encoder, task, "test"), **place, task=name)
+                self.results.add(partial(sentence_task.score, encoder, task, "test"), **place, task=name)
 
     def _test(self, name: str, rate: float, seed: int) -> None:
         place = {"method": name, "learning_rate": rate, "seed": seed, "split": "test"}
@@ -282,17 +247,9 @@ class Line:
         return Interval(self.estimate, self.low, self.high, 0.95)
 
 
+Measured = dict[tuple[str, float], dict[str, dict[str, dict[int, float]]]]
 MEAN = "mean of tasks"
 DROP, DIFFERENCE = "drop", "difference of drops"
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean with its 95 % t interval; without bounds for a single seed."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, float("nan"), float("nan"), 0.95)
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return Interval(mean, mean - reach, mean + reach, 0.95)
 
 
 def label(method: str, way: str) -> str:
@@ -300,31 +257,44 @@ def label(method: str, way: str) -> str:
 
 
 def summarise(scores: Iterable[Score]) -> list[Line]:
-    """Single and merged scores, their differences (drop = merged - single), and paired differences between methods."""
+    """Single and merged scores and their differences (drop = merged - single), and paired differences of drops."""
+    found = measured(scores)
+    lines = [
+        _line(what, adapters, weight, task, list(values.values()))
+        for (adapters, weight), of_what in found.items()
+        for what, of_task in of_what.items()
+        for task, values in of_task.items()
+    ]
+    for (first, second, weight), gaps in differences(found).items():
+        lines.append(_line(DIFFERENCE, f"{first} - {second}", weight, MEAN, gaps))
+    return lines
+
+
+def measured(scores: Iterable[Score]) -> Measured:
+    """(adapters, weight) -> what (single, merged, drop) -> task, the mean of tasks last -> seed -> points."""
     test = [score for score in scores if score.split == "test" and score.way != ZERO_SHOT]
     single = {(s.method, s.seed, s.task): s.score for s in test if s.way == SINGLE}
-    lines: list[Line] = []
-    drops: dict[tuple[str, float], dict[int, float]] = {}
-    for name, way, weight in dict.fromkeys((s.method, s.way, s.weight) for s in test if s.way != SINGLE):
-        own = [s for s in test if (s.method, s.way, s.weight) == (name, way, weight)]
-        values: dict[str, dict[str, dict[int, float]]] = {}  # what -> task -> seed -> value
-        for s in own:
-            alone = single[s.method, s.seed, s.task]
-            for what, value in ((SINGLE, alone), ("merged", s.score), (DROP, s.score - alone)):
-                values.setdefault(what, {}).setdefault(s.task, {})[s.seed] = value
-        for what, of_task in values.items():
-            seeds = sorted(set.intersection(*(set(found) for found in of_task.values())))
-            mean = {seed: float(np.mean([found[seed] for found in of_task.values()])) for seed in seeds}
-            for task, found in {**of_task, MEAN: mean}.items():
-                lines.append(_line(what, label(name, way), weight, task, list(found.values())))
-            if what == DROP:
-                drops[label(name, way), weight] = mean
-    for (first, weight), ours in drops.items():
-        for (second, other_weight), theirs in drops.items():
+    found: Measured = {}
+    for s in (score for score in test if score.way != SINGLE):
+        alone = single[s.method, s.seed, s.task]
+        of_what = found.setdefault((label(s.method, s.way), s.weight), {})
+        for what, value in ((SINGLE, alone), ("merged", s.score), (DROP, s.score - alone)):
+            of_what.setdefault(what, {}).setdefault(s.task, {})[s.seed] = value
+    for of_task in (of_task for of_what in found.values() for of_task in of_what.values()):
+        seeds = sorted(set.intersection(*(set(values) for values in of_task.values())))
+        of_task[MEAN] = {seed: float(np.mean([values[seed] for values in of_task.values()])) for seed in seeds}
+    return found
+
+
+def differences(found: Measured) -> dict[tuple[str, str, float], list[float]]:
+    """(FlyLoRA's way, LoRA, weight) -> FlyLoRA's drop minus LoRA's, one per seed that both have."""
+    gaps = {}
+    for (first, weight), ours in found.items():
+        for (second, other_weight), theirs in found.items():
             if first.startswith("Fly") and not second.startswith("Fly") and weight == other_weight:
-                gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-                lines.append(_line(DIFFERENCE, f"{first} - {second}", weight, MEAN, gaps))
-    return lines
+                mine, other = ours[DROP][MEAN], theirs[DROP][MEAN]
+                gaps[first, second, weight] = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+    return gaps
 
 
 def _line(what: str, adapters: str, weight: float, task: str, values: list[float]) -> Line:
@@ -341,7 +311,17 @@ def write_summary(lines: Sequence[Line], path: Path) -> None:
             writer.writerow({**asdict(line), **numbers})
 
 
-def report(scores: Sequence[Score], lines: Sequence[Line]) -> str:
+def claims(scores: Iterable[Score]) -> list[Claim]:
+    """One per way of merging FlyLoRAs, rank of LoRA, and weight."""
+    return [
+        Claim(
+            f"Merged with weight {weight:g} each, {first} loses less than {second}", "difference of drops, points", gaps
+        )
+        for (first, second, weight), gaps in differences(measured(scores)).items()
+    ]
+
+
+def tables(scores: Sequence[Score], lines: Sequence[Line]) -> str:
     """The tables for README.md."""
     chosen = choose_rates(scores)
     zero = {s.task: s.score for s in scores if s.way == ZERO_SHOT}
@@ -349,71 +329,44 @@ def report(scores: Sequence[Score], lines: Sequence[Line]) -> str:
     sets = list(dict.fromkeys(line.adapters for line in lines if line.what == DROP))
     weights = sorted({line.weight for line in lines})
     seeds = max(line.seeds for line in lines)
-    text = [
-        f"{seeds} seeds; {scores[0].train_rows} training and at most {scores[0].held_out_rows} test rows per task. "
-        f"Scores in percent, mean over the tasks; the zero-shot mean is {np.mean(list(zero.values())):.2f}. "
-        f"Brackets: 95 % t intervals over the seeds. {os.cpu_count()} CPU cores ({platform.machine()}), "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, peft {peft.__version__}.",
-        "",
-        "| adapters | trained per task | of these active at a token | learning rate | single | "
-        + " | ".join(f"merged, weight {weight:g} | drop, weight {weight:g}" for weight in weights)
-        + " |",
-        "|---|---|---|---|---|" + "---|---|" * len(weights),
-    ]
+    head = ["adapters", "trained per task", "of these active at a token", "learning rate", SINGLE]
+    head += [f"{what}, weight {weight:g}" for weight in weights for what in ("merged", DROP)]
+    rows = []
     for name in sets:
         method = next(m for m in METHODS if name in [label(m, way) for way in METHODS[m].ways])
         count = next(s.trained for s in scores if s.method == method)
-        cells = [f"{count:,}", f"{round(count * METHODS[method].activated):,}", f"{chosen[method]:g}"]
+        cells = [name, f"{count:,}", f"{round(count * METHODS[method].activated):,}", f"{chosen[method]:g}"]
         cells.append(f"{found[SINGLE, name, weights[0], MEAN].estimate:.2f}")
         for weight in weights:
             drop = found[DROP, name, weight, MEAN].interval
             cells += [f"{found['merged', name, weight, MEAN].estimate:.2f}", str(drop)]
-        text.append(f"| {name} | {' | '.join(cells)} |")
-    text += [
-        "",
-        "| difference of drops (above zero: FlyLoRA loses less) | weight | points | verdict |",
-        "|---|---|---|---|",
-    ]
-    for line in lines:
-        if line.what == DIFFERENCE:
-            text.append(f"| {line.adapters} | {line.weight:g} | {line.interval} | {line.interval.verdict} |")
-    text += ["", f"| drop by task | weight | {' | '.join(zero)} |", "|---|---|" + "---|" * len(zero)]
-    text.append(f"| (zero-shot score) | | {' | '.join(f'{zero[task]:.2f}' for task in zero)} |")
+        rows.append(cells)
+    by_task = [["(zero-shot score)", "", *(f"{zero[task]:.2f}" for task in zero)]]
     for name in sets:
         for weight in weights:
-            cells = [f"{found[DROP, name, weight, task].estimate:+.2f}" for task in zero]
-            text.append(f"| {name} | {weight:g} | {' | '.join(cells)} |")
-    return "\n".join(text)
+            drops = [f"{found[DROP, name, weight, task].estimate:+.2f}" for task in zero]
+            by_task.append([name, f"{weight:g}", *drops])
+    intro = (
+        f"{seeds} seeds; {scores[0].train_rows} training and at most {scores[0].held_out_rows} test rows per task. "
+        f"Scores in percent, mean over the tasks; the zero-shot mean is {np.mean(list(zero.values())):.2f}. "
+        f"peft {peft.__version__}."
+    )
+    return "\n\n".join([intro, markdown(head, rows), markdown(["drop by task", "weight", *zero], by_task)])
 
 
-def between_marks(page: str, text: str) -> str:
-    """The page with the text in the place of what stood between the marks.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
-    if START not in page or END not in page:
-        raise ValueError(f"the page lacks {START} and {END}")
-    before, rest = page.split(START, 1)
-    return f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}"
-
-
-_COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00")  # Okabe and Ito's, which colour-blind readers can tell apart
-
-
-def draw(lines: Sequence[Line], path: Path) -> None:
+def draw(lines: Sequence[Line]) -> Figure:
     """Drops, and differences of drops, with intervals; one row of panels for each weight."""
     weights = sorted({line.weight for line in lines})
     figure = Figure(figsize=(12, 3.1 * len(weights)), layout="constrained")
     for weight, (left, right) in zip(weights, figure.subplots(len(weights), 2, squeeze=False), strict=True):
         own = [line for line in lines if line.weight == weight and line.task == MEAN]
         drops = [line for line in own if line.what == DROP]
-        _intervals(left, drops, f"drop, points (weight {weight:g} for each task)", _COLOURS)
+        _intervals(left, drops, f"drop, points (weight {weight:g} for each task)", COLOURS)
         right.axvline(0.0, color="black", linewidth=0.8)
         gaps = [line for line in own if line.what == DIFFERENCE]
         _intervals(right, gaps, "difference of drops, points (right: FlyLoRA loses less)", ["black"] * len(gaps))
     figure.suptitle("Merged minus single-task score, mean of four tasks; bars are 95 % t intervals over seeds")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _intervals(axes: Any, lines: Sequence[Line], title: str, colours: Sequence[str]) -> None:
@@ -429,30 +382,18 @@ def _intervals(axes: Any, lines: Sequence[Line], title: str, colours: Sequence[s
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of NAME/{train,dev,test}.tsv.gz")
-    parser.add_argument("--seeds", type=int, default=5, help="how many times everything is trained (default: 5)")
-    parser.add_argument("--limit", type=int, default=384, help="training rows per task (default: 384)")
-    parser.add_argument("--held-out", type=int, default=300, help="validation and test rows per task (default: 300)")
-    parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, a handful of rows")
-    parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: beside this file)")
-    given = parser.parse_args(arguments)
-    if given.quick:
-        given.seeds, given.limit, given.held_out = 1, 32, 16
-    output = given.output or (HERE / "quick" if given.quick else HERE)
-    output.mkdir(parents=True, exist_ok=True)
-    results = Results(output / "results.csv", given.limit, given.held_out)
-    tasks = load_tasks(given.data_dir, given.limit, given.held_out)
-    Experiment(tasks, results, output, RATES[1:2] if given.quick else RATES).run(given.seeds)
+def main(argv: list[str] | None = None) -> None:
+    given = parser(__doc__, seeds=5).parse_args(argv)
+    output, rows = (HERE / "quick", QUICK_ROWS) if given.quick else (HERE, ROWS)
+    output.mkdir(exist_ok=True)
+    results = Results(output / "results.csv", *rows)
+    rates, seeds = (RATES[1:2], 1) if given.quick else (RATES, given.seeds)
+    tasks = {name: load_task(name, given.data_dir, *rows) for name in TASKS}
+    Experiment(tasks, results, output, rates).run(seeds)
     lines = summarise(results.scores)
     write_summary(lines, output / "summary.csv")
-    draw(lines, output / "results.png")
-    text = report(results.scores, lines)
-    print(text)
-    page = output / "README.md"
-    if page.is_file():
-        page.write_text(between_marks(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    text = tables(results.scores, lines)
+    publish(HERE, list(map(record, results.scores)), claims(results.scores), text, draw(lines), quick=given.quick)
 
 
 if __name__ == "__main__":

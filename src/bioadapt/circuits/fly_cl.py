@@ -156,7 +156,7 @@ class FlyCLClassifier(ContinualClassifier):
     relative grid of penalties, the default size, the silence of classes that were never met. The projection is
     multiplied as a dense matrix: where units read as large a share of the features as here, sparse products are slower.
 
-    With sentence-transformers, an adapted encoder or not:
+    With sentence-transformers, an adapted encoder or not::
 
         head = FlyCLClassifier()
         for texts, labels in tasks:
@@ -361,7 +361,7 @@ class ContinualHead(nn.Module):
 def attach_continual_head(
     model: nn.Module, feature_fn: Callable[[nn.Module, Any], Tensor], classifier: Any = None
 ) -> ContinualHead:
-    """Put a continual-learning classifier on a torch module, which may carry PEFT adapters.
+    """Put a continual-learning classifier on a torch module, which may carry PEFT adapters::
 
         head = attach_continual_head(encoder, lambda model, batch: model(**batch).last_hidden_state[:, 0])
         head.learn(batch, labels)

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from .. import BioTrainerCallback
 from .._extras import MissingExtra, only_errors_of, require
 from ._task import Task
 
@@ -206,7 +207,7 @@ def fit(
             ),
             train_dataset=task.train_dataset(),
             loss=task.loss(encoder),
-            callbacks=[recorder],
+            callbacks=[recorder, BioTrainerCallback()],
         )
         trainer.remove_callback(require("transformers").PrinterCallback)
         trainer.train()
