@@ -285,17 +285,25 @@ def test_the_interval_covers_rows_and_seeds():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [(0.1, 0.5, "wins"), (-0.5, -0.1, "loses"), (-0.1, 0.5, "Undecided")],
+    ("against", "said"),
+    [
+        (((0.1, 0.9), (0.2, 0.8), (0.3, 2.0)), "wins here"),
+        (((0.24, 2.41), (-0.02, 0.02), (-1.13, 0.5)), "Undecided"),  # the same-size LoRA alone is worse: no win
+        (((0.1, 0.9), (0.2, 0.8), (-0.1, 2.0)), "Undecided"),
+        (((0.1, 0.9), (-0.8, -0.2), (0.3, 2.0)), "loses here"),
+        (((-0.9, 0.9),), "Undecided"),
+    ],
 )
-def test_the_verdict_names_the_strongest_rival_and_claims_nothing_else(low, high, said):
+def test_the_bio_adapter_wins_only_against_every_rival(against, said):
+    rivals = (finale.SAME_SIZE, finale.LORA, finale.BASE) if len(against) > 1 else (finale.BASE,)
     differences = [
-        {"name": f"{finale.WINNER} - {name}", "estimate": (low + high) / 2, "low": low, "high": high}
-        for name in (finale.BASE, finale.LORA, finale.SAME_SIZE)
+        {"name": f"{finale.WINNER} - {rival}", "estimate": (low + high) / 2, "low": low, "high": high}
+        for rival, (low, high) in zip(rivals, against, strict=True)
     ]
     sentence = finale.verdict(differences, "spearman")
-    assert said in sentence and "LoRA of the same size" in sentence and f"[{low:+.2f}, {high:+.2f}]" in sentence
-    assert "model as it comes" in finale.verdict(differences[:1], "spearman")
+    assert said in sentence and "model as it comes" in sentence and "spearman" in sentence
+    assert all(f"[{low:+.2f}, {high:+.2f}]" in sentence for low, high in against)
+    assert ("LoRA of the same size" in sentence) == (len(against) > 1)
 
 
 def test_the_winner_of_noise_is_shrunk_to_the_mean():

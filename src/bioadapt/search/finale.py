@@ -278,15 +278,21 @@ def shrinkage(study: Study, space: SearchSpace, number: int) -> dict[str, float 
 
 
 def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """One plain sentence on the winner against the strongest rival there is."""
+    """Whether the winner is better than every rival, worse than one, or neither, in one sentence.
+
+    One rival alone says little: the LoRA of the same size trains as long as both stages together and may overfit where
+    the smaller one does not, and neither need be better than the model as it comes.
+    """
+    words = {SAME_SIZE: "the LoRA of the same size", LORA: "the tuned LoRA", BASE: "the model as it comes"}
     by_name = {record["name"]: record for record in differences}
-    rival = next(name for name in (SAME_SIZE, LORA, BASE) if f"{WINNER} - {name}" in by_name)
-    record = by_name[f"{WINNER} - {rival}"]
-    words = {SAME_SIZE: "the LoRA of the same size", LORA: "the LoRA below it", BASE: "the model as it comes"}[rival]
-    size = f"{abs(record['estimate']):.2f} points of {metric} [{record['low']:+.2f}, {record['high']:+.2f}]"
-    if record["low"] > 0:
-        return f"The bio adapter wins here: {WINNER} is better than {words} by {size} on test."
-    if record["high"] < 0:
-        return f"The bio adapter loses here: {WINNER} is worse than {words} by {size} on test."
-    side = "above" if record["estimate"] > 0 else "below"
-    return f"Undecided: {WINNER} is {size} {side} {words} on test, and the interval includes zero."
+    found = {rival: by_name[name] for rival in words if (name := f"{WINNER} - {rival}") in by_name}
+    against = [
+        f"{record['estimate']:+.2f} [{record['low']:+.2f}, {record['high']:+.2f}] against {words[rival]}"
+        for rival, record in found.items()
+    ]
+    sizes = f"{', '.join(against)}, in points of {metric} on test"
+    if any(record["high"] < 0 for record in found.values()):
+        return f"The bio adapter loses here: {WINNER} has {sizes}."
+    if all(record["low"] > 0 for record in found.values()):
+        return f"The bio adapter wins here: {WINNER} has {sizes}."
+    return f"Undecided: {WINNER} has {sizes}, and is not better than every rival by an interval that excludes zero."

@@ -226,11 +226,12 @@ class ThompsonSampler(BaseSampler):
         """What the model expects the configuration of each finished trial to score: mean and sd, by trial number.
 
         In the objective's units, without the noise of one trial. The best of many noisy scores is better than its
-        configuration; what the parts of that configuration did in other trials says how much of it was luck.
+        configuration; what the parts of that configuration did in other trials says how much of it was luck. Empty
+        where all scores are equal, which says nothing of their noise.
         """
         self._raise_error_if_multi_objective(study)
         space, observations = self._spaces.shared(study), _observe(_finished(study), study.direction)
-        if not space or len(observations.trials) == 0:
+        if not space or not observations.scores.any():
             return {}
         fit = self._fit(space, observations, self._judge(study, space))
         mean, sd, _ = fit.posterior.summary(fit.design.matrix, constant=1.0)
