@@ -154,7 +154,23 @@ class _StepClock:
 
 
 @dataclass(frozen=True)
-class BioObjective:
+class SpaceObjective:
+    """What every objective over a `SearchSpace` has in common; a subclass says how to train."""
+
+    space: SearchSpace
+
+    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
+        return self.space.features(params)
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        return self.space.suggest(trial)
+
+    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return describe(self.space, params)
+
+
+@dataclass(frozen=True)
+class BioObjective(SpaceObjective):
     """Validation score, in percent, of a bio adapter trained over a frozen LoRA.
 
     Every trial has the same seed, so that trials are compared on the same order of rows and the same dropout.
@@ -167,20 +183,10 @@ class BioObjective:
         seed: of all trials.
     """
 
-    space: SearchSpace
     bench: Bench
     below: str | None
     start: float
     seed: int = 0
-
-    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
-        return self.space.features(params)
-
-    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        return self.space.suggest(trial)
-
-    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        return describe(self.space, params)
 
     def run(self, params: Mapping[str, Any], report: Report) -> float:
         """Train one configuration from scratch; one without primitives is what lies below."""
@@ -235,7 +241,7 @@ def _told(config: BioConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class FunctionObjective:
+class FunctionObjective(SpaceObjective):
     """A user's own training loop in the place of the sentence encoder's.
 
     Attributes:
@@ -245,17 +251,7 @@ class FunctionObjective:
             a configuration, and ``report(step, score)`` may end the call.
     """
 
-    space: SearchSpace
     train: Callable[[list[BioConfig], Configuration, Report], float] = field(repr=False)
-
-    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
-        return self.space.features(params)
-
-    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        return self.space.suggest(trial)
-
-    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        return describe(self.space, params)
 
     def run(self, params: Mapping[str, Any], report: Report) -> float:
         configuration = self.space.realise(params)
