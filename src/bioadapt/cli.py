@@ -184,7 +184,8 @@ def search(
 ) -> None:
     """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
     try:
-        from .search.contest import Search, SearchSettings
+        from .search.contest import Search
+        from .search.settings import SearchSettings
 
         names = None if primitives is None else tuple(n.strip() for n in primitives.split(",") if n.strip())
         job = Search(

@@ -22,9 +22,10 @@ from optuna.trial import TrialState, create_trial
 from bioadapt import BioConfig
 from bioadapt.search.host import Host, Site
 from bioadapt.search.objective import describe
-from bioadapt.search.report import as_code, in_words, render, write_report
+from bioadapt.search.report import render, write_report
 from bioadapt.search.space import SearchSpace
 from bioadapt.search.storage import open_storage
+from bioadapt.search.wording import as_code, in_words
 
 PRIMITIVES = (
     "divisive_normalization",

@@ -20,9 +20,9 @@ from search.fake_objective import FakeObjective, value_of
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
 from bioadapt.search import finale
-from bioadapt.search.contest import budget
 from bioadapt.search.isolation import Child, Failed, Stopped, processes
 from bioadapt.search.runner import Job, prepare, progress, run_study, tickets
+from bioadapt.search.settings import budget
 
 
 def echo(argument, report):

@@ -23,8 +23,9 @@ from bioadapt.cli import app
 from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import Diverged, transformer_of
 from bioadapt.search import finale
-from bioadapt.search.contest import Search, SearchSettings
+from bioadapt.search.contest import Search
 from bioadapt.search.objective import Bench, TooSlow, without_test
+from bioadapt.search.settings import SearchSettings
 from bioadapt.search.storage import open_storage
 
 NOUNS = ("a dog", "the cat", "one bird", "my horse", "a fish", "the fox")

@@ -72,7 +72,8 @@ def genbais(
         ValueError: wrong settings, or a ``lora`` of "none": the recipe stacks over one.
         RuntimeError: all workers have died, or no trial has succeeded.
     """
-    from ..search.contest import NO_LORA, Search, SearchSettings
+    from ..search.contest import Search
+    from ..search.settings import NO_LORA, SearchSettings
 
     for name, value in (("student_epochs", student_epochs), ("student_rate", student_rate)):
         if not value > 0:

@@ -28,7 +28,7 @@ _LATER = {
     "Job": "runner",
     "Objective": "runner",
     "Search": "contest",
-    "SearchSettings": "contest",
+    "SearchSettings": "settings",
     "SearchSpace": "space",
     "add_adapters": "adapters",
     "learning_rates": "adapters",

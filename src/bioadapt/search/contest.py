@@ -21,8 +21,7 @@ from rich.console import Console
 from .._extras import require
 from .._words import suggest
 from ..evaluation import Task, load_task
-from ..evaluation.tasks import DEFAULT_TASK
-from ..evaluation.training import DEFAULT_MODEL, adapt, load_encoder, load_stack, transformer_of
+from ..evaluation.training import adapt, load_encoder, load_stack, transformer_of
 from .adapters import load_adapters
 from .finale import (
     Confirmation,
@@ -42,76 +41,17 @@ from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
 from .objective import Bench, BioObjective, without_test
 from .report import write_report
 from .runner import Job, prepare, run_study, tickets
-from .space import SLOTS, Configuration, SearchSpace
+from .settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
+from .space import Configuration, SearchSpace
 from .storage import open_storage
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-AUTO, NO_LORA = "auto", "none"
 # A third of the trials at most show one primitive alone, so that main effects are known before pairs are asked about.
 _WARM_UP = 3
 # Seconds between two looks at what another machine has done.
 _PATIENCE = 5.0
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What to search, and for how long.
-
-    Attributes:
-        task: as for `load_task`.
-        data_dir: as for `load_task`.
-        model: as for `load_encoder`.
-        lora: ``auto``: tuned with as many trials as the bio adapters get; ``none``; or the folder of a trained one.
-        trials: how many configurations are tried.
-        budget_params: the most trainable numbers of a bio adapter: an integer, or a share of the model as ``1%``.
-        output: where adapters, results and report go.
-        storage: as for `open_storage`; a journal file in ``output`` if None.
-        study: its name.
-        workers: processes that train at the same time.
-        seed: of the search.
-        epochs: of the LoRA and of the bio adapter each; the LoRA of the same size gets both.
-        batch_size: rows per training step.
-        rungs: how often a trial is validated, the end included.
-        limit: about so many rows per split.
-        primitives: names to choose from; all if None.
-        slots: the most primitives of a configuration.
-        confirm: how many of the best are trained again.
-        confirm_seeds: on how many fresh seeds.
-        test_seeds: on how many further ones the winner and its rivals are trained and tested.
-        timeout: seconds that a trial may take.
-        max_step_time: seconds that a training step may take.
-        device: as for `load_encoder`.
-    """
-
-    task: str = DEFAULT_TASK
-    data_dir: str | None = None
-    model: str = DEFAULT_MODEL
-    lora: str = AUTO
-    trials: int = 40
-    budget_params: str | int = "1%"
-    output: str = "search_output"
-    storage: str | None = None
-    study: str | None = None
-    workers: int = 1
-    seed: int = 0
-    epochs: float = 1.0
-    batch_size: int = 64
-    rungs: int = 2
-    limit: int | None = None
-    primitives: tuple[str, ...] | None = None
-    slots: int = SLOTS
-    confirm: int = 3
-    confirm_seeds: int = 2
-    test_seeds: int = 3
-    timeout: float | None = 3600.0
-    max_step_time: float | None = None
-    device: str | None = None
-
-
-# What may differ when a search goes on, or another machine joins: who works, where and how long.
-_FREE = ("output", "storage", "study", "workers", "timeout", "trials", "data_dir", "device")
 
 
 class Search:
@@ -127,7 +67,7 @@ class Search:
 
     def __init__(self, settings: SearchSettings, console: Console | None = None) -> None:
         self.settings, self.console = settings, console or Console()
-        _check(settings)
+        check(settings)
         for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
             require(module)
         self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
@@ -230,7 +170,7 @@ class Search:
         return study
 
     def _fixed(self) -> dict[str, Any]:
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
         return json.loads(json.dumps(settings))
 
     def _begin(self) -> Study:
@@ -376,38 +316,6 @@ def search(console: Console | None = None, **settings: Any) -> dict[str, Any]:
         What the study records as ``final``: contenders, differences with intervals, the winner's configuration.
     """
     return Search(SearchSettings(**settings), console).run()
-
-
-def budget(wanted: str | int, parameters: int) -> int:
-    """A budget in numbers: an integer, or a share of ``parameters`` in percent.
-
-    Raises:
-        ValueError: neither.
-    """
-    text = str(wanted).strip().replace("_", "").replace(",", "")
-    try:
-        count = int(float(text[:-1]) / 100 * parameters) if text.endswith("%") else int(text)
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise ValueError(f"budget of parameters {wanted!r}: a whole number or a share such as 1% is needed, above zero")
-    return count
-
-
-def _check(settings: SearchSettings) -> None:
-    for name in ("trials", "workers", "slots", "confirm", "confirm_seeds", "test_seeds", "rungs"):
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} {value!r}: a whole number above zero is needed")
-    for name in ("epochs", "batch_size", "timeout", "max_step_time"):
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} {value!r}: a number above zero is needed")
-    budget(settings.budget_params, 10**12)
-    if settings.lora not in (AUTO, NO_LORA) and not Path(settings.lora, "adapter_config.json").is_file():
-        raise ValueError(
-            f"lora {settings.lora!r}: no adapter_config.json is there; accepted: auto, none, a LoRA's folder"
-        )
 
 
 def _load_given(encoder: Any, folder: str) -> None:

@@ -21,7 +21,6 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from .. import BioConfig, primitive_info
 from .._extras import require
 from .._words import suggest
 from . import figures
@@ -30,6 +29,7 @@ from .figures import BAD, GOOD, OTHER, Bar, Curve
 from .sampler import Effect, ThompsonSampler
 from .space import SearchSpace
 from .storage import DIED, open_storage
+from .wording import as_code, as_lines, count, in_words, number, short
 
 LEADERS = 20
 # Mechanisms in the figure and in the map, all of which are in a table; other effects in theirs.
@@ -38,11 +38,6 @@ LISTED = 60
 # Two standard deviations about: the half width of a 95 % interval of a normal distribution.
 REACH = 1.96
 _FAILED_WITHOUT_REASON = "no reason given"
-# What a record of a `BioConfig` says beyond what one would write.
-_RECORDED = {
-    *("primitives", "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"),
-    *("inference_mode", "trained_over", "fingerprint", "bioadapt_version"),
-}
 
 
 def write_report(study_name: str, storage_url: str, output: str | Path) -> Path:
@@ -84,7 +79,7 @@ def render(study: Study, lora: Study | None = None) -> str:
     jinja = require("jinja2", "search")
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_number, short=_short, interval=_interval, count=_count)
+    environment.filters.update(number=number, short=short, interval=_interval, count=count)
     template = environment.from_string(source)
     return template.render(r=_Report(study, lora), listed=LISTED, figure=require("markupsafe", "search").Markup)
 
@@ -108,15 +103,8 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Known(Effect):
     """What the posterior says of a feature where it is present."""
-
-    name: str
-    mean: float
-    sd: float
-    probability_helps: float
-    support: int
-    dropped: bool
 
     @property
     def low(self) -> float:
@@ -213,8 +201,8 @@ class _Report:
         if not self.complete:
             return "No trial of this study has ended with a score yet."
         best = self.complete[0]
-        ended = _count(len(self.complete), "complete trial")
-        so_far = f"So far the best of {ended} is trial {best.number} with {_number(best.value)}"
+        ended = count(len(self.complete), "complete trial")
+        so_far = f"So far the best of {ended} is trial {best.number} with {number(best.value)}"
         if not self.is_search:
             return f"{so_far}. This study has no final comparison, so nothing here was tested on fresh data."
         return f"{so_far} on validation. Nothing has been tested yet: what wins on validation need not win on test."
@@ -271,7 +259,7 @@ class _Report:
             return found
         expected = ThompsonSampler(features=space.features).expected(self.study)
         return [
-            replace(row, expected=f"{_number(expected[row.number][0])} ± {_short(expected[row.number][1])}")
+            replace(row, expected=f"{number(expected[row.number][0])} ± {short(expected[row.number][1])}")
             if row.number in expected
             else row
             for row in found
@@ -286,7 +274,7 @@ class _Report:
     def _reason(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.PRUNED:
             step = trial.last_step
-            return "" if step is None else f"at step {step} with {_number(trial.intermediate_values[step])}"
+            return "" if step is None else f"at step {step} with {number(trial.intermediate_values[step])}"
         reason = trial.user_attrs.get("failure")
         if trial.number in self.repeated:
             return f"{reason or DIED}; repeated as trial {self.repeated[trial.number]}"
@@ -400,7 +388,7 @@ class _Report:
         if effect is None:
             return None
         largest = max((abs(e.mean) for e in self._pairs.values()), default=0.0) or 1.0
-        title = f"{first} with {second}: {_interval(effect)}, {_count(effect.support, 'trial')}"
+        title = f"{first} with {second}: {_interval(effect)}, {count(effect.support, 'trial')}"
         return _Cell(
             f"{effect.mean:+.2g}", title, (effect.mean > 0) == self.higher, round(abs(effect.mean) / largest, 2)
         )
@@ -440,10 +428,10 @@ class _Report:
 
     def facts(self) -> list[tuple[str, str]]:
         """The settings as they stand, one line for each."""
-        return [line for key, value in self.settings.items() for line in _lines(key, value)]
+        return [line for key, value in self.settings.items() for line in as_lines(key, value)]
 
     def task_facts(self) -> list[tuple[str, str]]:
-        return [line for key, value in self.task.items() for line in _lines(key, value)]
+        return [line for key, value in self.task.items() for line in as_lines(key, value)]
 
     @property
     def power(self) -> tuple[str, int] | None:
@@ -452,87 +440,8 @@ class _Report:
         return (f"{digits[0]}.{digits[1]}", len(digits) - 1) if len(digits) > 7 else None
 
 
-def in_words(trial: FrozenTrial) -> str:
-    """A trial's configuration on one line; its parameters, where it is none of our space."""
-    configuration = trial.user_attrs.get("configuration")
-    if not configuration or "slots" not in configuration:
-        chosen = configuration or trial.params or trial.system_attrs.get("fixed_params", {})
-        return ", ".join(f"{name}={_value(value)}" for name, value in chosen.items())
-    slots = [
-        f"{slot['primitive']} @ {slot['layers']} {slot['modules']}"
-        + (f" (strength {slot['strength']:g})" if slot.get("strength", 1) != 1 else "")
-        for slot in configuration["slots"]
-    ]
-    if not slots:
-        return "no primitives"
-    joined = (" → " if configuration.get("composition") == "serial" else " + ").join(slots)
-    rank, rate = configuration.get("rank"), configuration.get("learning_rate")
-    extras = [f"rank {rank}" if rank else "full width"]
-    if len(slots) > 1:
-        extras.append(str(configuration.get("composition")))
-    if rate is not None:
-        extras.append(f"learning rate {rate:g}")
-    return f"{joined}; {', '.join(extras)}"
-
-
-def as_code(
-    configs: Sequence[Mapping[str, Any]],
-    learning_rate: float | None = None,
-    strengths: Mapping[str, float] | None = None,
-) -> str:
-    """Python that puts the adapters of `BioConfig` records into a model; what is a default is left out.
-
-    Args:
-        configs: records, as ``BioConfig.to_dict`` gives them.
-        learning_rate: what they were trained with.
-        strengths: factors on it, by primitive.
-    """
-    if not configs:
-        return ""
-    calls = [_call(config) for config in configs]
-    lines = [
-        "from peft import get_peft_model",
-        "from bioadapt import BioConfig",
-        "",
-        "# model: the base, or the LoRA over it",
-    ]
-    lines.append(f'model = get_peft_model(model, {calls[0]}, adapter_name="bio")')
-    names = ["bio"] + [f"bio_{number}" for number in range(2, len(calls) + 1)]
-    lines += [f'model.add_adapter("{name}", {call})' for name, call in zip(names[1:], calls[1:], strict=True)]
-    if len(calls) > 1:
-        lines.append(f"model.base_model.set_adapter({json.dumps(names)})")
-    if learning_rate is not None:
-        lines.append(f"# trained with learning rate {learning_rate:g}")
-        lines += [
-            f"# {name}: the tensor that starts at zero with {learning_rate * strength:g}"
-            for name, strength in (strengths or {}).items()
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _call(config: Mapping[str, Any]) -> str:
-    default = BioConfig(primitives=config["primitives"]).to_dict()
-    chosen = {
-        name: value
-        for name, value in config.items()
-        if name in default and name not in _RECORDED and value != default[name]
-    }
-    primitives = [_entry(entry) for entry in config["primitives"]]
-    parts = [f"primitives=[{', '.join(primitives)}]", *(f"{name}={value!r}" for name, value in chosen.items())]
-    return "BioConfig(\n    " + ",\n    ".join(parts) + ",\n)"
-
-
-def _entry(entry: Mapping[str, Any]) -> str:
-    """A primitive in a list: its name alone where its settings are the defaults."""
-    settings = primitive_info(entry["name"]).settings
-    chosen = {key: value for key, value in entry.items() if key == "name" or value != settings[key].default}
-    return json.dumps(entry["name"]) if len(chosen) == 1 else repr(chosen)
-
-
 def _known(effect: Effect, size: float) -> _Known:
-    return _Known(
-        effect.name, effect.mean * size, effect.sd * size, effect.probability_helps, effect.support, effect.dropped
-    )
+    return _Known(**{**vars(effect), "mean": effect.mean * size, "sd": effect.sd * size})
 
 
 def _scores(study: Study) -> tuple[list[int], list[float]]:
@@ -544,46 +453,11 @@ def _mean(scores: Sequence[float]) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
-def _lines(key: str, value: Any) -> list[tuple[str, str]]:
-    """A setting as lines; what is nested gets one for each part."""
-    if isinstance(value, Mapping):
-        return [line for part, inner in value.items() for line in _lines(f"{key}: {part}", inner)]
-    return [(key.replace("_", " "), _value(value))]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_value, value))
-    return "none" if value is None else str(value)
-
-
-def _number(value: float | None) -> str:
-    """Two decimals where that says something, else four significant digits; integers in full."""
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.2f}" if 1 <= abs(value) < 1e6 else f"{value:.4g}"
-
-
-def _short(value: float | None) -> str:
-    """Two significant digits, or all before the point."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
-
-
 def _interval(effect: Any) -> str:
     """Estimate and bounds, of an effect or of a record of a difference."""
     if isinstance(effect, _Known):
         return f"{effect.mean:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
     return f"{effect['estimate']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def _without_login(url: str) -> str:
