@@ -8,7 +8,6 @@ README.md beside this file states claim, set-up and result.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +18,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import PrinterCallback
 
-from bioadapt import BioTrainerCallback, FlyLoraConfig, NeuroLoraConfig
+from bioadapt import FlyLoraConfig, NeuroLoraConfig
 from bioadapt.evaluation import Task
-from bioadapt.evaluation.training import adapt, calm, trainable_parameters
+from bioadapt.evaluation.training import Schedule, adapt, calm, fit, trainable_parameters
 from experiments import sentence_task
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, publish
 from experiments.sentence_task import BATCH, PROJECTIONS, fresh_encoder, load_task, parser
@@ -70,35 +68,8 @@ METHODS = {
 
 def learn(encoder: SentenceTransformer, task: Task, rate: float, seed: int) -> None:
     """One pass over the task's training rows, the adapters' own terms of the loss included."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-
-    encoder.model_card_data.widget = [{"text": ""}]  # else examples are computed for a page that nobody writes
-    with calm(), tempfile.TemporaryDirectory() as folder:
-        trainer = SentenceTransformerTrainer(
-            model=encoder,
-            args=SentenceTransformerTrainingArguments(
-                output_dir=folder,
-                num_train_epochs=1,
-                per_device_train_batch_size=BATCH,
-                learning_rate=rate,
-                warmup_steps=0.1,  # a share of all steps, as it is below one
-                lr_scheduler_type="linear",
-                seed=seed,
-                batch_sampler=task.batch_sampler,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                use_cpu=True,
-            ),
-            train_dataset=task.train_dataset(),
-            loss=task.loss(encoder),
-            callbacks=[BioTrainerCallback()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    encoder.eval()
+    with calm():
+        fit(encoder, task, Schedule(1.0, rate, BATCH, seed))
 
 
 def order_of(tasks: Sequence[str], seed: int) -> list[str]:
