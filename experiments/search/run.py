@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from bioadapt.search import ThompsonSampler
@@ -141,11 +141,37 @@ def _climbed(value: Callable[[Params], float], space: Mapping[str, Any], start: 
     return height
 
 
+def cliff(seed: int) -> Problem:
+    """A training that is tuned: hardly any slope along its rate up to where it diverges, and then a long way down.
+
+    The rest is four parameters of four levels with two pairs, and a rank of which a little more is a little better.
+    Random configurations that do not diverge have about sd 1.
+    """
+    generator = np.random.default_rng([seed, 98])
+    rest = levels(seed, pairs=2, noise=0.3, relevant=4)
+    best_rate = generator.uniform(-4.0, -2.5)  # log10, as are the edge and what follows
+    edge = best_rate + generator.uniform(0.3, 1.0)
+    space = {
+        **rest.space,
+        "rate": FloatDistribution(1e-5, 1e-1, log=True),
+        "rank": IntDistribution(1, 64, log=True),
+        "decay": FloatDistribution(0.0, 0.3),  # no effect
+    }
+
+    def value(params: Params) -> float:
+        rate = np.log10(params["rate"])
+        fall = 5.0 + 10.0 * (rate - edge) if rate > edge else 0.0
+        return float(rest.value(params) - 0.3 * (rate - best_rate) ** 2 - 0.5 / params["rank"] - fall)
+
+    return Problem(space, value, 0.3, rest.best - 0.5 / 64)
+
+
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "additive": lambda seed: levels(seed, pairs=0, noise=0.3),
     "interactions": lambda seed: levels(seed, pairs=8, noise=0.3),
     "noisy": lambda seed: levels(seed, pairs=4, noise=1.0),
     "60 decoys": lambda seed: levels(seed, pairs=3, noise=0.3, relevant=6, irrelevant=60),
+    "cliff": cliff,
     "structured": structured,
 }
 
@@ -178,15 +204,13 @@ def regrets(problem: Problem, sampler: BaseSampler, seed: int, trials: int) -> t
     scores: list[float] = []
     found: list[float] = []
 
-    def objective(trial: optuna.Trial) -> float:
-        params = {name: trial.suggest_categorical(name, d.choices) for name, d in problem.space.items()}
-        values.append(problem.value(params))
-        scores.append(values[-1] + noise[trial.number])
-        found.append(problem.best - values[int(np.argmax(scores))])
-        return scores[-1]
-
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.optimize(objective, n_trials=trials)
+    for error in noise:
+        trial = study.ask(problem.space)
+        values.append(problem.value(trial.params))
+        scores.append(values[-1] + error)
+        found.append(problem.best - values[int(np.argmax(scores))])
+        study.tell(trial, scores[-1])
     own = isinstance(sampler, ThompsonSampler)
     model = sampler if own else ThompsonSampler(seed=seed, features=problem.features)
     return found, problem.best - values[model.recommend(study).number], problem.best - max(values)
