@@ -36,6 +36,9 @@ ADAPTERS = {
     "dora": lambda: LoraConfig(target_modules=["query"], use_dora=True, **LORA),
     "bio": lambda: awake(["lateral_inhibition", "quadratic_dendrite", "predictive_coding"]),
     "bio that merges": lambda: awake(["homeostatic_scaling", {"name": "fly_lora", "r": 4, "k": 4}], ["query"]),
+    "bio on a population": lambda: awake(["quadratic_dendrite", "predictive_coding"], ["query", "value"], rank=4),
+    "bio on a population that merges": lambda: awake("ranked mergeable", ["query"]),
+    "neuro_ada": lambda: awake([{"name": "neuro_ada", "k": 20}], ["query", "output.dense"]),
 }
 EVERY = pytest.mark.parametrize("kind", ADAPTERS)
 
@@ -319,6 +322,21 @@ class TestAdapters:
         assert zeros == reported.zeros == sparsity(model).zeros
         assert 0.05 < reported.share < 1
 
+    @pytest.mark.parametrize("kind", ["lora", "bio on a population", "neuro_ada"])
+    def test_a_schedule_takes_the_weak_synapses_of_its_last_step_and_no_others(self, kind):
+        model, schedule = adapter(kind), SpineSchedule(4, 0.1)
+        optimiser = adamw(model)
+        for _ in range(4):
+            train(model, optimiser)
+            schedule.step(model)
+        spines = {name: p for name, p in model.named_parameters() if name.endswith(".original")}
+        names = [name.replace("parametrizations.", "").removesuffix(".original") for name in spines]
+        lost = {name: int((p.abs() <= 0.1).sum()) for name, p in zip(names, spines.values(), strict=True)}
+        before = output(model, tokens())
+        found = finalize(model)
+        assert found.zeros == lost and 0 < found.share < 1
+        assert torch.equal(output(model, tokens()), before)
+
     @EVERY
     def test_a_saved_adapter_loads_into_one_with_spines(self, kind, tmp_path):
         model = adapter(kind, d=0.1)
@@ -337,7 +355,7 @@ class TestAdapters:
         assert torch.equal(output(model, tokens()), before)
         assert set(twin.state_dict()) == set(model.state_dict())
 
-    @pytest.mark.parametrize("kind", ["lora", "bio that merges"])
+    @pytest.mark.parametrize("kind", ["lora", "bio that merges", "bio on a population that merges", "neuro_ada"])
     def test_it_merges_with_its_zeros(self, kind):
         model = adapter(kind, d=0.1)
         before = output(model, tokens())
@@ -374,14 +392,18 @@ class TestAdapters:
         [
             (lambda: IA3Config(target_modules=["query"], feedforward_modules=[]), "no trainable matrix"),
             (lambda: PrefixTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION"), "no trainable matrix"),
-            (lambda: awake([{"name": "neuro_ada", "k": 3}], ["query"]), "parametrises no tensor of the name 'values'"),
-            (lambda: awake("ranked", ["query"]), "default.down cannot be pruned: its Circuit would take the spines"),
         ],
     )
     def test_what_cannot_be_pruned_is_refused(self, config, message):
         model = get_peft_model(bert(), config())
         with unchanged(model), pytest.raises(ValueError, match=message):
             prune_synapses(model)
+
+    def test_a_container_is_refused(self):
+        table = nn.ModuleDict({"entry": nn.Linear(2, 2)})
+        table.matrix = nn.Parameter(torch.ones(2, 2))
+        with unchanged(table), pytest.raises(ValueError, match="matrix cannot be pruned: its ModuleDict would take"):
+            add_spines(table, "matrix")
 
     def test_a_plain_model_is_refused(self):
         with pytest.raises(ValueError, match="model is a BertModel; a PeftModel is needed, or add_spines"):
@@ -390,6 +412,21 @@ class TestAdapters:
     def test_add_spines_names_what_is_there(self):
         with pytest.raises(ValueError, match="Linear has no parameter 'wieght'; did you mean 'weight'"):
             add_spines(nn.Linear(2, 2), "wieght")
+
+    def test_a_matrix_may_be_called_like_a_method_of_a_dict(self):
+        owner = nn.Module()
+        owner.values, owner.weight, owner.keys = (nn.Parameter(theta(seed)) for seed in range(3))
+        before = {name: tensor.clone() for name, tensor in owner.state_dict().items()}
+        for name in before:
+            add_spines(owner, name).threshold.fill_(0.5)
+        twin = copy.deepcopy(owner)
+        found = finalize(twin)
+        assert list(found.zeros.values()) == [int((tensor.abs() <= 0.5).sum()) for tensor in before.values()]
+        owner.load_state_dict(twin.state_dict())
+        for name in before:
+            torch.testing.assert_close(getattr(owner, name), getattr(twin, name))
+            parametrize.remove_parametrizations(twin, name)
+        assert type(twin) is nn.Module and list(twin._parameters) == list(before) and not twin._buffers
 
     def test_removing_the_parametrisation_by_hand_leaves_an_ordinary_module(self):
         layer = pruned_linear()

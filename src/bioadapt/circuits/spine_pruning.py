@@ -191,13 +191,13 @@ def add_spines(module: nn.Module, name: str = "weight", *, gain: bool = True) ->
         gain: whether each row has a trainable gain.
 
     Raises:
-        ValueError: the module has no such parameter, it is parametrised already, or torch cannot parametrise it: its
-            name is that of a method of `nn.ModuleDict`, or the module is a container.
+        ValueError: the module has no such parameter, it is parametrised already, or the module is a container, for
+            which torch's parametrisations would be one more entry.
     """
     _check(module, name, name)
     spines = SpinePruning(getattr(module, name), gain)
     _translate_names(module)
-    parametrize.register_parametrization(module, name, spines)
+    _parametrise(module, name, spines)
     return spines
 
 
@@ -217,7 +217,7 @@ def prune_synapses(model: PeftModel, adapter_name: str | None = None, *, gain: b
 
     Raises:
         ValueError: no PeftModel, an unknown adapter, one without trainable matrices, one that has spines already, or a
-            matrix that torch cannot parametrise (see `add_spines`); the model is as before.
+            matrix that cannot get any (see `add_spines`); the model is as before.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"model is a {type(model).__name__}; a PeftModel is needed, or add_spines for a plain module")
@@ -256,7 +256,7 @@ def finalize(model: nn.Module, elimination: float = 0.0) -> Sparsity:
         if isinstance(spines.rule, SpinePruning):
             kept = spines.weight.abs() > elimination
             parametrize.remove_parametrizations(spines.module, spines.name)
-            parametrize.register_parametrization(spines.module, spines.name, LostSynapses(kept))
+            _parametrise(spines.module, spines.name, LostSynapses(kept))
     return sparsity(model)
 
 
@@ -325,10 +325,32 @@ def _check(module: nn.Module, name: str, called: str) -> None:
         raise ValueError(f"{called} is parametrised already: it can be pruned once")
     if not isinstance(module._parameters.get(name), nn.Parameter):
         raise ValueError(f"{type(module).__name__} has no parameter {name!r}; {suggest(name, module._parameters)}")
-    if hasattr(nn.ModuleDict, name):  # in which torch keeps parametrisations by name
-        raise ValueError(f"{called} cannot be pruned: torch parametrises no tensor of the name {name!r}")
     if isinstance(module, nn.ModuleDict | nn.ModuleList | nn.Sequential):
-        raise ValueError(f"{called} cannot be pruned: its {type(module).__name__} would take the spines for an entry")
+        raise ValueError(
+            f"{called} cannot be pruned: its {type(module).__name__} would take the spines for an entry; "
+            "let a module of another kind own the matrix"
+        )
+
+
+class _ByAnyName(nn.ModuleDict):
+    """Parametrisations by the name of their tensor, be it that of one of a dict's methods, such as ``values``."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # type: ignore[assignment]
+
+
+def _parametrise(module: nn.Module, name: str, rule: SpinePruning | LostSynapses) -> None:
+    """What torch does, also for a tensor whose name its table of parametrisations refuses."""
+    if not hasattr(nn.ModuleDict, name):
+        parametrize.register_parametrization(module, name, rule)
+        return
+    # Torch makes its table along with a module's first parametrisation, and only then another can stand in for it.
+    module.register_buffer("_first", torch.zeros(()))
+    parametrize.register_parametrization(module, "_first", nn.Identity())
+    module.parametrizations = _ByAnyName(module.parametrizations)  # type: ignore[arg-type]
+    parametrize.register_parametrization(module, name, rule)
+    parametrize.remove_parametrizations(module, "_first")
+    del module._first
 
 
 def _translate_names(module: nn.Module) -> None:

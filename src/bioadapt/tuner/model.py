@@ -15,7 +15,6 @@ from peft import PeftMixedModel, PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,16 +22,17 @@ from tqdm import tqdm
 from .._words import suggest
 from ..config import BioConfig
 from . import stack
-from .bridge import CONTAINER, PREFIX
-from .checkpoint import ROOT, check_fingerprint, check_keys, fingerprint, own_tensors, without_adapter_name
+from .bridge import PREFIX
+from .checkpoint import without_adapter_name
 from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
 from .loading import guard_loading
 from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
+from .state_dict import adapter_fingerprint, circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, residual_writers
-from .tree import Before, bio_layers, forget_adapter, named_bio_layers, remove_adapter
+from .tree import Before, bio_layers, forget_adapter, remove_adapter
 
 ROUNDING = 0.01  # a merge that loses more of the changed weights than this is worth a warning
 
@@ -85,7 +85,7 @@ class BioModel(BaseTuner):
             if under is not None and shared is not None:
                 plain.__dict__["peft_config"] = shared
         self._under = (under,)  # in a tuple: not a submodule, or every parameter would be there twice
-        self._hiding = None if under is None else under.register_state_dict_post_hook(_hide_bio_tensors)
+        self._hiding = None if under is None else under.register_state_dict_post_hook(hide_adapters)
 
     @property
     def under(self) -> PeftModel | None:
@@ -460,21 +460,10 @@ class BioModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        found, trained = {}, {}
-        for name, layer in named_bio_layers(model):
-            if adapter_name in layer.circuits:
-                prefix = f"{name}.{CONTAINER}.{adapter_name}." if name else f"{CONTAINER}.{adapter_name}."
-                # PEFT has dropped every key that contains another adapter's name, be it that of a module.
-                for rest, tensor in layer.circuits[adapter_name].state_dict().items():
-                    found[prefix + rest] = state_dict.get(prefix + rest, tensor)
-        for name, wrapper in model.named_modules():
-            if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
-                inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-                trained.update({f"{name}.{k}": v for k, v in wrapper.adapter_state_dict(adapter_name, inside).items()})
-        bare = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
-        config.fingerprint = fingerprint(own_tensors({**bare, **trained}, config.modules_to_save))
+        tensors = circuit_tensors(model, adapter_name, state_dict)
+        config.fingerprint = adapter_fingerprint(model, config, adapter_name, state_dict, tensors)
         config.trained_over = _record(model)
-        return found
+        return tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -485,72 +474,34 @@ class BioModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BioConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        model_keys, expected = {}, {}
-        for name, layer in named_bio_layers(model):
-            if adapter_name not in layer.circuits:
-                continue
-            for rest, tensor in layer.circuits[adapter_name].state_dict().items():
-                bare = f"{name.removeprefix(ROOT)}.{CONTAINER}.{rest}"
-                model_keys[bare] = f"{name}.{CONTAINER}.{adapter_name}.{rest}"
-                expected[bare] = tensor
-        given = own_tensors(state_dict)
-        foreign = {key: value for key, value in state_dict.items() if key.removeprefix(ROOT) not in given}
-        here = model.state_dict()
-        lost = {key: v for key, v in foreign.items() if key not in here and key.removeprefix(ROOT) not in here}
-        bare = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
+        tuner = _tuner_of(model)
+        before = None if tuner is None else tuner.__dict__.get("_awaiting", {}).pop(adapter_name, None)
         try:
-            check_keys({**given, **lost}, expected, adapter_name)
-            check_fingerprint(own_tensors(bare, config.modules_to_save), config.fingerprint, "the checkpoint")
-            for name, layer in named_bio_layers(model):
-                if adapter_name in layer.circuits:
-                    start = f"{name.removeprefix(ROOT)}.{CONTAINER}."
-                    own = {key.removeprefix(start): tensor for key, tensor in given.items() if key.startswith(start)}
-                    layer.circuits[adapter_name].check_loaded(own)
+            tensors = placed(model, config, adapter_name, state_dict)
         except ValueError:
-            _undo_loading(model, adapter_name)
+            if before is not None:
+                tuner._undo_loading(adapter_name, before)
             raise
-        _arrived(model, adapter_name)
         stack.warn_if_changed(config.trained_over, _record(model), adapter_name)
-        return {**{model_keys[key]: value for key, value in given.items()}, **foreign}
+        return tensors
+
+    def _undo_loading(self, adapter_name: str, before: Before) -> None:
+        """After a refused checkpoint: the model as it was before the adapter was injected for it."""
+        before.restore(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if self.under is None:
+            forget_adapter(self.model, None, self.peft_config or None)
+        elif not self.peft_config and self._hiding is not None:
+            self._hiding.remove()
+
+
+def _tuner_of(model: nn.Module) -> BioModel | None:
+    """The tuner of a PeftModel; a model with injected adapters has none."""
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, BioModel) else None
 
 
 def _record(model: nn.Module) -> dict[str, Any]:
-    tuner = getattr(model, "base_model", None)
-    under = tuner.under if isinstance(tuner, BioModel) else None
-    plain = tuner.model if isinstance(tuner, BioModel) else model
+    tuner = _tuner_of(model)
+    plain, under = (model, None) if tuner is None else (tuner.model, tuner.under)
     return stack.record(plain, under, {layer.path: layer.get_base_layer() for layer in bio_layers(plain)})
-
-
-def _arrived(model: nn.Module, adapter_name: str) -> Before | None:
-    """How the model was before an adapter was injected that has been awaiting its tensors, None for any other."""
-    tuner = getattr(model, "base_model", None)
-    return tuner.__dict__.get("_awaiting", {}).pop(adapter_name, None) if isinstance(tuner, BioModel) else None
-
-
-def _undo_loading(model: nn.Module, adapter_name: str) -> None:
-    """After a refused checkpoint: the model as it was before the call. An adapter that was there before stays."""
-    before = _arrived(model, adapter_name)
-    if before is None:
-        return
-    tuner = model.base_model
-    before.restore(tuner.model, adapter_name)
-    del tuner.peft_config[adapter_name]
-    if tuner.under is None:
-        forget_adapter(tuner.model, None, tuner.peft_config or None)
-    elif not tuner.peft_config and tuner._hiding is not None:
-        tuner._hiding.remove()
-
-
-def _hide_bio_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The state dict of the PeftModel below, asked for by itself, holds what it held without a bio adapter on top."""
-    if prefix:
-        return
-    layers = dict(named_bio_layers(module))
-    ours = tuple(f"{name}.{CONTAINER}." for name in layers)
-    wrapped = tuple(f"{name}.base_layer." for name, layer in layers.items() if layer.below is None)
-    for key in list(state_dict):
-        if key.startswith(ours):
-            del state_dict[key]
-        elif key.startswith(wrapped):
-            path, _, rest = key.rpartition(".base_layer.")
-            state_dict[f"{path}.{rest}"] = state_dict.pop(key)
