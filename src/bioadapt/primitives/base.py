@@ -278,6 +278,15 @@ class Primitive(nn.Module):
         change = self.transform(x, context)
         return change if self.zero_at == "update" else _Gating.apply(change, self.gate)
 
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        """x plus `gated`; to be overridden only where the sum costs less inside the mechanism."""
+        # Autograd runs a view's backward after that of everything later: the mechanism's gradient of x is then there
+        # first and takes up this one's in place. And another tensor of this width would cost more than the sum itself.
+        itself = x.view_as(x)
+        change = self.gated(x, context)
+        kept = self.zero_at == "update" or torch.compiler.is_compiling() or change._is_view()
+        return change + itself if kept else change.add_(itself)
+
     def left_matrix(self) -> Tensor:
         """For ``merge="left"``: M with transform(x) = M x, as (d_out, d_out), or (d_out,) if it is diagonal."""
         raise NotImplementedError(f"{type(self).__name__} declares merge='left' but defines no left_matrix")
@@ -345,16 +354,19 @@ class Primitive(nn.Module):
 
     # -- what all primitives share --
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """x (..., T, d_out) -> delta of the same shape and dtype."""
+    def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
+        """x (..., T, d_out) -> delta of the same shape and dtype, or x + delta if ``with_x``."""
         shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
         with autocast_off(x.device.type):
-            delta = self.gated(x, context) if self.any_dtype else self._in_fp32(x.float(), context)
-            delta = delta.to(dtype)
-        return delta if delta.shape == shape else delta.reshape(shape)
+            if self.any_dtype:
+                found = self.applied(x, context) if with_x else self.gated(x, context)
+            else:
+                found = self._in_fp32(x.float(), context, with_x)
+            found = found.to(dtype)
+        return found if found.shape == shape else found.reshape(shape)
 
     def _complete(self, context: Context, x: Tensor) -> Context:
         v = context.x_in
@@ -367,20 +379,24 @@ class Primitive(nn.Module):
         v = as_sequence(v) if self.any_dtype else as_sequence(v).float()
         return context if v is context.x_in else context.replace(x_in=v)
 
-    def _in_fp32(self, x: Tensor, context: Context) -> Tensor:
-        if all(parameter is None or parameter.dtype == torch.float32 for parameter in self._parameters.values()):
-            return self._both_ways(x, context)
+    def _in_fp32(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter.dtype != torch.float32:
+                break
+        else:
+            return self._both_ways(x, context, with_x)
         # A user (or FSDP) keeps the adapter in half precision: compute with upcast copies of its parameters.
-        upcast = {name: parameter.float() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(_Body(self), {f"primitive.{n}": p for n, p in upcast.items()}, (x, context))
+        upcast = {f"primitive.{name}": parameter.float() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(_Body(self), upcast, (x, context, with_x))
 
-    def _both_ways(self, x: Tensor, context: Context) -> Tensor:
+    def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if self.kind != "causal" or not context.bidirectional or self.reads_both_ways:
-            return self.gated(x, context)
+            return self.applied(x, context) if with_x else self.gated(x, context)
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
-        return change if self.zero_at == "update" else _Gating.apply(change, self.gate)
+        change = change if self.zero_at == "update" else _Gating.apply(change, self.gate)
+        return x + change if with_x else change
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:
         # Running statistics lose small updates in half precision (0.001 steps towards 1.0 stop at 0.25 in bf16), and
@@ -487,8 +503,8 @@ class _Body(nn.Module):
         super().__init__()
         self.primitive = primitive
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.primitive._both_ways(x, context)
+    def forward(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
+        return self.primitive._both_ways(x, context, with_x)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

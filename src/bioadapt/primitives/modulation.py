@@ -11,30 +11,40 @@ from .base import Context, Primitive
 
 
 class _Modulation(torch.autograd.Function):
-    """Few passes over x forward and backward, and nothing of its width kept but x itself."""
+    """Few passes over x forward and backward, and nothing of its width kept but x itself.
+
+    That x itself is added is one more factor, which is one everywhere: no pass of its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, channels: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, channels: Tensor, with_x: bool) -> Tensor:
+        if with_x:
+            gain = torch.cat([gain, gain.new_ones(*gain.shape[:-1], 1)], -1)
+            channels = torch.cat([channels, channels.new_ones(len(channels), 1)], 1)
         ctx.save_for_backward(x, gain, channels)
+        ctx.factors = gain.shape[-1] - with_x
         return (gain @ channels.mT).mul_(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, gain, channels = ctx.saved_tensors
         on_x, on_gain, on_channels = None, None, None
         if ctx.needs_input_grad[0]:
             on_x = (gain @ channels.mT).mul_(grad)
         product = grad * x
         if ctx.needs_input_grad[1]:
-            on_gain = product @ channels
+            on_gain = product @ channels[:, : ctx.factors]
         if ctx.needs_input_grad[2]:
-            on_channels = product.flatten(0, -2).mT @ gain.flatten(0, -2)
-        return on_x, on_gain, on_channels
+            on_channels = product.flatten(0, -2).mT @ gain.flatten(0, -2)[:, : ctx.factors]
+        return on_x, on_gain, on_channels, None
 
 
-def modulated(x: Tensor, gain: Tensor, channels: Tensor) -> Tensor:
-    """x_i sum_k gain_k channels_ik: x (..., d), gain (..., r) broadcastable to it, channels (d, r) -> (..., d)."""
-    return _Modulation.apply(x, gain.expand(*x.shape[:-1], -1), channels)
+def modulated(x: Tensor, gain: Tensor, channels: Tensor, with_x: bool = False) -> Tensor:
+    """x_i sum_k gain_k channels_ik: x (..., d), gain (..., r) broadcastable to it, channels (d, r) -> (..., d).
+
+    ``with_x``: x itself is added.
+    """
+    return _Modulation.apply(x, gain.expand(*x.shape[:-1], -1), channels, with_x)
 
 
 class Modulation(Primitive):
@@ -51,5 +61,11 @@ class Modulation(Primitive):
         return modulated(x, *self.factors(x, context))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
+        return self._modulated(x, context, with_x=False)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return self._modulated(x, context, with_x=True)
+
+    def _modulated(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         gain, channels = self.factors(x, context)
-        return modulated(x, gain, self.gate[:, None] * channels)
+        return modulated(x, gain, self.gate[:, None] * channels, with_x)

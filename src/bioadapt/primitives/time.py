@@ -15,11 +15,31 @@ from torch import Tensor
 from .base import Context
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
-CHUNK = 128  # tokens up to which `deviations` takes a matrix product
+CHUNK = 128  # tokens up to which a product with a matrix of powers is cheaper than the scan
 
 
-def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor:
+def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False) -> Tensor:
     """h_t = decay_t h_{t-1} + drive_t from h_{-1} = initial; decay has a time axis of one where it is constant.
+
+    ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
+    """
+    if decay.numel() > 1 or drive.shape[1] > CHUNK or decay.is_complex():
+        return _scan(decay, drive, initial, backwards)
+    if initial is not None:
+        drive = drive.clone()
+        drive[:, 0].addcmul_(decay[:, 0], initial)
+    powers = _powers(decay.flatten(), drive.shape[1])[0]
+    return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
+
+
+def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
+    """a^(t - lag - s) at (t, s <= t - lag), else 0: (G,) -> (G, T, T)."""
+    place = torch.arange(steps, device=decay.device, dtype=decay.dtype)
+    return torch.pow(decay[:, None, None], place[:, None] - (place + lag)).tril_(-lag)
+
+
+def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False) -> Tensor:
+    """See `_solve`.
 
     Blocks run side by side, then what each leaves behind runs through the same scan, of a `BLOCK`-th of the length.
     Recursive doubling does log2 T times as much work; the shorter cumprod/cumsum form divides by a product that
@@ -33,6 +53,8 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor
     blocks = drive.unflatten(1, (-1, size)).clone()  # (B, N, size, ...)
     reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (-1, size)).clone()
     h, kept = blocks.unbind(2), reach.unbind(2)
+    if backwards:
+        h, kept = h[::-1], kept[::-1]
     if initial is not None:
         h[0][:, 0].addcmul_(kept[0][:, 0], initial)
     several = blocks.shape[1] > 1
@@ -41,8 +63,9 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> Tensor
         if several:
             kept[t].mul_(kept[t - 1])
     if several:
-        ends = _scan(kept[-1], h[-1])
-        blocks[:, 1:].addcmul_(reach if constant else reach[:, 1:], ends[:, :-1, None])
+        ends = _scan(kept[-1], h[-1], backwards=backwards)
+        here, before = (slice(None, -1), slice(1, None)) if backwards else (slice(1, None), slice(None, -1))
+        blocks[:, here].addcmul_(reach if constant else reach[:, here], ends[:, before, None])
     return blocks.flatten(1, 2)[:, :steps]
 
 
@@ -57,7 +80,7 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor | None) -> Tensor:
-        h = _scan(decay, drive, initial)
+        h = _solve(decay, drive, initial)
         ctx.save_for_backward(decay, h, initial)
         return h
 
@@ -66,8 +89,8 @@ class _LinearScan(torch.autograd.Function):
         decay, h, initial = ctx.saved_tensors
         later = decay  # h_t reaches h_{t+1} through decay_{t+1}
         if decay.shape[1] > 1:
-            later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1).flip(1)
-        adjoint = _scan(later, grad.flip(1)).flip(1)
+            later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
+        adjoint = _solve(later, grad, backwards=True)
         grad_decay, grad_initial = None, None
         if ctx.needs_input_grad[0]:
             first = torch.zeros_like(h[:, 0]) if initial is None else initial.expand_as(h[:, 0])
@@ -98,24 +121,21 @@ class _PastScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-        past = _past_scan(decay, drive, initial)
+        past = torch.cat([initial[:, None], _solve(decay, drive, initial)[:, :-1]], 1)
         ctx.save_for_backward(decay, past)
         return past
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         decay, past = ctx.saved_tensors
-        adjoint = _past_scan(decay.flip(1), grad.flip(1), torch.zeros_like(grad[:, 0])).flip(1)
+        adjoint = _solve(decay, grad, backwards=True)
+        later = torch.cat([adjoint[:, 1:], torch.zeros_like(grad[:, :1])], 1)
         grad_decay, grad_initial = None, None
         if ctx.needs_input_grad[0]:
-            grad_decay = _sum_to(adjoint * past, decay.shape)
+            grad_decay = _sum_to(later * past, decay.shape)
         if ctx.needs_input_grad[2]:
-            grad_initial = grad[:, 0] + adjoint[:, 0] * decay[:, 0]
-        return grad_decay, adjoint, grad_initial
-
-
-def _past_scan(decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-    return torch.cat([initial[:, None], _scan(decay, drive, initial)[:, :-1]], 1)
+            grad_initial = adjoint[:, 0]
+        return grad_decay, later, grad_initial
 
 
 def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -267,10 +287,9 @@ def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Te
 
 def _deviation_kernel(decay: Tensor, steps: int) -> Tensor:
     """1 at (t, t), -(1 - a) a^(t - 1 - s) at (t, s < t), else 0: (G,) -> (G, T, T)."""
-    place = torch.arange(steps, device=decay.device)
-    age = (place[:, None] - place - 1).to(decay.dtype)
-    power = torch.exp(age.clamp(min=0) * decay.log()[:, None, None])
-    return power.mul_((decay - 1)[:, None, None]).mul_(age >= 0).add_(torch.eye(steps).to(decay))
+    kernel = _powers(decay, steps, lag=1).mul_((decay - 1)[:, None, None])
+    kernel.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return kernel
 
 
 def _filled(series: Tensor, steps: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from ..primitives.frames import read_in, read_out
 from ..registry import build_primitive
 from .sites import Site
 
+_PARAMETRISATIONS = "parametrizations"  # torch's name for the child
 
-class Circuit(nn.ModuleDict):
+
+class Circuit(nn.Module):
     """Primitives by name, run in waves: within a wave all read the same features, waves follow each other.
 
-    Primitives of kind ``weight`` act on the layer itself and therefore always come first.
+    Primitives of kind ``weight`` act on the layer itself and therefore always come first. Not every child is a
+    primitive: where torch has parametrised a projection, one child holds its parametrisation.
     """
 
     def __init__(self, config: BioConfig, site: Site, host: Host) -> None:
@@ -25,14 +29,32 @@ class Circuit(nn.ModuleDict):
         super().__init__()
         for entry in config.primitives:
             settings = {key: value for key, value in entry.items() if key != "name"}
-            self[entry["name"]] = build_primitive(entry["name"], site.d_in, population, host=host, **settings)
-        self.waves = _waves(list(self.values()), config.composition)
-        self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in self.values())
+            primitive = build_primitive(entry["name"], site.d_in, population, host=host, **settings)
+            self.add_module(entry["name"], primitive)
+        primitives = list(self.values())
+        self.waves = _waves(primitives, config.composition)
+        # Asked at every forward, and the same for ever.
+        self.alone = len(primitives) == 1 and config.rank is None
+        self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
+        self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
+        self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
         self.down = self.up = None
         if config.rank is not None:
             self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):
             self.wake()
+
+    def items(self) -> Iterator[tuple[str, Primitive]]:
+        return ((name, child) for name, child in self._modules.items() if name != _PARAMETRISATIONS)  # type: ignore[misc]
+
+    def values(self) -> Iterator[Primitive]:
+        return (primitive for _, primitive in self.items())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules and name != _PARAMETRISATIONS
+
+    def __getitem__(self, name: str) -> Primitive:
+        return self._modules[name]  # type: ignore[return-value]
 
     def wake(self) -> None:
         """Leave the identity."""
@@ -45,11 +67,23 @@ class Circuit(nn.ModuleDict):
         """Features y (B, T, d_out) -> the adapter's change of them, in fp32 unless all primitives take any dtype."""
         if self.in_fp32:
             y = y.float()
-        if self.down is None or self.up is None:
+        down, up = self.down, self.up
+        if down is None or up is None:
             return self._change(y, context)
         with autocast_off(y.device.type):
-            population = y @ self.down.float().T
-            return (population + self._change(population, context)) @ self.up.float().T
+            population = y @ down.float().T
+            return (population + self._change(population, context)) @ up.float().T
+
+    def applied(self, y: Tensor, context: Context) -> Tensor:
+        """y plus its change, in the dtype of y."""
+        if not self.alone:
+            itself = y.view_as(y)  # see `Primitive.applied`; sums and products are nobody else's
+            return self(y, context).add_(itself).to(y.dtype)
+        (primitive,) = self.values()
+        return primitive(y.float() if self.in_fp32 else y, self._own(primitive.name, context), with_x=True).to(y.dtype)
+
+    def _own(self, name: str, context: Context) -> Context:
+        return context if context.state is None else context.replace(state=context.state.part(name))
 
     def _change(self, y: Tensor, context: Context) -> Tensor:
         total: Tensor | None = None
@@ -57,17 +91,11 @@ class Circuit(nn.ModuleDict):
             read = y if total is None else y + total
             for name in wave:
                 primitive = self[name]
-                own = context if context.state is None else context.replace(state=context.state.part(name))
                 # On the weight means on what the layer itself wrote, whatever has been added since.
-                delta = primitive(y if primitive.kind == "weight" else read, own)
+                delta = primitive(y if primitive.kind == "weight" else read, self._own(name, context))
                 total = delta if total is None else total + delta
         assert total is not None
         return total
-
-    @property
-    def makes_anew(self) -> bool:
-        """Whether nobody else needs what `forward` returns: a product with a gate is needed by no backward."""
-        return all(primitive.zero_at != "update" for primitive in self.values())
 
     @property
     def scales_input(self) -> bool:
@@ -105,9 +133,10 @@ class Circuit(nn.ModuleDict):
             scale = scale.repeat_interleave(weight.shape[1] // len(scale))  # one per place of a kernel
             dw, db = self._merged_change(weight * scale, bias, approximate)
             return weight * (scale - 1) + dw, db
-        if self.down is None or self.up is None:
+        down, up = self.down, self.up
+        if down is None or up is None:
             return self._merged_change(weight, bias, approximate)
-        down, up = self.down.detach().float(), self.up.detach().float()
+        down, up = down.detach().float(), up.detach().float()
         w, b = down @ weight, None if bias is None else down @ bias
         dw, db = self._merged_change(w, b, approximate)
         return up @ (w + dw), None if b is None else up @ (b if db is None else b + db)

@@ -57,7 +57,7 @@ class BioLayer(Merging):
 
     @property
     def circuits(self) -> nn.ModuleDict:
-        return getattr(self, CONTAINER)
+        return self._modules[CONTAINER]  # type: ignore[return-value]
 
     def primitives(self) -> Iterator[Primitive]:
         """All primitives of all adapters at this layer."""
@@ -66,7 +66,7 @@ class BioLayer(Merging):
     @property
     def carries_state(self) -> bool:
         """Whether decoding has to carry anything over tokens here."""
-        return self.causal and any(primitive.kind == "causal" for primitive in self.primitives())
+        return self.causal and any(circuit.reads_time for circuit in self.circuits.values())
 
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
         """Add an adapter.
@@ -128,7 +128,8 @@ class BioLayer(Merging):
                 raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
             return self.base_layer(*args, **kwargs)
         active = self.active_adapters if names is None else sorted(set(names))
-        circuits = {name: self.circuits[name] for name in active if name in self.circuits}
+        held = self.circuits._modules
+        circuits = {name: held[name] for name in active if name in held}
         if not circuits:
             return self.base_layer(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
@@ -168,35 +169,43 @@ class BioLayer(Merging):
         """The layer's output ``y`` and all changes of it. ``apart``: what the layer makes of an adapter's own input."""
         around = self.scope.surroundings or Surroundings()
         layout = Layout.of(y, self.site, None if self.across else around.tokens)
-        context = self._context(layout, v, around)
-        # Autograd runs a view's backward after that of everything later: the circuits' gradient of y is then there
-        # first and takes up the residual's in place.
-        residual = y.view_as(y)
+        context = self._context(layout, v, around, circuits)
+        contexts = {name: self._remembering(context, name, around) for name in circuits}
         features = layout.to_sequence(y)
+        if len(circuits) == 1 and not apart and self.scope.adapter_names is None and not layout.spatial:
+            ((name, circuit),) = circuits.items()
+            changed = layout.restore(circuit.applied(features, contexts[name]))
+        else:
+            reads = {name: layout.to_sequence(read) for name, read in apart.items()}
+            changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
+        return self._with_terms(changed, context, around)
+
+    def _sum(
+        self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
+    ) -> Tensor:
+        """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
         total: Tensor | None = None
         for name, circuit in circuits.items():
-            own = context
-            if around.memory is not None and self.causal:
-                own = context.replace(state=around.memory.part(f"{self.path}/{name}"))
+            read = apart.get(name, features)
+            delta = circuit(read, contexts[name])
             if name in apart:
-                read = layout.to_sequence(apart[name])
-                delta = (read - features) + circuit(read, own)
-            else:
-                delta = circuit(features, own)
+                delta = (read - features) + delta
             if self.scope.adapter_names is not None:
                 delta = delta * _rows_of(name, self.scope.adapter_names, delta)
             total = delta if total is None else total + delta
         assert total is not None
-        total = layout.restore(total)
-        own = all(circuit.makes_anew for circuit in circuits.values()) and not total._is_view()
-        # Another tensor of this width would cost more time than the sum itself.
-        changed = (total.add_(residual) if own else residual + total).to(y.dtype)
-        return self._with_terms(changed, context, around)
+        return total
 
-    def _context(self, layout: Layout, v: Tensor, around: Surroundings) -> Context:
+    def _remembering(self, context: Context, name: str, around: Surroundings) -> Context:
+        """The context of one adapter: while decoding, with its own memory."""
+        if around.memory is None or not self.causal:
+            return context
+        return context.replace(state=around.memory.part(f"{self.path}/{name}"))
+
+    def _context(self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit]) -> Context:
         sequence = layout.sequence
         mask = around.encoder_mask if self.across else around.mask
-        in_time = any(primitive.kind == "causal" for primitive in self.primitives())
+        in_time = any(circuit.reads_time for circuit in circuits.values())
         if in_time and around.unreadable_mask and not self.across:
             raise ValueError(
                 f"{self.path} carries state over tokens and needs attention_mask as (batch, tokens); a mask of another "
@@ -207,17 +216,16 @@ class BioLayer(Merging):
                 f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
                 "primitives that carry state over tokens cannot act here"
             )
-
-        def fitting(tensor: Tensor | None) -> Tensor | None:
-            fits = tensor is not None and tuple(tensor.shape) == sequence
-            return tensor.to(v.device) if fits else None  # a model spread over devices has its mask on the first
-
+        if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
+            bias = self._constant(v)
+        else:
+            bias = self._bias()
         return Context(
             x_in=layout.input_to_sequence(v, self.site),
-            bias=self._constant(v),
-            mask=fitting(mask),
-            positions=None if self.across else fitting(around.positions),
-            resets=None if self.across else fitting(around.resets),
+            bias=bias,
+            mask=_fitting(mask, sequence, v),
+            positions=None if self.across else _fitting(around.positions, sequence, v),
+            resets=None if self.across else _fitting(around.resets, sequence, v),
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=around.live,
             grid=layout.grid,
@@ -225,10 +233,9 @@ class BioLayer(Merging):
         )
 
     def _constant(self, v: Tensor) -> Tensor | None:
-        """What the layer puts out for no input, (d_out,): its bias, which the tuner below may have changed."""
+        """What a tuner below makes of no input, (d_out,): the bias, which it may have changed."""
         bias = self._bias()
-        read = any(primitive.kind == "weight" for primitive in self.primitives())
-        if bias is None or not read or self.below is None or self.quantization_backend is not None:
+        if bias is None or self.quantization_backend is not None:
             return bias
         with torch.no_grad():
             return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()
@@ -267,6 +274,11 @@ def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, ac
 
 def _features(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _fitting(tensor: Tensor | None, sequence: tuple[int, ...], v: Tensor) -> Tensor | None:
+    """The tensor, if it is one number for each token; a model spread over devices has its mask on the first."""
+    return tensor.to(v.device) if tensor is not None and tuple(tensor.shape) == sequence else None
 
 
 def _rows_of(name: str, adapter_names: list[str], delta: Tensor) -> Tensor:
