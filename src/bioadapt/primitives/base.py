@@ -30,19 +30,19 @@ Blend = Callable[[Sequence[Tensor]], Tensor]
 
 
 class _Gating(torch.autograd.Function):
-    """gate times change. Backward makes one tensor of the change's size where autograd would make two."""
+    """gate times change, plus x if there is one. Backward makes one tensor where autograd would make two."""
 
     @staticmethod
-    def forward(ctx: Any, change: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, change: Tensor, gate: Tensor, x: Tensor | None) -> Tensor:
         ctx.save_for_backward(change, gate)
-        return change * gate
+        return change * gate if x is None else torch.addcmul(x, change, gate)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         change, gate = ctx.saved_tensors
         product = grad * change
         on_gate = product.sum(tuple(range(product.dim() - 1)) if len(gate) > 1 else None).view_as(gate)
-        return torch.mul(grad, gate, out=product), on_gate
+        return torch.mul(grad, gate, out=product), on_gate, grad if ctx.needs_input_grad[2] else None
 
 
 @dataclass(frozen=True)
@@ -276,13 +276,15 @@ class Primitive(nn.Module):
         What it returns will be written to: neither a backward nor anybody else may need it.
         """
         change = self.transform(x, context)
-        return change if self.zero_at == "update" else _Gating.apply(change, self.gate)
+        return change if self.zero_at == "update" else _Gating.apply(change, self.gate, None)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
         """x plus `gated`; to be overridden only where the sum costs less inside the mechanism."""
         # Autograd runs a view's backward after that of everything later: the mechanism's gradient of x is then there
         # first and takes up this one's in place. And another tensor of this width would cost more than the sum itself.
         itself = x.view_as(x)
+        if self.zero_at != "update" and type(self).gated is Primitive.gated:
+            return _Gating.apply(self.transform(x, context), self.gate, itself)
         change = self.gated(x, context)
         kept = self.zero_at == "update" or torch.compiler.is_compiling() or change._is_view()
         return change + itself if kept else change.add_(itself)
@@ -395,7 +397,7 @@ class Primitive(nn.Module):
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
-        change = change if self.zero_at == "update" else _Gating.apply(change, self.gate)
+        change = change if self.zero_at == "update" else _Gating.apply(change, self.gate, None)
         return x + change if with_x else change
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:

@@ -10,6 +10,12 @@ from torch import Tensor
 from .base import Context, Primitive
 
 
+def with_one(gain: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """One more factor, which is one everywhere: gain (..., r), channels (d, r) -> (..., r + 1), (d, r + 1)."""
+    one, everywhere = gain.new_ones(*gain.shape[:-1], 1), channels.new_ones(len(channels), 1)
+    return torch.cat([gain, one], -1), torch.cat([channels, everywhere], 1)
+
+
 class _Modulation(torch.autograd.Function):
     """Few passes over x forward and backward, and nothing of its width kept but x itself.
 
@@ -19,8 +25,7 @@ class _Modulation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, channels: Tensor, with_x: bool) -> Tensor:
         if with_x:
-            gain = torch.cat([gain, gain.new_ones(*gain.shape[:-1], 1)], -1)
-            channels = torch.cat([channels, channels.new_ones(len(channels), 1)], 1)
+            gain, channels = with_one(gain, channels)
         ctx.save_for_backward(x, gain, channels)
         ctx.factors = gain.shape[-1] - with_x
         return (gain @ channels.mT).mul_(x)

@@ -19,14 +19,15 @@ class _Reception(torch.autograd.Function):
     """Works on rows of channels, which can be gathered many times faster than columns; keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, senders: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, senders: Tensor, with_x: bool) -> Tensor:
         ctx.save_for_backward(x, weights, senders)
+        ctx.with_x = with_x
         first = torch.arange(x.shape[-1], device=x.device) * senders.shape[1]
         received = embedding_bag(senders.flatten(), _rates(x), first, per_sample_weights=weights.flatten(), mode="sum")
-        return received.mT.contiguous().view(x.shape)
+        return _as_tokens(received, x if with_x else None, x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weights, senders = ctx.saved_tensors
         rates, rows = _rates(x), grad.flatten(0, -2).mT.contiguous()
         on_weights = torch.empty_like(weights)
@@ -38,8 +39,8 @@ class _Reception(torch.autograd.Function):
             first = torch.searchsorted(senders.flatten()[by_sender], torch.arange(x.shape[-1], device=x.device))
             receivers, sent = by_sender // senders.shape[1], weights.flatten()[by_sender]
             on_rates = embedding_bag(receivers, rows, first, per_sample_weights=sent, mode="sum")
-            on_x = on_rates.mul_(rates.sign_()).mT.contiguous().view(x.shape)
-        return on_x, on_weights, None
+            on_x = _as_tokens(on_rates.mul_(rates.sign_()), grad if ctx.with_x else None, x.shape)
+        return on_x, on_weights, None, None
 
 
 def _rates(x: Tensor) -> Tensor:
@@ -47,9 +48,15 @@ def _rates(x: Tensor) -> Tensor:
     return x.flatten(0, -2).mT.clamp(min=0.0).contiguous()
 
 
-def received(x: Tensor, weights: Tensor, senders: Tensor) -> Tensor:
-    """sum_s weights_is [x at senders_is]_+: x (..., d), weights and senders (d, k) -> (..., d)."""
-    return _Reception.apply(x, weights, senders)
+def _as_tokens(rows: Tensor, others: Tensor | None, shape: torch.Size) -> Tensor:
+    """The inverse of channels first, (d, N) -> ``shape``, plus ``others`` of that shape."""
+    columns = rows.mT
+    return (columns.contiguous() if others is None else others.flatten(0, -2) + columns).view(shape)
+
+
+def received(x: Tensor, weights: Tensor, senders: Tensor, with_x: bool = False) -> Tensor:
+    """sum_s weights_is [x at senders_is]_+, plus x_i if ``with_x``: x (..., d), the others (d, k) -> (..., d)."""
+    return _Reception.apply(x, weights, senders, with_x)
 
 
 def small_world(units: int, neighbours: int, rewiring: float, generator: torch.Generator) -> Tensor:
@@ -106,6 +113,9 @@ class DaleSmallWorld(Primitive):
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return received(x, self.gate[:, None] * self.weights(), self.senders)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return received(x, self.gate[:, None] * self.weights(), self.senders, with_x=True)
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, pooling_matrix
+from bioadapt.primitives.modulation import with_one
 from bioadapt.registry import register_primitive
 
 FAINTEST = 1e-12  # keeps the logarithm of a silent half finite
@@ -21,12 +22,13 @@ class _TwoSidedGain(torch.autograd.Function):
     """Keeps x and what is narrow; backward computes the gains again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, common: Tensor, signed: Tensor, channels: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, with_x: bool) -> Tensor:
         ctx.save_for_backward(x, common, signed, channels)
-        return (common @ channels.mT).mul_(x).addcmul_(signed @ channels.mT, x.abs())
+        ctx.with_x = with_x
+        return _in_common(common, channels, with_x).mul_(x).addcmul_(signed @ channels.mT, x.abs())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, common, signed, channels = ctx.saved_tensors
         sign, product = x.sign(), grad * x
         on_common = product @ channels
@@ -34,13 +36,22 @@ class _TwoSidedGain(torch.autograd.Function):
         product.mul_(sign)
         on_signed = product @ channels
         on_channels.addmm_(product.flatten(0, -2).mT, signed.flatten(0, -2))
-        on_x = (signed @ channels.mT).mul_(sign).add_(common @ channels.mT).mul_(grad)
-        return on_x, on_common, on_signed, on_channels
+        on_x = (signed @ channels.mT).mul_(sign).add_(_in_common(common, channels, ctx.with_x)).mul_(grad)
+        return on_x, on_common, on_signed, on_channels, None
 
 
-def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor) -> Tensor:
-    """x_i sum_k (common_k + sgn(x_i) signed_k) channels_ik: x (..., d), gains (..., r), channels (d, r) -> (..., d)."""
-    return _TwoSidedGain.apply(x, common, signed, channels)
+def _in_common(common: Tensor, channels: Tensor, with_x: bool) -> Tensor:
+    """What both halves of each channel are multiplied by."""
+    gain, channels = with_one(common, channels) if with_x else (common, channels)
+    return gain @ channels.mT
+
+
+def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, with_x: bool = False) -> Tensor:
+    """x_i sum_k (common_k + sgn(x_i) signed_k) channels_ik, plus x_i if ``with_x``.
+
+    x (..., d), gains (..., r), channels (d, r) -> (..., d).
+    """
+    return _TwoSidedGain.apply(x, common, signed, channels, with_x)
 
 
 @register_primitive("excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate")
@@ -74,6 +85,9 @@ class ExcitationInhibitionBalance(Primitive):
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return two_sided_gain(x, *self.gains(x), self.gate[:, None] * self.membership)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return two_sided_gain(x, *self.gains(x), self.gate[:, None] * self.membership, with_x=True)
 
     def gains(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""

@@ -15,12 +15,13 @@ class _Diffusion(torch.autograd.Function):
     """The coupling is symmetric, so that it is its own adjoint; keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, conductance: Tensor, order: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, conductance: Tensor, order: Tensor, with_x: bool) -> Tensor:
         ctx.save_for_backward(x, conductance, order)
-        return _channels(_flows(_ring(x, order, len(conductance)), conductance), order, x.shape)
+        ctx.with_x = with_x
+        return _channels(_flows(_ring(x, order, len(conductance)), conductance, with_x), order, x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, conductance, order = ctx.saved_tensors
         reach, width = conductance.shape
         ring, on_ring = _ring(x, order, reach), _ring(grad, order, reach)
@@ -31,8 +32,8 @@ class _Diffusion(torch.autograd.Function):
             on_conductance.append((on_here - on_ring.narrow(-1, reach + offset, width)).mul_(drop).sum(0))
         on_x = None
         if ctx.needs_input_grad[0]:
-            on_x = _channels(_flows(on_ring, conductance), order, x.shape)
-        return on_x, torch.stack(on_conductance), None
+            on_x = _channels(_flows(on_ring, conductance, ctx.with_x), order, x.shape)
+        return on_x, torch.stack(on_conductance), None, None
 
 
 def _ring(x: Tensor, order: Tensor, reach: int) -> Tensor:
@@ -48,24 +49,24 @@ def _channels(places: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     return found
 
 
-def _flows(ring: Tensor, conductance: Tensor) -> Tensor:
-    """What flows into each place of the ring."""
+def _flows(ring: Tensor, conductance: Tensor, with_x: bool) -> Tensor:
+    """What flows into each place of the ring, plus what is there if ``with_x``."""
     reach, width = conductance.shape
     into = [(offset, g) for offset, g in enumerate(conductance, 1)]
     into += [(-offset, g.roll(offset)) for offset, g in enumerate(conductance, 1)]
-    change = ring.narrow(-1, reach, width) * -sum(g for _, g in into)
+    change = ring.narrow(-1, reach, width) * (int(with_x) - sum(g for _, g in into))
     for offset, g in into:
         change.addcmul_(ring.narrow(-1, reach + offset, width), g)
     return change
 
 
-def diffusion(x: Tensor, conductance: Tensor, order: Tensor) -> Tensor:
-    """sum_j g_ij (x_j - x_i) on a ring of channels.
+def diffusion(x: Tensor, conductance: Tensor, order: Tensor, with_x: bool = False) -> Tensor:
+    """sum_j g_ij (x_j - x_i) on a ring of channels, plus x_i if ``with_x``.
 
     x (..., d); order (d,): the channel at each place of the ring; conductance (k, d): in row o - 1 between each place
     and the one o places on. Returns (..., d).
     """
-    return _Diffusion.apply(x, conductance, order)
+    return _Diffusion.apply(x, conductance, order, with_x)
 
 
 @register_primitive("gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", merge="left")
@@ -97,6 +98,9 @@ class GapJunction(Primitive):
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return diffusion(x, self.gate * self.coupling(), self.order)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return diffusion(x, self.gate * self.coupling(), self.order, with_x=True)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

@@ -14,17 +14,20 @@ from bioadapt.registry import register_primitive
 
 class _Silencing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, k: int, with_x: bool) -> Tensor:
         winners = _winners(x, k)
         ctx.save_for_backward(x, scale, winners)
-        return _without((x * -scale).contiguous(), winners)
+        ctx.with_x = with_x
+        lost = _without(x.neg().contiguous(), winners)
+        return torch.addcmul(x, lost, scale, out=lost) if with_x else lost.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale, winners = ctx.saved_tensors
         on_losers = _without(grad.neg().contiguous(), winners)
         on_scale = (on_losers * x).sum(tuple(range(x.dim() - 1)))
-        return on_losers.mul_(scale), on_scale, None
+        on_x = torch.addcmul(grad, on_losers, scale, out=on_losers) if ctx.with_x else on_losers.mul_(scale)
+        return on_x, on_scale, None, None
 
 
 def _winners(x: Tensor, k: int) -> Tensor:
@@ -42,9 +45,12 @@ def _without(x: Tensor, places: Tensor) -> Tensor:
     return x
 
 
-def silencing(x: Tensor, k: int, scale: Tensor) -> Tensor:
-    """-scale x with zeros at the k entries of largest magnitude: x (..., d) in fp32, scale (d,) -> (..., d)."""
-    return _Silencing.apply(x, scale, k)
+def silencing(x: Tensor, k: int, scale: Tensor, with_x: bool = False) -> Tensor:
+    """-scale x with zeros at the k entries of largest magnitude, plus x if ``with_x``.
+
+    x (..., d) in fp32, scale (d,) -> (..., d).
+    """
+    return _Silencing.apply(x, scale, k, with_x)
 
 
 @register_primitive("k_winners_take_all", stage="competition", kind="pointwise", zero_at="gate")
@@ -74,3 +80,6 @@ class KWinnersTakeAll(Primitive):
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return silencing(x, self.winners, self.gate)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return silencing(x, self.winners, self.gate, with_x=True)

@@ -16,15 +16,19 @@ class _Suppression(torch.autograd.Function):
     """Keeps x and what is small; backward computes the inhibition again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pools: Tensor, sources: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, pools: Tensor, sources: Tensor, own: Tensor, scale: Tensor, with_x: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, pools, sources, own, scale)
+        ctx.with_x = with_x
         rate = x.abs()
         lost = _inhibition(rate, rate @ sources.mT, pools, own)
         torch.minimum(rate, lost, out=lost)
-        return lost.mul_(torch.sign(x, out=rate)).mul_(-scale)  # tensors of this width cost more than what fills them
+        lost.mul_(torch.sign(x, out=rate))  # tensors of this width cost more than what fills them
+        return torch.addcmul(x, lost, -scale, out=lost) if with_x else lost.mul_(-scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
         x, pools, sources, own, scale = ctx.saved_tensors
         axes, sign, rate = tuple(range(x.dim() - 1)), x.sign(), x.abs()
         pooled = rate @ sources.mT
@@ -38,22 +42,23 @@ class _Suppression(torch.autograd.Function):
         on_sources = on_pooled.flatten(0, -2).mT @ rate.flatten(0, -2)
         on_own = rate.mul_(on_inhibition).sum(axes).neg_()
         on_rate = on_rate.sub_(on_inhibition).addcmul_(on_inhibition, own, value=-1).add_(on_pooled @ sources)
-        return on_rate.mul_(sign), on_pools, on_sources, on_own, on_scale
+        on_x = torch.addcmul(grad, on_rate, sign, out=on_rate) if ctx.with_x else on_rate.mul_(sign)
+        return on_x, on_pools, on_sources, on_own, on_scale, None
 
 
 def _inhibition(rate: Tensor, pooled: Tensor, pools: Tensor, own: Tensor) -> Tensor:
     return (pooled @ pools.mT).addcmul_(rate, own, value=-1)
 
 
-def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor) -> Tensor:
+def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor, with_x: bool = False) -> Tensor:
     """``scale`` times what inhibition takes from x: scale_i (sgn(x_i) [|x_i| - inhibition_i]_+ - x_i).
 
-    The inhibition P Q |x| of a unit is free of that unit itself. x (..., d); pools P (d, r), sources Q (r, d), both
-    non-negative; scale (d,). Returns (..., d).
+    Plus x if ``with_x``. The inhibition P Q |x| of a unit is free of that unit itself. x (..., d); pools P (d, r),
+    sources Q (r, d), both non-negative; scale (d,). Returns (..., d).
     """
     own = (pools * sources.mT).sum(-1)  # diag(PQ), (d,)
     # [r - h]_+ - r = -min(r, h) leaves no difference of wide tensors to compute.
-    return _Suppression.apply(x, pools, sources, own, scale)
+    return _Suppression.apply(x, pools, sources, own, scale, with_x)
 
 
 @register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate")
@@ -83,6 +88,9 @@ class LateralInhibition(Primitive):
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return suppression(x, *self.connections(), self.gate)
+
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return suppression(x, *self.connections(), self.gate, with_x=True)
 
     def connections(self) -> tuple[Tensor, Tensor]:
         """The non-negative pools P (d, r) and sources Q (r, d)."""

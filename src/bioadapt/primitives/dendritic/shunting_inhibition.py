@@ -85,14 +85,18 @@ class ShuntingInhibition(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.shunted(x, context, x.new_ones(self.d_out))
+        one = x.new_ones(self.d_out)
+        return self.shunted(x, context, one, -one)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.shunted(x, context, self.gate)
+        return self.shunted(x, context, self.gate, -self.gate)
 
-    def shunted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` times the change."""
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return self.shunted(x, context, self.gate, 1 - self.gate)
+
+    def shunted(self, x: Tensor, context: Context, scale: Tensor, direct: Tensor) -> Tensor:
+        """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""
         v = context.x_in
         latent = (v @ self.inhibitors.T) / token_scale(v)
         gain = scale * nn.functional.softplus(self.reversal)
-        return shunted(x, latent, self.spread, self.rest, self.log_level.exp(), gain, -scale)
+        return shunted(x, latent, self.spread, self.rest, self.log_level.exp(), gain, direct)

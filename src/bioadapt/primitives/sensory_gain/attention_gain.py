@@ -101,15 +101,19 @@ class AttentionGain(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.attended(x, x.new_ones(self.d_out))
+        one = x.new_ones(self.d_out)
+        return self.attended(x, one, -one)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.attended(x, self.gate)
+        return self.attended(x, self.gate, -self.gate)
 
-    def attended(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return self.attended(x, self.gate, 1 - self.gate)
+
+    def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
+        """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""
         latent = (x @ (0.5 * self.reader).T) / token_scale(x)
         level, drive = self.log_level.exp(), nn.functional.softplus(self.sigma).pow(self.exponent)
         # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
         gain, floor = scale * level * (1 + drive), level.pow(self.exponent) * drive
-        return _AttendedRatio.apply(x, latent, self.writer, -scale, gain, floor, self.self_weight, self.exponent)
+        return _AttendedRatio.apply(x, latent, self.writer, direct, gain, floor, self.self_weight, self.exponent)

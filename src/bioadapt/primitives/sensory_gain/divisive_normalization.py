@@ -105,6 +105,9 @@ class DivisiveNormalization(Primitive):
     def gated(self, x: Tensor, context: Context) -> Tensor:
         return normalized(x, *self.shape(), scale=self.gate, direct=-self.gate)
 
+    def applied(self, x: Tensor, context: Context) -> Tensor:
+        return normalized(x, *self.shape(), scale=self.gate, direct=1 - self.gate)
+
     def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
         """Level, semi-saturation, pool weights, self weight and exponent."""
         sigma, weights = nn.functional.softplus(self.sigma), nn.functional.softplus(self.weights)

@@ -6,7 +6,7 @@ import torch
 
 from ...primitives.base import Context
 from ...registry import build_primitive
-from ..compare import assert_identical, assert_same, random, seeded
+from ..compare import assert_identical, assert_same, gradients, random, seeded
 from .subject import BOTH_WIDTHS, Bare, Subject
 
 
@@ -20,8 +20,12 @@ class Birth(Bare):
         x[1, 5, 2] = 400.0
         for training in (False, True):
             with seeded():
-                delta = subject.fresh().train(training)(x, Context(x_in=x_in))
-            assert_identical(x + delta, x, f"{subject.name} at birth, training={training}")
+                fresh = subject.fresh().train(training)
+                delta = fresh(x, Context(x_in=x_in))
+            with seeded():
+                whole = fresh(x, Context(x_in=x_in), with_x=True)
+            for found in (x + delta, whole):
+                assert_identical(found, x, f"{subject.name} at birth, training={training}")
 
     @BOTH_WIDTHS
     def test_every_trainable_tensor_has_had_gradient_by_the_fourth_step(self, subject: Subject) -> None:
@@ -46,6 +50,22 @@ class Birth(Bare):
         delta = subject.woken()(x, Context(x_in=subject.inputs()))
         strength = delta.square().mean((1, 2)).sqrt()
         assert (strength > 1e-3).all(), f"{subject.name}: woken, but a change of {strength.tolist()} of unit features"
+
+    @BOTH_WIDTHS
+    def test_with_x_is_the_sum(self, subject: Subject) -> None:
+        """What a mechanism saves by adding its input itself must show neither in the sum nor in any gradient."""
+        weights, found = random(2, 6, subject.d_out, seed=7), []
+        for at_once in (False, True):
+            primitive = subject.woken().train()
+            x, x_in = subject.features(2, 6).requires_grad_(), subject.inputs(2, 6).requires_grad_()
+            with seeded():
+                y = primitive(x, Context(x_in=x_in), with_x=at_once)
+            y = y if at_once else x + y
+            (y * weights).sum().backward()
+            found.append({"x + delta": y.detach(), "x": x.grad, "x_in": x_in.grad, **gradients(primitive)})
+        for name, expected in found[0].items():
+            if expected is not None:
+                assert_same(found[1][name], expected, f"{subject.name} with x: {name}")
 
     @BOTH_WIDTHS
     def test_any_number_of_leading_axes(self, subject: Subject) -> None:
