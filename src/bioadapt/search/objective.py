@@ -19,6 +19,7 @@ from ..evaluation.training import History, Schedule, adapt, fit, load_encoder, l
 from .adapters import add_adapters, learning_rates
 from .features import Feature
 from .isolation import Report
+from .prefix import cached_prefix
 from .space import Configuration, SearchSpace
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Bench:
         rungs: how often the validation split is scored on the way, the end included.
         device: where to train; the fastest there is if None.
         max_step_time: seconds that a training step may take, by the median of the first ones; no limit if None.
+        prefix: folder in which trials share what frozen lower blocks compute, see `cached_prefix`; none if None.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Bench:
     rungs: int = 2
     device: str | None = None
     max_step_time: float | None = None
+    prefix: str | None = None
 
     def encoder(self, seed: int, below: str | Path | None = None) -> SentenceTransformer:
         """The model as it comes, over a saved LoRA if ``below`` names one, which is frozen then."""
@@ -109,16 +112,17 @@ class Bench:
         """
         epochs = self.epochs if epochs is None else epochs
         rungs = self.rungs if rungs is None else rungs
-        return fit(
-            encoder,
-            self.task,
-            Schedule(epochs, learning_rate, self.batch_size, seed),
-            validations_per_epoch=rungs / epochs,
-            start=start,
-            progress=_StepClock(self.max_step_time) if self.max_step_time else lambda step, steps: None,
-            learning_rates=rates,
-            report=_all_but_last(report, rungs),
-        )
+        with cached_prefix(encoder, self.task, self.prefix):
+            return fit(
+                encoder,
+                self.task,
+                Schedule(epochs, learning_rate, self.batch_size, seed),
+                validations_per_epoch=rungs / epochs,
+                start=start,
+                progress=_StepClock(self.max_step_time) if self.max_step_time else lambda step, steps: None,
+                learning_rates=rates,
+                report=_all_but_last(report, rungs),
+            )
 
     def bio(self, encoder: SentenceTransformer, configs: list[BioConfig]) -> PeftModel:
         """Put adapters over what the encoder has."""
