@@ -211,7 +211,7 @@ def search(
         typer.echo(f"bioadapt: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("bioadapt: stopped; the same command goes on from here", err=True)
+        typer.echo("bioadapt: stopped; what has ended is kept, and the same command goes on from there", err=True)
         raise typer.Exit(_INTERRUPTED) from None
 
 

@@ -15,6 +15,7 @@ import optuna
 from optuna.trial import TrialState
 from search.conftest import PATIENCE, until
 from search.fake_objective import LEVELS, FakeObjective, value_of
+from search.test_terminal import one_of_two_is_killed
 from search.ticket_worker import work
 
 from bioadapt.search import ThompsonSampler, runner
@@ -42,6 +43,10 @@ def test_one_of_the_runners_two_workers_is_killed_in_mid_trial(workers, database
     complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     assert complete and all(trial.value == value_of(trial.params) for trial in complete)
     assert {trial.user_attrs["worker"]["pid"] for trial in ended} == {other.pid}
+
+
+def test_of_a_search_and_one_that_joined_it_the_first_is_killed(workers, database, tmp_path):
+    one_of_two_is_killed(workers, tmp_path, database, "first")
 
 
 def test_its_heartbeat_tells_of_a_worker_on_another_machine(kill_one_of_two, database):

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections import Counter
+from importlib import import_module
+from multiprocessing.util import Finalize
 
 import numpy as np
 import pytest
@@ -65,6 +67,31 @@ def test_whatever_happens_in_the_child_is_a_reason_in_words(child, argument, sai
     with pytest.raises(Failed, match=said):
         child.call(argument, timeout=0.2 if argument == "hang" else 60)
     assert (child.call("pid") == before) == survives
+
+
+class Unimportable:
+    """A target that no other process can load."""
+
+    def __call__(self, argument, report):
+        return argument
+
+    def __reduce__(self):
+        return (import_module, ("nowhere",))
+
+
+def tidy_up_later(path, report):
+    Finalize(None, path.touch, exitpriority=0)
+
+
+def test_an_idle_child_tidies_up(tmp_path):
+    with Child(tidy_up_later) as running:
+        running.call(tmp_path / "tidy")
+    assert (tmp_path / "tidy").exists()
+
+
+def test_what_keeps_a_child_from_starting_is_a_reason_in_words():
+    with Child(Unimportable()) as running, pytest.raises(Failed, match="exit code 1: ModuleNotFoundError: .*nowhere"):
+        running.call("x")
 
 
 def test_a_report_can_end_the_call(child):
@@ -202,6 +229,10 @@ def test_progress_counts_tickets_and_estimates_the_rest():
         study.enqueue_trial({})
     assert progress(study, "trials", 30.0) == "trials: 3/6, best 3.00 (trial 1), 1 failed, about 30 s left"
     assert progress(study, "trials", 300.0, 2).endswith("about 15 min left")
+    assert progress(study, "trials", 36000.0, 2).endswith("about 30 h left")
+    # A trial that was lost with its worker, and is run again, is no failure, and what it took is no pace.
+    study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"retry_history": [2]}))
+    assert progress(study, "trials", 30.0) == "trials: 2/6, best 3.00 (trial 1), about 60 s left"
 
 
 # -- after the search --

@@ -83,6 +83,7 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     assert "tuning" not in done.stdout.replace("tuning the LoRA: 2/2", "")
     output = tmp_path / "search_output"
     assert "</html>" in (output / "report.html").read_text(encoding="utf-8")
+    assert not (output / "prefix").exists()
     name = "tiny all-MiniLM-L6-v2"
     study = optuna.load_study(study_name=name, storage=open_storage(str(output / "study.journal")))
     trials = study.trials
@@ -107,6 +108,11 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
 
     joined = command(data, "--join")
     assert joined.exit_code == 0, joined.output
+    (output / "lora").rename(output / "moved")
+    without = command(data, "--join")
+    assert (
+        without.exit_code == 2 and "is not here; --output has to be a folder that all machines share" in without.stderr
+    )
     elsewhere = command(data, "--join", "--study", "tiny all-MiniLM")
     assert (
         elsewhere.exit_code == 2 and "is not in the storage: did you mean 'tiny all-MiniLM-L6-v2'" in elsewhere.stderr

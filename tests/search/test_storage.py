@@ -24,7 +24,17 @@ from optuna.trial import TrialState, create_trial
 from search.conftest import free_port, until
 
 from bioadapt.search import storage as storages
-from bioadapt.search.storage import DIED, INTERRUPTED, RETRIES, open_storage, recover, this_worker, ticket
+from bioadapt.search.storage import (
+    DIED,
+    INTERRUPTED,
+    RETRIES,
+    open_storage,
+    recover,
+    repeated,
+    settled,
+    this_worker,
+    ticket,
+)
 
 FILES = {"journal": "{}/study.journal", "sqlite": "sqlite:///{}/study.db"}
 
@@ -39,8 +49,9 @@ def study(url):
     return study_in(url)
 
 
-def study_in(url, tickets=1):
-    study = optuna.create_study(storage=open_storage(url), study_name="s", direction="maximize", load_if_exists=True)
+def study_in(url, tickets=1, storage=None):
+    storage = storage or open_storage(url)
+    study = optuna.create_study(storage=storage, study_name="s", direction="maximize", load_if_exists=True)
     for _ in range(tickets):
         study.enqueue_trial({"x": 0.5})
     return study
@@ -78,6 +89,16 @@ def test_an_address_opens_its_kind_of_storage_and_makes_what_is_missing(tmp_path
 def test_another_address_is_refused_with_those_that_are_accepted(url, words):
     with pytest.raises(ValueError, match=words):
         open_storage(url)
+
+
+def test_a_lock_that_a_killed_process_has_left_on_a_journal_is_broken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage("a/study.journal")
+    lock = storage._backend._lock
+    assert lock.acquire()
+    assert (tmp_path / "a" / "study.journal.lock").exists()  # what the link leads to: its age is looked at
+    lock.grace_period = 0.01
+    study_in("a/study.journal", storage=storage)
 
 
 @pytest.mark.parametrize(("url", "driver"), [("postgresql://h/x", "psycopg"), ("mysql://h/x", "pymysql")])
@@ -229,7 +250,7 @@ def test_a_configuration_that_kills_its_workers_is_given_up(study):
     for _ in range(RETRIES + 1):
         running(study, pid=gone())
         recover(study)
-    assert states(study) == ["FAIL"] * (RETRIES + 1)
+    assert states(study) == ["FAIL"] * (RETRIES + 1) and settled(study)
 
 
 def test_interruptions_do_not_count_as_tries(study):
@@ -247,10 +268,22 @@ def test_who_dies_between_failing_a_trial_and_enqueueing_it_again_loses_nothing(
         study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={**worker, **reason}, system_attrs=marks))
     recover(study)
     assert states(study) == ["WAITING", "FAIL", "FAIL", "FAIL"]
+    finish_waiting(study)
+    assert not settled(study)  # two tickets are yet to come
     monkeypatch.setattr(storages, "MOMENT", timedelta(0))
     recover(study)
     recover(study)
     assert [trial.system_attrs.get("retry_history") for trial in study.trials] == [None] * 4 + [[1], [3]]
+    assert repeated(study.trials) == {1, 3} and not settled(study)
+    finish_waiting(study)
+    assert settled(study)
+
+
+def finish_waiting(study):
+    while "WAITING" in states(study):
+        trial = asked(study)
+        assert not settled(study)
+        study.tell(trial, 1.0)
 
 
 def test_one_of_two_workers_is_killed_in_mid_trial(kill_one_of_two, url):

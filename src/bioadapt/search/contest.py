@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -71,6 +72,8 @@ class Search:
         for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
             require(module)
         self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
+        self.output = Path(settings.output)
+        self._prefix = str(self.output / "prefix")
         self._bench = Bench(
             settings.model,
             without_test(self.task),
@@ -79,6 +82,7 @@ class Search:
             settings.rungs,
             settings.device,
             settings.max_step_time,
+            self._prefix,
         )
         encoder = load_encoder(settings.model, settings.device)
         plain = transformer_of(encoder)
@@ -87,7 +91,6 @@ class Search:
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
         if settings.lora not in (AUTO, NO_LORA):
             _load_given(encoder, settings.lora)
-        self.output = Path(settings.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.storage = settings.storage or str(self.output / "study.journal")
         self.name = settings.study or f"{self.task.name} {Path(settings.model).name}"
@@ -99,9 +102,10 @@ class Search:
         The folder ``output`` has to be the same one, since the tuned LoRA lies there.
 
         Raises:
-            ValueError: there is no such study, or it was begun with other settings.
+            ValueError: there is no such study, it was begun with other settings, or its tuned LoRA is not to be found.
         """
         study = self._begun()
+        self._say("Joined: this process takes trials, and waits between the phases for the one that began the search.")
         lora = f"{self.name}-lora"
         while self.settings.lora != NO_LORA and "lora" not in study.user_attrs:
             if self.settings.lora == AUTO and self._has_tickets(lora):
@@ -110,7 +114,12 @@ class Search:
             time.sleep(_PATIENCE)
         while not self._has_tickets(self.name):
             time.sleep(_PATIENCE)
-        job = self._job(self.name, self._objective(study, study.user_attrs.get("lora")))
+        found = study.user_attrs.get("lora")
+        if found and not Path(found["folder"]).is_dir():
+            raise ValueError(
+                f"the LoRA {found['folder']} is not here; --output has to be a folder that all machines share"
+            )
+        job = self._job(self.name, self._objective(study, found))
         run_study(job, self.settings.workers, self.console, "searching bio adapters")
 
     def _has_tickets(self, name: str) -> bool:
@@ -132,6 +141,7 @@ class Search:
         lora = self._lora(study, start)
         self._search(study, lora)
         self._confirm(study, lora)
+        shutil.rmtree(self._prefix, ignore_errors=True)
         final = self._final(study, lora)
         report = write_report(self.name, self.storage, self.output / "report.html")
         self._say(final["verdict"])
@@ -211,7 +221,7 @@ class Search:
             prepare(self.storage, name, settings.trials, [USUAL])
             tuned = run_study(self._job(name, objective), settings.workers, self.console, "tuning the LoRA")
             best = _best(tuned)
-            folder = str(self.output / "lora")
+            folder = str((self.output / "lora").absolute())
             with Child(SavedLora(self._bench, settings.seed, folder)) as child:
                 validation, size = child.call(best.params)
             record = {"study": name, "trials": tickets(tuned), "params": best.params, "folder": folder}
@@ -243,6 +253,7 @@ class Search:
             return
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
+        self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
         with Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child:
             found = confirm(study, best_trials(study, settings.confirm), seeds, child.call)
         study.set_user_attr("confirmation", found)
@@ -256,7 +267,8 @@ class Search:
         params = lora["params"] if lora else None
         given = lora["folder"] if lora and params is None else None
         folder = self._tested(number)
-        final = Final(self.space, replace(self._bench, task=self.task), winner, params, given, str(folder))
+        final = Final(self.space, replace(self._bench, task=self.task, prefix=None), winner, params, given, str(folder))
+        self._say(f"Testing the winner and its rivals on {len(self._test_seeds)} seeds each.")
         with Child(final) as child:
             results = open_test(contenders(params, given), self._test_seeds, folder, child.call)
         record = summary(results, self.task.metrics[0])

@@ -9,15 +9,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 Report = Callable[[int, float], None]
 Target = Callable[[Any, Report], Any]
 
+# What a terminal sends to all processes in it at once: Ctrl-C, and that it is closed.
+FROM_TERMINAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name))
 _GRACE = 5.0
 
 
@@ -28,9 +30,28 @@ def processes() -> Any:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__package__])
+    # Ctrl-C while it imports would end it, and with it the news of how its copies are.
+    with handled(FROM_TERMINAL, signal.SIG_IGN):
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def handled(signals: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    """``handler`` gets these signals while the block runs. Only a main thread may ask for that: elsewhere all stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {sign: signal.signal(sign, handler) for sign in signals}
+    try:
+        yield
+    finally:
+        for sign, former in before.items():
+            signal.signal(sign, former)
 
 
 class Failed(RuntimeError):
@@ -55,7 +76,7 @@ class Child:
         self._target, self._threads = target, threads
         self._process: Any = None
         self._connection: Connection | None = None
-        self._log = Path()
+        self._log: TextIO | None = None
 
     def __enter__(self) -> Child:
         return self
@@ -63,6 +84,10 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self._process is not None and self._connection is not None:
+            with suppress(ConnectionError):
+                self._connection.send(())  # it is idle: what it holds of the system, it gives back itself
+            self._process.join(_GRACE)
         self.end()
 
     def call(
@@ -85,7 +110,7 @@ class Child:
         connection = self._started()
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            connection.send(argument)
+            connection.send((argument,))
             while True:
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 if not connection.poll(left):
@@ -123,16 +148,20 @@ class Child:
             making = processes()
             here, there = making.Pipe()
             handle, name = tempfile.mkstemp(prefix="bioadapt-", suffix=".log")
-            os.close(handle)
-            self._log = Path(name)
-            process = making.Process(target=_serve, args=(there, self._target, self._threads, name), daemon=True)
-            process.start()
-            there.close()
-            self._process, self._connection = process, here
+            self._log = os.fdopen(handle, errors="replace")
             try:
+                process = making.Process(target=_serve, args=(there, self._threads, name), daemon=True)
+                process.start()
+                there.close()
+                self._process, self._connection = process, here
+                here.send(self._target)
                 here.recv()  # imports are done: from here on time is the target's
             except (EOFError, ConnectionError):
+                if self._process is None:
+                    raise
                 raise Failed(self._epitaph()) from None
+            finally:
+                os.unlink(name)  # both sides have it open by now, and however they end, nothing stays behind
         assert self._connection is not None
         return self._connection
 
@@ -151,21 +180,25 @@ class Child:
         return f"the process ended with exit code {code}{last}"
 
     def _last_words(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        assert self._log is not None
+        lines = [line for line in self._log.read().splitlines() if line.strip()]
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
     def _forget(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._log.unlink(missing_ok=True)
-        self._process = self._connection = None
+        if self._log is not None:
+            self._log.close()
+        self._process = self._connection = self._log = None
 
 
-def _serve(connection: Connection, target: Target, threads: int | None, log: str) -> None:
+def _serve(connection: Connection, threads: int | None, log: str) -> None:
     """What the child does: one call after the other, until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides what Ctrl-C ends
+    for sign in (signal.SIGTERM, *FROM_TERMINAL):
+        signal.signal(sign, signal.SIG_IGN)  # the worker decides what they end
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _write_to(log)
+    target: Target = connection.recv()
     if threads is not None:
         import torch
 
@@ -177,8 +210,8 @@ def _serve(connection: Connection, target: Target, threads: int | None, log: str
             raise Stopped
 
     connection.send("ready")
-    while True:
-        argument = connection.recv()
+    while message := connection.recv():
+        (argument,) = message
         try:
             answer: tuple[Any, ...] = ("done", target(argument, report))
         except Stopped:

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, Protocol
@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from .features import FeatureMap
-from .isolation import Child, Failed, Report, Stopped, processes
+from .isolation import FROM_TERMINAL, Child, Failed, Report, Stopped, handled, processes
 from .pruner import ThompsonPruner
 from .sampler import ThompsonSampler
-from .storage import open_storage, recover, ticket
+from .storage import open_storage, recover, repeated, settled, ticket
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _POLL, _GLANCE = 0.5, 1.0
+# Seconds that workers have to give their trials back.
+_GRACE = 10.0
 
 
 class Objective(Protocol):
@@ -102,6 +104,11 @@ def prepare(storage: str, name: str, count: int, first: Sequence[Mapping[str, An
     return study
 
 
+def used(study: Study) -> int:
+    """How many of the tickets are used up."""
+    return tickets(study) - sum(trial.state not in FINISHED for trial in study.get_trials(deepcopy=False))
+
+
 def _repeats(trial: optuna.trial.FrozenTrial) -> bool:
     return bool(trial.system_attrs.get("retry_history"))
 
@@ -122,7 +129,7 @@ def work(job: Job) -> None:
                 if trial is not None:
                     _run(study, trial, job, child)
                     continue
-            if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if settled(study):
                 return
             time.sleep(_POLL)  # the trial of another worker may yet come back
 
@@ -163,15 +170,15 @@ def run_study(job: Job, workers: int = 1, console: Console | None = None, title:
         title: what the trials are, in the line that shows it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; running trials have been given back, and the same call goes on with them.
+        KeyboardInterrupt: Ctrl-C, SIGTERM, or the terminal was closed. Running trials have been given back, and the
+            same call goes on with them.
         RuntimeError: all workers have died.
     """
     if job.threads is None and workers > 1:
         job = replace(job, threads=max(1, (os.cpu_count() or 1) // workers))
-    with _watched(job, console or Console(quiet=True), title):
+    with _ended_by_signals(), _watched(job, console or Console(quiet=True), title):
         if workers == 1:
-            with _termination_as_interrupt():
-                work(job)
+            work(job)
         else:
             _work_together(job, workers)
     study = optuna.load_study(study_name=job.study, storage=open_storage(job.storage))
@@ -182,29 +189,36 @@ def run_study(job: Job, workers: int = 1, console: Console | None = None, title:
 
 
 def _work_together(job: Job, workers: int) -> None:
-    team = [processes().Process(target=_worker, args=(job,)) for _ in range(workers)]
-    for worker in team:
-        worker.start()
+    making = processes()
+    team = [making.Process(target=_worker, args=(job,)) for _ in range(workers)]
     try:
+        for worker in team:
+            worker.start()
         for worker in team:
             worker.join()
     except BaseException:
-        for worker in team:
-            worker.terminate()
-        for worker in team:
-            worker.join()
+        _end([worker for worker in team if worker.pid is not None])
         raise
 
 
+def _end(team: Sequence[Any]) -> None:
+    """Workers give their trials back, unless they are stuck; `recover` does it for those."""
+    for worker in team:
+        worker.terminate()
+    deadline = time.monotonic() + _GRACE
+    for worker in team:
+        worker.join(max(deadline - time.monotonic(), 0.0))
+        worker.kill()
+        worker.join()
+
+
 def _worker(job: Job) -> None:
-    """A worker process; the one that started it ends it, also where Ctrl-C reaches both."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker process; the one that started it ends it, also where the terminal tells both."""
+    for sign in FROM_TERMINAL:
+        signal.signal(sign, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    with _termination_as_interrupt():
-        try:
-            work(job)
-        except KeyboardInterrupt:
-            return
+    with suppress(KeyboardInterrupt), _ended_by_signals():
+        work(job)
 
 
 def _follow_parent() -> None:
@@ -216,20 +230,19 @@ def _follow_parent() -> None:
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does. Only a main thread may ask for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and the end of the terminal end the block as Ctrl-C does. Only the first counts, so that giving trials
+    back is not interrupted. What the process ignores already, as under nohup, it goes on ignoring.
+    """
+    listened = [sign for sign in (signal.SIGTERM, *FROM_TERMINAL) if signal.getsignal(sign) != signal.SIG_IGN]
 
     def interrupt(number: int, frame: Any) -> None:
+        for sign in listened:
+            signal.signal(sign, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with handled(listened, interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -239,37 +252,39 @@ def _watched(job: Job, console: Console, title: str) -> Iterator[None]:
         yield
         return
     study = optuna.load_study(study_name=job.study, storage=open_storage(job.storage))
-    started = time.monotonic()
-    before = len(study.get_trials(deepcopy=False, states=FINISHED))
-    over = threading.Event()
+    started, over = time.monotonic(), threading.Event()
+    before = told = used(study)
+
+    def text() -> str:
+        return progress(study, title, time.monotonic() - started, before)
+
+    def say() -> None:
+        console.print(text(), highlight=False, markup=False, soft_wrap=True)
+
+    def say_news() -> None:
+        nonlocal told
+        if used(study) != told:
+            told = used(study)
+            say()
+
+    def watch(show: Callable[[], None]) -> None:
+        while not over.wait(_GLANCE):
+            show()
 
     with ExitStack() as shown:
-        status = shown.enter_context(console.status("")) if console.is_terminal else None
-
-        def show(last: list[int]) -> None:
-            text = progress(study, title, time.monotonic() - started, before)
-            if status is not None:
-                status.update(escape(text))
-            ended = len(study.get_trials(deepcopy=False, states=FINISHED))
-            if status is None and ended != last[0]:
-                last[0] = ended
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        def watch() -> None:
-            last = [before]
-            while not over.wait(_GLANCE):
-                show(last)
-            show(last)
-
-        watcher = threading.Thread(target=watch, daemon=True)
+        # What is called first is entered last: the line of the spinner is gone before the one that stays is written.
+        shown.callback(say if console.is_terminal else say_news)
+        show = say_news
+        if console.is_terminal:
+            status = shown.enter_context(console.status(escape(text())))
+            show = lambda: status.update(escape(text()))  # noqa: E731
+        watcher = threading.Thread(target=watch, args=(show,), daemon=True)
         watcher.start()
         try:
             yield
         finally:
             over.set()
             watcher.join()
-    if console.is_terminal:
-        console.print(progress(study, title, 0.0, before), highlight=False, markup=False, soft_wrap=True)
 
 
 def progress(study: Study, title: str, seconds: float, finished_before: int = 0) -> str:
@@ -279,23 +294,27 @@ def progress(study: Study, title: str, seconds: float, finished_before: int = 0)
         study: the study.
         title: what its trials are.
         seconds: for how long this call has been running.
-        finished_before: trials that had ended when it began.
+        finished_before: tickets that were used up when it began.
     """
     trials = study.get_trials(deepcopy=False)
-    ended = [trial for trial in trials if trial.state in FINISHED]
-    done = sum(not _repeats(trial) for trial in trials) - sum(trial.state not in FINISHED for trial in trials)
-    total = tickets(study)
+    done, total = used(study), tickets(study)
     parts = [f"{title}: {done}/{total}"]
-    complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if complete:
         best = max(complete, key=lambda trial: trial.value or 0.0)
         parts.append(f"best {best.value:.2f} (trial {best.number})")
+    again = repeated(trials)
     for state, word in ((TrialState.PRUNED, "pruned"), (TrialState.FAIL, "failed")):
-        count = sum(trial.state == state for trial in ended)
+        count = sum(trial.state == state and trial.number not in again for trial in trials)
         if count:
             parts.append(f"{count} {word}")
-    pace = len(ended) - finished_before
-    if pace > 0 and done < total:
-        left = seconds / pace * (total - done)
-        parts.append(f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left")
+    if finished_before < done < total:
+        left = seconds / (done - finished_before) * (total - done)
+        parts.append(f"about {_in_words(left)} left")
     return ", ".join(parts)
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.0f} h"

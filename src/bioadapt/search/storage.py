@@ -10,7 +10,7 @@ number of machines, take tickets until none is left:
             if trial is not None:
                 study.tell(trial, train(trial))
                 continue
-        if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if settled(study):
             break
         time.sleep(1)  # somebody else's trial may yet come back
 
@@ -26,7 +26,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -159,6 +159,21 @@ def recover(study: Study, lost: Collection[str] = ()) -> list[int]:
     return given_up
 
 
+def settled(study: Study) -> bool:
+    """Whether no ticket is left and none may come back: no trial waits, runs, or is about to be enqueued again."""
+    trials = study.get_trials(deepcopy=False)
+    return not any(trial.state in (TrialState.WAITING, TrialState.RUNNING) for trial in trials) and not _lost(trials)
+
+
+def repeated(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that came to nothing with their worker, and that others repeat."""
+    return {number for trial in trials for number in _history(trial)}
+
+
+def _history(trial: FrozenTrial) -> list[int]:
+    return trial.system_attrs.get("retry_history", [])
+
+
 def _take(study: Study) -> int | None:
     """The id of a waiting trial that now is ours; storages let one of several callers win."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -202,29 +217,42 @@ def _enqueue_again(study: Study, trial: FrozenTrial) -> None:
     The marks are those of Optuna's ``RetryHeartbeatStaleTrialCallback``, whose functions read them. Interruptions do
     not count as tries.
     """
-    history = [*trial.system_attrs.get("retry_history", []), trial.number]
-    before = [other for other in study.get_trials(deepcopy=False) if other.number in history]
-    if sum(other.user_attrs.get("failure") != INTERRUPTED for other in before) > RETRIES:
+    if _tries(trial, study.get_trials(deepcopy=False)) > RETRIES:
         return
+    history = [*_history(trial), trial.number]
     known = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     marks = {"fixed_params": known, "failed_trial": history[0], "retry_history": history}
     study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=marks))
 
 
-def _forgotten(study: Study) -> list[FrozenTrial]:
-    """Failed trials of dead workers that nobody enqueued again: who was about to died in that moment."""
-    trials = study.get_trials(deepcopy=False)
-    repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+def _tries(trial: FrozenTrial, trials: Iterable[FrozenTrial]) -> int:
+    """How many workers this trial and those that it repeats have taken down."""
+    same = {*_history(trial), trial.number}
+    return sum(other.user_attrs.get("failure") != INTERRUPTED for other in trials if other.number in same)
+
+
+def _lost(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Failed trials of dead workers that are to be enqueued again, and are not yet."""
+    done = repeated(trials)
     return [
         trial
         for trial in trials
         if trial.state == TrialState.FAIL
-        and trial.number not in repeated
+        and trial.number not in done
         and "worker" in trial.user_attrs
         # A heartbeat that stops leaves no reason: a failed trial can no longer be given one.
         and trial.user_attrs.get("failure", DIED).startswith((DIED, INTERRUPTED))
-        and trial.datetime_complete is not None
-        and datetime.now() - trial.datetime_complete > MOMENT
+        and _tries(trial, trials) <= RETRIES
+    ]
+
+
+def _forgotten(study: Study) -> list[FrozenTrial]:
+    """Lost trials that nobody enqueues: who was about to died in that moment."""
+    return [
+        trial
+        for trial in _lost(study.get_trials(deepcopy=False))
+        # Machines differ in their clocks, and even in their time zones.
+        if trial.datetime_complete is not None and abs(datetime.now() - trial.datetime_complete) > MOMENT
     ]
 
 
@@ -232,7 +260,9 @@ def _journal(path: str, create: bool) -> JournalStorage:
     if not path:
         raise ValueError(f"storage 'journal:': the path is missing; accepted: {_ACCEPTED}")
     _make_room(path, create)
-    return JournalStorage(JournalFileBackend(path))
+    # Optuna's lock is a link to the file: with a relative path it leads nowhere, and one that a killed process has left
+    # behind is waited for in vain.
+    return JournalStorage(JournalFileBackend(str(Path(path).absolute())))
 
 
 def _make_room(path: str, create: bool) -> None:
