@@ -14,6 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from bioadapt.search.ascent import ascent, best_configuration, configuration
 from bioadapt.search.features import MappedDesign, SpaceDesign, random_value
+from bioadapt.search.posterior import MAIN_EFFECT
 
 SPACE = {
     "kind": CategoricalDistribution("abc"),
@@ -50,7 +51,7 @@ def scored(kind):
         MappedDesign(named, trials(False)) if kind == "mapped" else SpaceDesign(SPACE, trials(kind == "conditional"))
     )
     generator = np.random.default_rng(1)
-    weights = generator.normal(size=len(built.interaction))
+    weights = generator.normal(size=len(built.kind))
     penalty = np.zeros(len(weights))
     penalty[list(built.switches.values())[:2]] = 3.0
     return built, weights, penalty, built.score(CHOICES, weights, penalty)
@@ -121,10 +122,10 @@ def test_few_calls_of_a_named_map_find_the_best_of_a_large_space():
     generator = np.random.default_rng(0)
     built = MappedDesign(stacked, [{name: random_value(d, generator) for name, d in space.items()} for _ in range(80)])
     choices = {name: d.choices for name, d in space.items()}
-    weights = generator.normal(size=len(built.interaction))
+    weights = generator.normal(size=len(built.kind))
     starts = generator.integers(61, size=(6, 4))
     calls = 0
     found = best_configuration(built.score(choices, weights, 0 * weights), choices, starts, set(), built.key)
     assert calls < 600
     worth = built.encode([found])[0] @ weights
-    assert worth > np.sort(weights[~built.interaction])[-4:].sum() - 1e-9
+    assert worth > np.sort(weights[built.kind == MAIN_EFFECT])[-4:].sum() - 1e-9

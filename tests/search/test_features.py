@@ -11,6 +11,7 @@ pytest.importorskip("scipy")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bioadapt.search.features import MappedDesign, Memo, SpaceDesign, alternatives, at, position, random_value
+from bioadapt.search.posterior import MAIN_EFFECT, WALK
 
 NUMBERS = [
     FloatDistribution(-1e308, 1e308),
@@ -75,6 +76,21 @@ def test_contrasts_read_back_a_known_function():
     assert found["lr (middle)",] == pytest.approx(4)
     assert found["on=True", "lr"] == pytest.approx(2) or found["lr", "on=True"] == pytest.approx(2)
     assert found["kind=b", "on=True"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_columns_of_numbers_hold_a_cliff_and_nothing_beside_it():
+    place = np.linspace(-1, 1, 201)
+    built = SpaceDesign({"x": FloatDistribution(-1, 1)}, [{"x": x} for x in place.tolist()])
+    walk = built.matrix[:, built.kind == WALK]
+    assert (built.kind[: -walk.shape[1]] == MAIN_EFFECT).all()
+    edges = np.linspace(-1, 1, walk.shape[1] + 1)
+    for column, low, high in zip(walk.T, edges, edges[1:], strict=False):
+        assert np.ptp(column[place <= low]) < 1e-9 and np.ptp(column[place >= high]) < 1e-9
+    rise = built.matrix[-1] - built.matrix[0]
+    assert (rise[built.kind == WALK] ** 2).sum() == pytest.approx(rise[0] ** 2)  # from end to end as much as the line
+    cliff = -np.clip((place - edges[-4]) / (edges[-3] - edges[-4]), 0, 1)
+    found = readings(built, cliff)
+    assert found["x",] == pytest.approx(-1) and found["x (middle)",] == pytest.approx(0.5)
 
 
 def test_an_interaction_of_levels_is_read_back():

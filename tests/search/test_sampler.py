@@ -259,6 +259,22 @@ def line(values, state=optuna.trial.TrialState.COMPLETE, **others):
     ]
 
 
+def test_a_rate_is_tuned_on_its_plateau_and_neither_beyond_the_cliff_nor_at_an_end():
+    # Best at 10 ** -3; from 10 ** -2.4 on a training diverges, the further the worse.
+    def score(rate, generator):
+        fall = 5 + 10 * (rate + 2.4) if rate > -2.4 else 0.0
+        return 0.1 * generator.normal() - 0.3 * (rate + 3) ** 2 - fall
+
+    for seed in range(3):
+        generator = np.random.default_rng(seed)
+        study = optuna.create_study(direction="maximize", sampler=ThompsonSampler(seed=seed))
+        study.optimize(lambda t: score(math.log10(t.suggest_float("rate", 1e-5, 1e-1, log=True)), generator), 40)  # noqa: B023
+        proposed = np.log10([trial.params["rate"] for trial in study.trials[10:]])
+        assert (np.abs(proposed + 3) < 0.6).mean() > 0.6
+        assert (proposed > -2.4).mean() < 0.15 and (proposed < -4.9).mean() < 0.15
+        assert abs(math.log10(study.sampler.recommend(study).params["rate"]) + 3) < 0.6
+
+
 def test_failed_trials_are_ignored_and_extreme_scores_do_no_harm():
     sampler = ThompsonSampler(seed=0, n_startup_trials=3, exploration=0.0, drop_below=0.0)
     good = line([(i / 20, i / 20) for i in range(20)])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from .ascent import MappedScore, PairwiseScore
+from .posterior import INTERACTION, MAIN_EFFECT, WALK
 
 Array = NDArray[np.float64]
 Params = Mapping[str, Any]
@@ -26,7 +27,8 @@ FeatureMap = Callable[[Params], Mapping[Feature, float]]
 SUPPORT = 3
 # Of the tested interactions, those that the most trials have shown: this bounds the cost of a proposal.
 INTERACTIONS = 500
-KNOTS = (-0.5, 0.0, 0.5)
+# A walk over a number's range has so many steps, all of the same length.
+STEPS = 12
 T = TypeVar("T")
 
 
@@ -156,12 +158,13 @@ def _code(distribution: BaseDistribution) -> Callable[[Any], float]:
 class _Factor:
     """A parameter as columns. The first ``interacting`` of them also enter the products with other parameters'.
 
-    ``encode`` makes rows of codes. ``main`` and ``shared`` hold the readable contrasts, by label: of all columns, and
-    of the interacting ones.
+    ``encode`` makes rows of codes; the last ``walking`` columns are the steps of a walk. ``main`` and ``shared`` hold
+    the readable contrasts, by label: of all columns, and of the interacting ones.
     """
 
     encode: Callable[[Array], Array]
     width: int
+    walking: int
     interacting: int
     main: dict[str, Array]
     shared: dict[str, Array]
@@ -185,30 +188,33 @@ def _categorical(name: str, distribution: CategoricalDistribution) -> _Factor:
     against = np.eye(width) if width < 3 else (np.eye(width) * width - 1) / (width - 1)
     labels = [f"{name}={choice}" for choice in distribution.choices[first:]]
     contrasts = dict(zip(labels, against, strict=False))
-    return _Factor(encode, width, width, contrasts, contrasts, True)
+    return _Factor(encode, width, 0, width, contrasts, contrasts, True)
 
 
 def _numeric(name: str, distribution: BaseDistribution) -> _Factor:
-    """A line, a parabola and hinges over the scaled range; the line alone interacts.
+    """A line, a parabola and a random walk over the scaled range; the line alone interacts.
 
+    A walk is level but for its steps, so that what is seen beyond a cliff does not bend the curve on this side of it;
+    a polynomial would. From end to end it varies as much as the line does where their weights have the same variance.
     The contrasts: from the lower end of the range to the upper, and from the ends to the middle.
     """
     if distribution.single():
-        return _Factor(lambda codes: np.zeros((len(codes), 0)), 0, 0, {}, {}, False)
+        return _Factor(lambda codes: np.zeros((len(codes), 0)), 0, 0, 0, {}, {}, False)
 
     def basis(x: Array) -> Array:
-        return np.column_stack([x, x * x - 1 / 3, *(np.maximum(x - knot, 0.0) for knot in KNOTS)])
+        climbed = np.clip((x[:, None] + 1) * STEPS / 2 - np.arange(STEPS), 0.0, 1.0)
+        return np.column_stack([x, x * x - 1 / 3, (2 * climbed - 1) / math.sqrt(STEPS)])
 
     def encode(codes: Array) -> Array:
         there = ~np.isnan(codes)
-        rows = np.zeros((len(codes), 2 + len(KNOTS)))
+        rows = np.zeros((len(codes), 2 + STEPS))
         rows[there] = basis(positions(distribution, codes[there]))
         return rows
 
     low, middle, high = basis(np.array([-1.0, 0.0, 1.0]))
     rise, bend = high - low, middle - (high + low) / 2
     main = {name: rise, f"{name} (middle)": bend}
-    return _Factor(encode, 2 + len(KNOTS), 1, main, {name: rise[:1]}, False)
+    return _Factor(encode, 2 + STEPS, STEPS, 1, main, {name: rise[:1]}, False)
 
 
 def _factor(name: str, distribution: BaseDistribution) -> _Factor:
@@ -298,7 +304,10 @@ class SpaceDesign:
         together = (counts.T @ counts)[left, right].astype(int)
         kept = _most_supported(together)
         self._left, self._right = left[kept], right[kept]
-        self.interaction = np.arange(self._width + len(kept)) >= self._width
+        self.kind = np.full(self._width + len(kept), INTERACTION)
+        for factor, block in zip(self._factors.values(), self._blocks, strict=True):
+            self.kind[block] = MAIN_EFFECT
+            self.kind[block.stop - factor.walking : block.stop] = WALK
         self.matrix: Array = self._with_products(basis)
         self._alone = shown.sum(0)
         self._together = dict(
@@ -352,7 +361,7 @@ class SpaceDesign:
     def contrasts(self) -> list[Contrast]:
         """Every main effect and tested interaction that a report can name."""
         found = []
-        columns = len(self.interaction)
+        columns = len(self.kind)
         for name, factor in self._factors.items():
             start = self._starts[name]
             for number, (label, weights) in enumerate(factor.main.items()):
@@ -467,7 +476,7 @@ class MappedDesign:
         self._names: list[Feature] = [*single, *(several[i] for i in kept)]
         self._place = {name: i for i, name in enumerate(self._names)}
         self._support = support
-        self.interaction = np.arange(len(self._names)) >= len(single)
+        self.kind = np.where(np.arange(len(self._names)) < len(single), MAIN_EFFECT, INTERACTION)
         self.matrix: Array = self._rows(seen)
         binary = ((self.matrix == 0) | (self.matrix == 1))[:, : len(single)].all(0)
         self.switches = {name: i for i, name in enumerate(single) if binary[i]}

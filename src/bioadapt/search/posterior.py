@@ -13,9 +13,13 @@ from scipy.special import logsumexp, ndtr
 
 Array = NDArray[np.float64]
 
-# Of standardised scores: prior sd of a main effect, the share of it that an interaction has, residual variance.
+# The kinds of weights; each has a prior sd of its own.
+MAIN_EFFECT, INTERACTION, WALK = range(3)
+# Of standardised scores: prior sd of a main effect; how many times that an interaction has, and a step of a walk, from
+# a number that counts smoothly to one with a cliff; residual variance.
 MAIN = (0.15, 0.4, 1.0)
 RATIO = (0.1, 0.3, 1.0)
+ROUGH = (0.2, 0.7, 2.0)
 RESIDUAL = (0.003, 0.03, 0.1, 0.3, 1.0)
 INTERCEPT_VARIANCE = 4.0
 # Points of the grid below this share of the evidence are left out of every average.
@@ -99,27 +103,33 @@ class LinearPosterior:
 
 @dataclass(frozen=True)
 class Scales:
-    """One point of the grid: sd of main effects, ratio for interactions, variance that the linear model leaves."""
+    """One point of the grid: sd of main effects, ratios for other kinds, variance that the linear model leaves."""
 
     main: float
     ratio: float
+    rough: float
     residual: float
+
+    @property
+    def relative(self) -> Array:
+        """The prior sd of each kind, in units of a main effect's."""
+        return np.array([1.0, self.ratio, self.rough])
 
 
 class ShrinkagePosterior:
     """A mixture of closed-form posteriors over a grid of scales, each weighted by its evidence.
 
-    Main effects share one prior variance and interactions a smaller one (hierarchical normal shrinkage: Lindley &
-    Smith, 1972, "Bayes estimates for the linear model", Journal of the Royal Statistical Society B; weighting the
-    scales by the evidence: MacKay, 1992, "Bayesian interpolation", Neural Computation). A point mass at zero for each
-    effect (George & McCulloch, 1993, "Variable selection via Gibbs sampling", Journal of the American Statistical
-    Association) would need a Markov chain for every proposal; here every draw is exact.
+    Main effects share one prior variance, interactions a smaller one and the steps of walks a third one (hierarchical
+    normal shrinkage: Lindley & Smith, 1972, "Bayes estimates for the linear model", Journal of the Royal Statistical
+    Society B; weighting the scales by the evidence: MacKay, 1992, "Bayesian interpolation", Neural Computation). A
+    point mass at zero for each effect (George & McCulloch, 1993, "Variable selection via Gibbs sampling", Journal of
+    the American Statistical Association) would need a Markov chain for every proposal; here every draw is exact.
 
     Args:
         matrix: observations by features, without the constant.
         target: standardised scores.
         error: known variance of each observation, beside the residual variance of the scales.
-        interaction: which features are interactions.
+        kind: of each feature: ``MAIN_EFFECT``, ``INTERACTION`` or ``WALK``.
         scales: the points of the grid.
         share: the posterior probability of each.
         pending: observations (rows of features, variances) that are taken to come in as expected.
@@ -130,25 +140,27 @@ class ShrinkagePosterior:
         matrix: Array,
         target: Array,
         error: Array,
-        interaction: NDArray[np.bool_],
+        kind: NDArray[np.int_],
         scales: Sequence[Scales],
         share: Array,
         pending: tuple[Array, Array] | None = None,
     ) -> None:
         self._matrix = _with_constant(matrix)
-        self._target, self._error, self._interaction = target, error, interaction
+        self._target, self._error, self._kind = target, error, kind
         self.scales, self.share, self._pending = scales, share, pending
         self._grams: dict[float, Array] = {}
 
     @classmethod
-    def fit(cls, matrix: Array, target: Array, error: Array, interaction: NDArray[np.bool_]) -> ShrinkagePosterior:
+    def fit(cls, matrix: Array, target: Array, error: Array, kind: NDArray[np.int_]) -> ShrinkagePosterior:
         """Weigh the points of the grid, and leave out those that the data speak against.
 
         From the middle of the grid it is explored towards the most probable points, until all that lie next to one
         that counts are known: the evidence has one summit.
         """
-        axes = (MAIN, RATIO if interaction.any() else RATIO[:1], RESIDUAL)
-        unweighed = cls(matrix, target, error, interaction, [], np.zeros(0))
+        ratio = RATIO if (kind == INTERACTION).any() else RATIO[:1]
+        rough = ROUGH if (kind == WALK).any() else ROUGH[:1]
+        axes = (MAIN, ratio, rough, RESIDUAL)
+        unweighed = cls(matrix, target, error, kind, [], np.zeros(0))
         evidence: dict[tuple[int, ...], float] = {}
         ahead = {tuple(len(axis) // 2 for axis in axes)}
         while ahead:
@@ -163,10 +175,10 @@ class ShrinkagePosterior:
         share = np.exp([evidence[place] for place in places] - logsumexp(list(evidence.values())))
         kept = share > NEGLIGIBLE
         scales = [_point(axes, place) for place, keep in zip(places, kept, strict=True) if keep]
-        return cls(matrix, target, error, interaction, scales, share[kept] / share[kept].sum())
+        return cls(matrix, target, error, kind, scales, share[kept] / share[kept].sum())
 
     def _at(self, scales: Scales) -> LinearPosterior:
-        sd = np.where(self._interaction, scales.main * scales.ratio, scales.main)
+        sd = scales.main * scales.relative[self._kind]
         prior = np.concatenate([[INTERCEPT_VARIANCE], sd**2])
         noise = self._error + scales.residual
         posterior = LinearPosterior(self._matrix, self._target, noise, prior, self._gram(scales))
@@ -179,8 +191,9 @@ class ShrinkagePosterior:
         """The products of `LinearPosterior`, of which points of the grid share the dear part."""
         rows, columns = self._matrix.shape
         if columns > rows:
-            main, interactions = self._kernels
-            return INTERCEPT_VARIANCE + scales.main**2 * (main + scales.ratio**2 * interactions)
+            return INTERCEPT_VARIANCE + scales.main**2 * sum(
+                share**2 * kernel for share, kernel in zip(scales.relative, self._kernels, strict=True)
+            )
         if np.ptp(self._error) == 0:
             return self._square / (self._error[0] + scales.residual)
         if scales.residual not in self._grams:
@@ -193,10 +206,9 @@ class ShrinkagePosterior:
         return self._matrix.T @ self._matrix
 
     @cached_property
-    def _kernels(self) -> tuple[Array, Array]:
-        features = self._matrix[:, 1:]
-        main, interactions = features[:, ~self._interaction], features[:, self._interaction]
-        return main @ main.T, interactions @ interactions.T
+    def _kernels(self) -> list[Array]:
+        parts = (self._matrix[:, 1:][:, self._kind == kind] for kind in (MAIN_EFFECT, INTERACTION, WALK))
+        return [part @ part.T for part in parts]
 
     def draw(self, generator: np.random.Generator, count: int = 1) -> Array:
         """Draws of the features' weights, one per column; each has its own scales."""
@@ -215,7 +227,7 @@ class ShrinkagePosterior:
             self._matrix[:, 1:],
             self._target,
             self._error,
-            self._interaction,
+            self._kind,
             self.scales,
             self.share,
             (matrix, error),

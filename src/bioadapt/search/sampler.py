@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtri
 
 from .ascent import best_configuration, configuration
 from .features import (
@@ -35,8 +36,9 @@ from .pruner import Curve
 # A trial may state how uncertain its own score is (over its seeds, say) in the user attribute of this name.
 STANDARD_ERROR = "standard_error"
 
-# A diverged run says that it is bad, not how bad: scores are held within this many robust sds on the bad side. The
-# first trials tell how wide scores scatter: those of a search that has converged hardly do.
+# A diverged run says that it is bad, not how bad: scores are held within this many robust sds of the upper quartile on
+# the bad side. How wide scores scatter is judged from the better half, since as many as the other may have diverged,
+# and from the first trials too: those of a search that has converged hardly scatter.
 WORST, FIRST = 5.0, 20
 # Where an ascent to the best configuration of a draw starts: the best of a random pool, some others of it, and the
 # best observed.
@@ -110,16 +112,18 @@ class ThompsonSampler(BaseSampler):
     data leave open varies between draws, so that exploring needs no rule of its own and parallel workers differ.
 
     The function has main effects and pairwise interactions, interactions under heavier shrinkage. By default these are
-    the levels of every categorical parameter, a smooth and kinked curve over every number, and products of pairs; any
-    search space will do. An interaction enters when at least 3 trials have shown it; of more than 500 such, the 500
-    with the most trials. Parameters that only some trials have are modelled where they occur. A parameter whose
-    distribution changes within a study is drawn at random.
+    the levels of every categorical parameter, a curve over every number, and products of pairs; any search space will
+    do. The curve is a parabola plus a random walk of 12 steps: how rough it is, the scores decide, and a cliff, such as
+    the rate from which a training diverges, stays where it is seen and bends nothing else. An interaction enters when
+    at least 3 trials have shown it; of more than 500 such, the 500 with the most trials. Parameters that only some
+    trials have are modelled where they occur. A parameter whose distribution changes within a study is drawn at random.
 
-    Scores: a configuration that occurs in several trials (the same parameters under another seed) tells how noisy
-    one score is, and counts as their mean. A trial can state its own standard error in the user attribute
+    Scores: a configuration that occurs in several trials (the same parameters under another seed) tells how noisy one
+    score is, and counts as their mean. A trial can state its own standard error in the user attribute
     ``standard_error``. A pruned trial counts as the final score that its last report predicts, with the variance of
-    that prediction. Failed trials are ignored. Running trials are taken to score as expected, and what was evaluated
-    or is running is not proposed again as long as anything else is found.
+    that prediction. A score far below the better half is bad, however far. Failed trials are ignored. Running trials
+    are taken to score as expected, and what was evaluated or is running is not proposed again as long as anything else
+    is found.
 
     A feature is dropped when, with probability above ``1 - drop_below``, it does not help even together with its three
     best partners. A share ``exploration`` of the proposals still tries a dropped feature (one of them at random), or,
@@ -283,7 +287,7 @@ class ThompsonSampler(BaseSampler):
         design = self._design(space, [trial.params for trial in observations.trials], possible)
         # All of a trial's parameters make it a repetition of another, those outside of the space included.
         first, scores, errors, noise = _pool_repetitions(design.repetitions, observations.scores, observations.errors)
-        data = design.matrix[first], scores, errors, design.interaction
+        data = design.matrix[first], scores, errors, design.kind
         if judgement is None:
             posterior = ShrinkagePosterior.fit(*data)
         else:
@@ -376,7 +380,7 @@ class ThompsonSampler(BaseSampler):
 
 
 def _rows(contrasts: Sequence[Contrast], fit: _Fit) -> Array:
-    return np.array([contrast.row for contrast in contrasts]).reshape(len(contrasts), len(fit.design.interaction))
+    return np.array([contrast.row for contrast in contrasts]).reshape(len(contrasts), len(fit.design.kind))
 
 
 def _random_configuration(space: Mapping[str, BaseDistribution], generator: np.random.Generator) -> dict[str, Any]:
@@ -450,10 +454,10 @@ def _standardised(scores: Array) -> tuple[Array, float, float]:
     # Held back by a factor, so that no difference overflows.
     scores = np.clip(scores, finite.min(), finite.max()) / 32
     middle = np.median(scores)
-    quartiles = [np.quantile(part, (0.25, 0.75)) for part in (scores, scores[:FIRST])]
-    spread = max(high - low for low, high in quartiles) / 1.35
+    better = [np.quantile(part, (0.5, 0.75)) for part in (scores, scores[:FIRST])]
+    spread, upper = max((high - low, high) for low, high in better)
     if spread > 0:
-        scores = np.maximum(scores, middle - WORST * spread)
+        scores = np.maximum(scores, upper - WORST * spread / ndtri(0.75))
     # And no square.
     largest = np.abs(scores - middle).max()
     if largest == 0:
