@@ -157,3 +157,11 @@ def test_named_features():
     assert ("deep", "wide") not in {contrast.labels for contrast in untested.contrasts()}
     with pytest.raises(ValueError, match="deep"):
         MappedDesign(lambda p: {"deep": float("nan")}, trials)
+
+
+def test_many_numbers_walk_in_fewer_steps():
+    widths = []
+    for count in (1, 20, 30, 200):
+        space = {f"x{i}": FloatDistribution(0.0, 1.0) for i in range(count)}
+        widths.append(SpaceDesign(space, []).matrix.shape[1] // count)
+    assert widths == [14, 14, 10, 6]

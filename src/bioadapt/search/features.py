@@ -27,8 +27,9 @@ FeatureMap = Callable[[Params], Mapping[Feature, float]]
 SUPPORT = 3
 # Of the tested interactions, those that the most trials have shown: this bounds the cost of a proposal.
 INTERACTIONS = 500
-# A walk over a number's range has so many steps, all of the same length.
-STEPS = 12
+# A walk over a number's range has so many steps, all of the same length; fewer, but not below the fewest, where all
+# numbers of a space would together have more than so many: this, too, bounds the cost of a proposal.
+STEPS, FEWEST_STEPS, ALL_STEPS = 12, 4, 240
 T = TypeVar("T")
 
 
@@ -191,8 +192,8 @@ def _categorical(name: str, distribution: CategoricalDistribution) -> _Factor:
     return _Factor(encode, width, 0, width, contrasts, contrasts, True)
 
 
-def _numeric(name: str, distribution: BaseDistribution) -> _Factor:
-    """A line, a parabola and a random walk over the scaled range; the line alone interacts.
+def _numeric(name: str, distribution: BaseDistribution, steps: int) -> _Factor:
+    """A line, a parabola and a random walk of so many steps over the scaled range; the line alone interacts.
 
     A walk is level but for its steps, so that what is seen beyond a cliff does not bend the curve on this side of it;
     a polynomial would. From end to end it varies as much as the line does where their weights have the same variance.
@@ -202,26 +203,26 @@ def _numeric(name: str, distribution: BaseDistribution) -> _Factor:
         return _Factor(lambda codes: np.zeros((len(codes), 0)), 0, 0, 0, {}, {}, False)
 
     def basis(x: Array) -> Array:
-        climbed = np.clip((x[:, None] + 1) * STEPS / 2 - np.arange(STEPS), 0.0, 1.0)
-        return np.column_stack([x, x * x - 1 / 3, (2 * climbed - 1) / math.sqrt(STEPS)])
+        climbed = np.clip((x[:, None] + 1) * steps / 2 - np.arange(steps), 0.0, 1.0)
+        return np.column_stack([x, x * x - 1 / 3, (2 * climbed - 1) / math.sqrt(steps)])
 
     def encode(codes: Array) -> Array:
         there = ~np.isnan(codes)
-        rows = np.zeros((len(codes), 2 + STEPS))
+        rows = np.zeros((len(codes), 2 + steps))
         rows[there] = basis(positions(distribution, codes[there]))
         return rows
 
     low, middle, high = basis(np.array([-1.0, 0.0, 1.0]))
     rise, bend = high - low, middle - (high + low) / 2
     main = {name: rise, f"{name} (middle)": bend}
-    return _Factor(encode, 2 + STEPS, STEPS, 1, main, {name: rise[:1]}, False)
+    return _Factor(encode, 2 + steps, steps, 1, main, {name: rise[:1]}, False)
 
 
-def _factor(name: str, distribution: BaseDistribution) -> _Factor:
+def _factor(name: str, distribution: BaseDistribution, steps: int) -> _Factor:
     if isinstance(distribution, CategoricalDistribution):
         return _categorical(name, distribution)
     if isinstance(distribution, FloatDistribution | IntDistribution):
-        return _numeric(name, distribution)
+        return _numeric(name, distribution, steps)
     raise TypeError(f"parameter {name!r}: no features for a {type(distribution).__name__}")
 
 
@@ -238,7 +239,9 @@ class Coding:
 
     def __init__(self, space: Mapping[str, BaseDistribution]) -> None:
         self.space = dict(space)
-        self.factors = {name: _factor(name, distribution) for name, distribution in space.items()}
+        numbers = sum(not isinstance(distribution, CategoricalDistribution) for distribution in space.values())
+        steps = min(STEPS, max(FEWEST_STEPS, ALL_STEPS // max(numbers, 1)))
+        self.factors = {name: _factor(name, distribution, steps) for name, distribution in space.items()}
         edges = np.cumsum([0, *(factor.width for factor in self.factors.values())]).tolist()
         self.blocks = {name: slice(*ends) for name, ends in zip(space, pairwise(edges), strict=True)}
         self.code = {name: _code(distribution) for name, distribution in space.items()}

@@ -113,10 +113,11 @@ class ThompsonSampler(BaseSampler):
 
     The function has main effects and pairwise interactions, interactions under heavier shrinkage. By default these are
     the levels of every categorical parameter, a curve over every number, and products of pairs; any search space will
-    do. The curve is a parabola plus a random walk of 12 steps: how rough it is, the scores decide, and a cliff, such as
-    the rate from which a training diverges, stays where it is seen and bends nothing else. An interaction enters when
-    at least 3 trials have shown it; of more than 500 such, the 500 with the most trials. Parameters that only some
-    trials have are modelled where they occur. A parameter whose distribution changes within a study is drawn at random.
+    do. The curve is a parabola plus a random walk of up to 12 steps: how rough it is, the scores decide, and a cliff,
+    such as the rate from which a training diverges, stays where it is seen and bends nothing else. An interaction
+    enters when at least 3 trials have shown it; of more than 500 such, the 500 with the most trials. Parameters that
+    only some trials have are modelled where they occur. A parameter whose distribution changes within a study is drawn
+    at random.
 
     Scores: a configuration that occurs in several trials (the same parameters under another seed) tells how noisy one
     score is, and counts as their mean. A trial can state its own standard error in the user attribute
