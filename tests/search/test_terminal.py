@@ -59,6 +59,9 @@ class FakeSearch:
 
 def command(terminal, folder, seconds, *words):
     """`bioadapt search` in a process of its own that has this terminal, if any."""
+    # Whoever runs the tests in the background has them ignore this, and the command would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if terminal is not None:
         os.setsid()
         os.login_tty(os.open(terminal, os.O_RDWR))
