@@ -1,37 +1,19 @@
 """The benchmark of Fly-CL's head: both sides solve one problem, its bars judge the right numbers, and it runs."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+from scripts import loaded, run
 
 pytest.importorskip("sklearn")
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("benchmark_fly_cl", FOLDER / "fly_cl.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with loaded("fly_cl") as module:
         yield module
-
-
-def run(bench, monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["fly_cl.py", *words])
-    threads = torch.get_num_threads()
-    try:
-        return bench.main()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def rows_that_pass(bench):

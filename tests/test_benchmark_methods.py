@@ -1,38 +1,21 @@
 """The benchmark of the methods: its instruments are exact, its baselines compute what they stand for, and it runs."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bioadapt import list_primitives
 from bioadapt.primitives.base import Primitive
+from scripts import loaded, run
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("benchmark_methods", FOLDER / "methods.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with loaded("methods") as module:
         yield module
-
-
-def run(bench, monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["methods.py", *words])
-    threads = torch.get_num_threads()
-    try:
-        return bench.main()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def llama(bench, dtype=torch.float32):

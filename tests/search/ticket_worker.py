@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
 
 from bioadapt.search import ThompsonSampler
-from bioadapt.search.storage import open_storage, recover, ticket
+from bioadapt.search.storage import open_storage, recover, settled, ticket
 
 FOREVER = 600
 LEVELS = {"a": 5, "b": 5, "c": 5}
@@ -46,6 +45,6 @@ def work(url, name, log, *, hang=False, elsewhere=False, heartbeat=1, grace=2):
                 study.tell(trial, value_of(params))
                 Path(log, f"{trial.number}.{trial.user_attrs['worker']['pid']}").touch()
                 continue
-        if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if settled(study):
             break
         time.sleep(0.05)

@@ -23,7 +23,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
 
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
-    if decay.numel() > 1 or drive.shape[1] > CHUNK or decay.is_complex():
+    if decay.numel() > 1 or drive.shape[1] > CHUNK or drive.is_complex():
         return _scan(decay, drive, initial, backwards)
     if initial is not None:
         drive = drive.clone()

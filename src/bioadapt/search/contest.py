@@ -73,7 +73,6 @@ class Search:
             require(module)
         self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
         self.output = Path(settings.output)
-        self._prefix = str(self.output / "prefix")
         self._bench = Bench(
             settings.model,
             without_test(self.task),
@@ -82,7 +81,7 @@ class Search:
             settings.rungs,
             settings.device,
             settings.max_step_time,
-            self._prefix,
+            str(self.output / "prefix"),
         )
         encoder = load_encoder(settings.model, settings.device)
         plain = transformer_of(encoder)
@@ -141,7 +140,7 @@ class Search:
         lora = self._lora(study, start)
         self._search(study, lora)
         self._confirm(study, lora)
-        shutil.rmtree(self._prefix, ignore_errors=True)
+        shutil.rmtree(self.output / "prefix", ignore_errors=True)
         final = self._final(study, lora)
         report = write_report(self.name, self.storage, self.output / "report.html")
         self._say(final["verdict"])
