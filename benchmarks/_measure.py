@@ -6,6 +6,7 @@ import copy
 import csv
 import gc
 import platform
+import random
 import re
 import statistics
 import sys
@@ -169,24 +170,55 @@ def _when_done() -> float:
     return time.perf_counter()
 
 
-def timings(
-    steps: Mapping[str, Step], rounds: int, warmup: int, clock: Callable[[], float]
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of forward and of forward plus backward, per name and round; every round visits all steps."""
-    names = list(steps)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+REFERENCE_EVERY = 4  # turns of others between two of the reference
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """To the reference's times: medians over rounds, and for forward plus backward (`step_ratio`) also quartiles."""
+
+    forward_ratio: float
+    step_ratio: float
+    step_ratio_low: float
+    step_ratio_high: float
+
+
+def relative_times(
+    steps: Mapping[str, Step], reference: str, rounds: int, warmup: int, clock: Callable[[], float]
+) -> dict[str, Ratios]:
+    """What every step takes next to the reference.
+
+    A round visits all steps in an order of its own and the reference after every few of them; what all are divided by
+    is the median of its turns in the same round. So a machine that slows down slows both, and no single turn of the
+    reference, lucky or disturbed, moves everybody's ratio.
+    """
+    others = [name for name in steps if name != reference]
+    rounds_of: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     gc.collect()
     gc.disable()
     try:
         for turn in range(-warmup, rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always first
-                spent = _timed(steps[name], clock)
-                if turn >= 0:
-                    seconds[name].append(spent)
+            random.Random(turn).shuffle(others)
+            spent, references = {}, []
+            for place, name in enumerate(others):
+                if place % REFERENCE_EVERY == 0:
+                    references.append(_timed(steps[reference], clock))
+                spent[name] = _timed(steps[name], clock)
+            references.append(_timed(steps[reference], clock))
+            spent[reference] = forward, both = tuple(map(statistics.median, zip(*references, strict=True)))
+            if turn >= 0:
+                for name, own in spent.items():
+                    rounds_of[name].append((own[0] / forward, own[1] / both))
             _progress(turn + warmup + 1, rounds + warmup)
     finally:
         gc.enable()
-    return seconds
+    return {name: _middle(turns) for name, turns in rounds_of.items()}
+
+
+def _middle(turns: list[tuple[float, float]]) -> Ratios:
+    forwards, both = zip(*turns, strict=True)
+    low, middle, high = statistics.quantiles(both, n=4, method="inclusive") if len(both) > 1 else 3 * both
+    return Ratios(statistics.median(forwards), middle, low, high)
 
 
 def _timed(step: Step, clock: Callable[[], float]) -> tuple[float, float]:
@@ -202,21 +234,6 @@ def _timed(step: Step, clock: Callable[[], float]) -> tuple[float, float]:
 def _progress(done: int, of: int) -> None:
     if sys.stderr.isatty():
         print(f"\rround {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
-
-
-def fastest(rounds: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of forward, and of forward plus backward."""
-    forwards, both = zip(*rounds, strict=True)
-    return min(forwards), min(both)
-
-
-def step_spread(own: list[tuple[float, float]], reference: list[tuple[float, float]]) -> tuple[float, float]:
-    """Lower and upper quartile over rounds of the ratio of forward plus backward within a round."""
-    ratios = [mine / theirs for (_, mine), (_, theirs) in zip(own, reference, strict=True)]
-    if len(ratios) < 2:
-        return ratios[0], ratios[0]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, high
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,15 +28,13 @@ from _measure import (
     Allocations,
     Step,
     clock_of,
-    fastest,
     file_bytes,
     flops,
     machine_name,
+    relative_times,
     render,
     saved_bytes,
     sharing_copy,
-    step_spread,
-    timings,
     write_csv,
 )
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
@@ -422,7 +420,8 @@ def measure(
             steps[method.name] = step
     _put_counts_in_relation(rows)
     if steps:
-        _put_times(rows, timings(steps, rounds, warmup, clock_of(device)))
+        for name, ratios in relative_times(steps, REFERENCE, rounds, warmup, clock_of(device)).items():
+            rows[name] = replace(rows[name], **asdict(ratios))
     return sorted(rows.values(), key=lambda row: (row.step_ratio is None, row.step_ratio or row.peak_mib))
 
 
@@ -440,14 +439,6 @@ def _put_counts_in_relation(rows: dict[str, Row]) -> None:
     for row in rows.values():
         row.flops_ratio /= work
         row.extra_mib -= peak
-
-
-def _put_times(rows: dict[str, Row], spent: dict[str, list[tuple[float, float]]]) -> None:
-    forward, step = fastest(spent[REFERENCE])
-    for name, turns in spent.items():
-        own_forward, own_step = fastest(turns)
-        rows[name].forward_ratio, rows[name].step_ratio = own_forward / forward, own_step / step
-        rows[name].step_ratio_low, rows[name].step_ratio_high = step_spread(turns, spent[REFERENCE])
 
 
 def rounded(row: Row) -> Row:
