@@ -260,7 +260,9 @@ def test_the_best_with_different_configurations_are_confirmed_on_fresh_seeds_and
 
     with pytest.raises(KeyboardInterrupt):
         finale.confirm(study, best, (1, 2), train)
-    found = finale.confirm(study, best, (1, 2), train)
+    followed = []
+    found = finale.confirm(study, best, (1, 2), train, lambda left: followed.extend(left) or left)
+    assert len(followed) == 2  # what is left
     assert found == [
         {"number": 1, "scores": [13.0, 14.0], "mean": 13.5},
         {"number": 4, "scores": [11.0, 12.0], "mean": 11.5},
@@ -287,7 +289,9 @@ def test_every_contender_is_tested_once_on_each_seed_also_across_interruptions(t
     names = finale.contenders({"rank": 8}, None)
     with pytest.raises(KeyboardInterrupt):
         finale.open_test(names, (7, 8), tmp_path, train)
-    found = finale.open_test(names, (7, 8), tmp_path, train)
+    followed = []
+    found = finale.open_test(names, (7, 8), tmp_path, train, lambda left: followed.extend(left) or left)
+    assert len(followed) == 4
     assert [(r["name"], r["seed"]) for r in found] == [
         (finale.BASE, 7), *((name, seed) for seed in (7, 8) for name in names if name != finale.BASE)
     ]  # fmt: skip

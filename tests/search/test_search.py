@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 
 import pytest
 
@@ -26,7 +27,7 @@ from bioadapt.search import finale
 from bioadapt.search.contest import Search
 from bioadapt.search.objective import Bench, TooSlow, without_test
 from bioadapt.search.settings import SearchSettings
-from bioadapt.search.storage import open_storage
+from bioadapt.search.storage import open_storage, this_worker
 
 NOUNS = ("a dog", "the cat", "one bird", "my horse", "a fish", "the fox")
 VERBS = ("runs", "sleeps", "eats", "sings")
@@ -66,26 +67,39 @@ def command(data, *more):
     return CliRunner().invoke(app, ["search", *options, *fixed, *more])
 
 
+def stored(folder):
+    storage = open_storage(str(folder / "search_output" / "study.journal"))
+    return optuna.load_study(study_name="tiny all-MiniLM-L6-v2", storage=storage)
+
+
 def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Ended in the middle, as by Ctrl-C: the phases before are not repeated.
     with monkeypatch.context() as ended:
         ended.setattr(finale, "RESAMPLES", 50)
-        ended.setattr("bioadapt.search.contest.confirm", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        ended.setattr("bioadapt.search.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
     assert "(about " in stopped.stdout and "searching bio adapters: 2/2" in stopped.stdout
     refused = command(data, "--epochs", "2")
     assert refused.exit_code == 2 and "was begun with epochs=1.0, not 2.0" in refused.stderr
 
+    study = stored(tmp_path)
+    assert study.user_attrs["leader"] is None
+    somebody = {**this_worker(), "pid": os.getppid()}
+    study.set_user_attr("leader", somebody)
+    second = command(data)
+    assert second.exit_code == 2 and f"is being run by process {os.getppid()} of this machine" in second.stderr
+    study.set_user_attr("leader", {**somebody, "started": 0.0})  # its number has gone to another one
+
     done = command(data)
     assert done.exit_code == 0, done.output
+    assert "confirming" in done.stdout and "testing" in done.stdout
     assert "tuning" not in done.stdout.replace("tuning the LoRA: 2/2", "")
     output = tmp_path / "search_output"
     assert "</html>" in (output / "report.html").read_text(encoding="utf-8")
     assert not (output / "prefix").exists()
-    name = "tiny all-MiniLM-L6-v2"
-    study = optuna.load_study(study_name=name, storage=open_storage(str(output / "study.journal")))
+    study = stored(tmp_path)
     trials = study.trials
     assert len(trials) == 2 and all(trial.state != TrialState.FAIL for trial in trials)
     assert all(trial.user_attrs["parameters"] <= 227_132 for trial in trials)
@@ -117,7 +131,7 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     assert (
         elsewhere.exit_code == 2 and "is not in the storage: did you mean 'tiny all-MiniLM-L6-v2'" in elsewhere.stderr
     )
-    again = CliRunner().invoke(app, ["report", name, "--output", "again.html"])
+    again = CliRunner().invoke(app, ["report", study.study_name, "--output", "again.html"])
     assert again.exit_code == 0 and (tmp_path / "again.html").is_file()
     unknown = CliRunner().invoke(app, ["report", "tny"])
     assert unknown.exit_code == 2 and "tny" in unknown.stderr

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ import torch
 from optuna.study import Study
 from optuna.trial import TrialState
 from rich.console import Console
+from rich.progress import Progress
 
 from .._extras import require
 from .._words import suggest
@@ -44,7 +48,7 @@ from .report import write_report
 from .runner import Job, prepare, run_study, tickets
 from .settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from .space import Configuration, SearchSpace
-from .storage import open_storage
+from .storage import open_storage, runs_here, this_worker
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -132,9 +136,14 @@ class Search:
 
         Raises:
             KeyboardInterrupt: Ctrl-C. The same call goes on.
-            RuntimeError: all workers have died, no trial has succeeded, or the study was made with other settings.
+            ValueError: the study was made with other settings, or another process of this machine is running it.
+            RuntimeError: all workers have died, or no trial has succeeded.
         """
         study = self._begin()
+        with self._leading(study):
+            return self._lead(study)
+
+    def _lead(self, study: Study) -> dict[str, Any]:
         self._announce()
         start = self._start(study)
         lora = self._lora(study, start)
@@ -177,6 +186,24 @@ class Search:
                     "or give another name with --study"
                 )
         return study
+
+    @contextmanager
+    def _leading(self, study: Study) -> Iterator[None]:
+        """Two processes that run the same search would tune, confirm and test twice, and write the same files.
+
+        Of a process on another machine nobody can tell whether it is still there.
+        """
+        leader = study.user_attrs.get("leader")
+        if leader is not None and leader["pid"] != os.getpid() and runs_here(leader):
+            raise ValueError(
+                f"study {self.name!r} is being run by process {leader['pid']} of this machine: "
+                "--join takes trials of it, --study begins another one"
+            )
+        study.set_user_attr("leader", this_worker())
+        try:
+            yield
+        finally:
+            study.set_user_attr("leader", None)
 
     def _fixed(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
@@ -253,8 +280,12 @@ class Search:
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
         self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
-        with Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child:
-            found = confirm(study, best_trials(study, settings.confirm), seeds, child.call)
+        with (
+            Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
+            self._bar() as bar,
+        ):
+            follow = partial(bar.track, description="confirming")
+            found = confirm(study, best_trials(study, settings.confirm), seeds, child.call, follow)
         study.set_user_attr("confirmation", found)
 
     def _final(self, study: Study, lora: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -268,8 +299,9 @@ class Search:
         folder = self._tested(number)
         final = Final(self.space, replace(self._bench, task=self.task, prefix=None), winner, params, given, str(folder))
         self._say(f"Testing the winner and its rivals on {len(self._test_seeds)} seeds each.")
-        with Child(final) as child:
-            results = open_test(contenders(params, given), self._test_seeds, folder, child.call)
+        with Child(final) as child, self._bar() as bar:
+            follow = partial(bar.track, description="testing")
+            results = open_test(contenders(params, given), self._test_seeds, folder, child.call, follow)
         record = summary(results, self.task.metrics[0])
         record |= {
             "winner": {"number": number, "configs": trial.user_attrs["configs"], "learning_rate": winner.learning_rate},
@@ -296,6 +328,10 @@ class Search:
 
     def _job(self, name: str, objective: Any) -> Job:
         return Job(self.storage, name, objective, self.settings.seed, self.settings.timeout)
+
+    def _bar(self) -> Progress:
+        """How many are done and how long the rest will take; a training may last longer than Rich looks back."""
+        return Progress(console=self.console, disable=self.console.quiet, speed_estimate_period=math.inf)
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,25 @@ def confirm(
     best: Sequence[FrozenTrial],
     seeds: Sequence[int],
     train: Callable[[tuple[dict[str, Any], int]], float],
+    follow: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
     """Validation scores of the best trials on fresh seeds; each is kept in the study as soon as it is known.
+
+    Args:
+        study: where the scores are kept.
+        best: what is trained.
+        seeds: on each of these.
+        train: scores (configuration as a record, seed).
+        follow: goes through what is left to train, and may show how far it is.
 
     Returns:
         ``number``, ``scores`` and ``mean`` of each, the best mean first.
     """
     known: dict[str, float] = dict(study.user_attrs.get("confirmation_scores", {}))
-    for trial in best:
-        for seed in seeds:
-            key = f"{trial.number}/{seed}"
-            if key not in known:
-                known[key] = train((trial.user_attrs["configuration"], seed))
-                study.set_user_attr("confirmation_scores", known)
+    pairs = [(trial, seed, f"{trial.number}/{seed}") for trial in best for seed in seeds]
+    for trial, seed, key in follow([pair for pair in pairs if pair[-1] not in known]):
+        known[key] = train((trial.user_attrs["configuration"], seed))
+        study.set_user_attr("confirmation_scores", known)
     found = []
     for trial in best:
         scores = [known[f"{trial.number}/{seed}"] for seed in seeds]
@@ -161,22 +167,30 @@ def confirm(
 
 
 def open_test(
-    names: Sequence[str], seeds: Sequence[int], folder: str | Path, train: Callable[[tuple[str, int]], dict[str, Any]]
+    names: Sequence[str],
+    seeds: Sequence[int],
+    folder: str | Path,
+    train: Callable[[tuple[str, int]], dict[str, Any]],
+    follow: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
-    """Results of every contender on every seed. What has been tested is in a file, and is not tested again."""
-    found = []
-    for seed in seeds:
-        for name in names:
-            if name == BASE and seed != seeds[0]:
-                continue
-            file = _file(folder, name, seed)
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = file.with_suffix(".part")
-                unfinished.write_text(json.dumps(train((name, seed))) + "\n", encoding="utf-8")
-                unfinished.replace(file)
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-    return found
+    """Results of every contender on every seed. What has been tested is in a file, and is not tested again.
+
+    Args:
+        names: of the contenders, in the order of training.
+        seeds: for training; the model as it comes is tested with the first alone.
+        folder: where the files are.
+        train: the result of (contender, seed).
+        follow: goes through what is left to test, and may show how far it is.
+    """
+    files = {
+        (name, seed): _file(folder, name, seed) for seed in seeds for name in names if name != BASE or seed == seeds[0]
+    }
+    for run in follow([run for run, file in files.items() if not file.is_file()]):
+        files[run].parent.mkdir(parents=True, exist_ok=True)
+        unfinished = files[run].with_suffix(".part")
+        unfinished.write_text(json.dumps(train(run)) + "\n", encoding="utf-8")
+        unfinished.replace(files[run])
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files.values()]
 
 
 def _file(folder: str | Path, name: str, seed: int) -> Path:

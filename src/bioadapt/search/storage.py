@@ -26,7 +26,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -102,6 +102,19 @@ def open_storage(url: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE, cr
 def this_worker() -> dict[str, Any]:
     """What a trial records of the process that runs it: ``host``, ``pid``, and since when it has been running."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def runs_here(worker: Mapping[str, Any]) -> bool:
+    """Whether this machine runs the process that `this_worker` has described."""
+    if worker["host"] != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(worker["pid"])
+        # A process that began later has got the number of one that is gone. Clocks are set, hence the tolerance.
+        reused = process.create_time() > worker["started"] + 10
+        return not reused and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -191,13 +204,7 @@ def _is_dead(trial: FrozenTrial, lost: Collection[str]) -> bool:
         return trial.datetime_start is not None and datetime.now() - trial.datetime_start > MOMENT
     if worker["host"] != socket.gethostname():
         return worker["host"] in lost
-    try:
-        process = psutil.Process(worker["pid"])
-        # A process that began later has got the number of one that is gone. Clocks are set, hence the tolerance.
-        reused = process.create_time() > worker["started"] + 10
-        return reused or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return not runs_here(worker)
 
 
 def _give_up(study: Study, trial: FrozenTrial, reason: str) -> bool:
