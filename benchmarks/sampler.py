@@ -12,9 +12,10 @@ included: random search shows what that takes. `peak_mib` is the most that is al
 was there before.
 
 Subjects: `pairs`, 17 binary parameters (153 features: each, and all pairs); `wide`, 150 binary parameters (650: each,
-and 500 pairs); `named`, the same with 150 features that the user names; `stacks`, 6 slots of 66 primitives, 27 places
-and 3 strengths with named features of primitives, places, strengths, pairs and order. The Gaussian process is measured
-on `pairs` alone, with three proposals.
+and 500 pairs); `named`, the same with 150 features that the user names; `numbers`, 17 numbers between 0 and 1 (374:
+line, bend and 12 steps of each, and all pairs); `many numbers`, 150 of them (1,400: with fewer steps, and 500 pairs);
+`stacks`, 6 slots of 66 primitives, 27 places and 3 strengths with named features of primitives, places, strengths,
+pairs and order. The Gaussian process is measured on `pairs` alone, with three proposals.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 import optuna
 import torch
 from _measure import RESULTS, machine_name, render, write_csv
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 import bioadapt
@@ -42,6 +43,7 @@ from bioadapt.search import FeatureMap, ThompsonSampler
 Params = Mapping[str, Any]
 # Of a proposal on `pairs` and on `named` with 1,000 finished trials, in the mean.
 BAR_MS, BARRED = 50.0, ("pairs", "named")
+_BINS = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Row:
 
 
 def subjects() -> dict[str, Subject]:
-    binary = CategoricalDistribution([0, 1])
+    binary, number = CategoricalDistribution([0, 1]), FloatDistribution(0.0, 1.0)
     wide: dict[str, BaseDistribution] = {f"x{i}": binary for i in range(150)}
     stacks: dict[str, BaseDistribution] = {}
     for slot in range(6):
@@ -79,6 +81,8 @@ def subjects() -> dict[str, Subject]:
         "pairs": Subject({f"x{i}": binary for i in range(17)}),
         "wide": Subject(wide),
         "named": Subject(wide, lambda params: {name: 1.0 for name, value in params.items() if value}),
+        "numbers": Subject({f"x{i}": number for i in range(17)}),
+        "many numbers": Subject({f"x{i}": number for i in range(150)}),
         "stacks": Subject(stacks, stack),
     }
 
@@ -102,16 +106,26 @@ def stack(params: Params) -> dict[str | tuple[str, ...], float]:
 def study_of(subject: Subject, count: int, sampler: BaseSampler) -> optuna.Study:
     """So many finished trials; scores depend on a third of the parameters' values."""
     generator = np.random.default_rng(count)
-    worth = {name: generator.normal(size=len(d.choices)) for name, d in list(subject.space.items())[::3]}
+    worth = {name: generator.normal(size=_kinds(d)) for name, d in list(subject.space.items())[::3]}
     trials = []
     for _ in range(count):
-        drawn = {name: int(generator.integers(len(d.choices))) for name, d in subject.space.items()}
+        drawn = {name: int(generator.integers(_kinds(d))) for name, d in subject.space.items()}
         score = sum(worth[name][drawn[name]] for name in worth) + generator.normal()
-        params = {name: d.choices[drawn[name]] for name, d in subject.space.items()}
+        params = {
+            name: d.choices[drawn[name]]
+            if isinstance(d, CategoricalDistribution)
+            else (drawn[name] + generator.random()) / _BINS
+            for name, d in subject.space.items()
+        }
         trials.append(optuna.create_trial(params=params, distributions=subject.space, value=float(score)))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.add_trials(trials)
     return study
+
+
+def _kinds(distribution: BaseDistribution) -> int:
+    """Of values that are worth the same: a number's range is parted into some."""
+    return len(distribution.choices) if isinstance(distribution, CategoricalDistribution) else _BINS
 
 
 def proposed(study: optuna.Study, subject: Subject, generator: np.random.Generator) -> float:

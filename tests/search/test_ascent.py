@@ -13,8 +13,10 @@ pytest.importorskip("scipy")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from bioadapt.search.ascent import ascent, best_configuration, configuration
-from bioadapt.search.features import MappedDesign, SpaceDesign, random_value
+from bioadapt.search.mapped_design import MappedDesign
 from bioadapt.search.posterior import MAIN_EFFECT
+from bioadapt.search.ranges import random_value
+from bioadapt.search.space_design import SpaceDesign
 
 SPACE = {
     "kind": CategoricalDistribution("abc"),

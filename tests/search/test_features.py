@@ -10,8 +10,11 @@ pytest.importorskip("scipy")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bioadapt.search.features import MappedDesign, Memo, SpaceDesign, alternatives, at, position, random_value
+from bioadapt.search.features import Memo
+from bioadapt.search.mapped_design import MappedDesign
 from bioadapt.search.posterior import MAIN_EFFECT, WALK
+from bioadapt.search.ranges import alternatives, at, position, random_value
+from bioadapt.search.space_design import SpaceDesign
 
 NUMBERS = [
     FloatDistribution(-1e308, 1e308),

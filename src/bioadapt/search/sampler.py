@@ -17,21 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtri
 
 from .ascent import best_configuration, configuration
-from .features import (
-    Coding,
-    Contrast,
-    Design,
-    FeatureMap,
-    MappedDesign,
-    Memo,
-    Reading,
-    SpaceDesign,
-    alternatives,
-    random_value,
-    reader,
-)
+from .features import Contrast, FeatureMap, Memo
+from .mapped_design import MappedDesign, Reading, reader
 from .posterior import Array, Scales, ShrinkagePosterior
 from .pruner import Curve
+from .ranges import alternatives, random_value
+from .space_design import Coding, SpaceDesign
 
 # A trial may state how uncertain its own score is (over its seeds, say) in the user attribute of this name.
 STANDARD_ERROR = "standard_error"
@@ -90,7 +81,7 @@ class _Observations:
 class _Fit:
     """The model of a study: its features, its posterior, and what a further score's own error is taken to be."""
 
-    design: Design
+    design: SpaceDesign | MappedDesign
     posterior: ShrinkagePosterior
     observations: _Observations
     noise: float
@@ -300,7 +291,7 @@ class ThompsonSampler(BaseSampler):
         space: Mapping[str, BaseDistribution],
         observed: Sequence[Mapping[str, Any]],
         possible: Sequence[Mapping[str, Any]],
-    ) -> Design:
+    ) -> SpaceDesign | MappedDesign:
         if self._features is not None:
             return MappedDesign(self._features, observed, possible, self._read_features)
         coding = self._coding
