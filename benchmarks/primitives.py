@@ -135,6 +135,11 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).last_hidden_state.square().mean()
 
 
+def optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as transformers' Trainer has it; at a rate of 0 it has all its work, and parameters stay."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +147,9 @@ def measure(chosen: list[Method], inputs: dict[str, Tensor], rounds: int, warmup
     """One row per method, the dearest last. The reference has to be among them."""
     base = encoder()
     models = {method.name: adapted(base, method) for method in chosen}
-    steps = {name: Step(model, partial(forward, model, inputs)) for name, model in models.items()}
+    steps = {
+        name: Step(model, partial(forward, model, inputs), optimiser=optimiser(model)) for name, model in models.items()
+    }
     work = {name: flops(step) for name, step in steps.items()}
     held = {name: saved_bytes(step, models[name].parameters()) for name, step in steps.items()}
     times = relative_times(steps, REFERENCE, rounds, warmup, clock_of("cpu"))
@@ -195,8 +202,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="measure this and the reference; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="A+B", help="also measure these together")
     parser.add_argument("--quick", action="store_true", help="3 rounds, 1 to warm up")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--padded", action="store_true", help="sequences of 16 to 64 tokens under an attention mask")
     parser.add_argument("--machine", default=None, help="name of the CSV (default: processor, cores, torch version)")

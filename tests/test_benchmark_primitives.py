@@ -1,7 +1,7 @@
 """The benchmark of the primitives: times are taken in relation, the reference's counts are known, and it runs."""
 
 import itertools
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_times_are_in_relation_to_the_references(bench):
 
 
 def test_a_lucky_turn_of_the_reference_moves_nothing(bench):
-    lucky = [1.0] * 29 + [0.1]  # whoever has the turn
+    lucky = [1.0] * 28 + [0.1]  # whoever has the turn
     machine = Machine(bench, lucky)
     names = [f"method {i}" for i in range(12)]
     steps = {name: machine.step(name, 1, 1) for name in ("lora_r8", *names)}
@@ -59,11 +59,30 @@ def test_every_round_visits_all_and_the_reference_again_and_again(bench):
     machine = Machine(bench)
     names = [f"method {i}" for i in range(9)]
     machine.ratios({name: machine.step(name, 1, 1) for name in ("lora_r8", *names)}, rounds=2, warmup=1)
-    turns = len(machine.order) // 3
-    rounds = [machine.order[i : i + turns] for i in range(0, 3 * turns, turns)]
-    assert all(sorted(order) == sorted([*names, *["lora_r8"] * 4]) for order in rounds)
-    assert all(order[0] == order[5] == order[10] == order[-1] == "lora_r8" for order in rounds)
+    assert machine.order[::2] == machine.order[1::2]  # once to warm up, once for the time
+    order = machine.order[::2]
+    rounds = [order[i : i + 12] for i in range(0, 36, 12)]
+    assert all(sorted(order) == sorted([*names, *["lora_r8"] * 3]) for order in rounds)
+    assert all(order[0] == order[9] == order[11] == "lora_r8" for order in rounds)
     assert len(set(map(tuple, rounds))) == 3  # neighbours change
+
+
+def test_the_first_step_of_a_turn_is_not_timed(bench):
+    machine = Machine(bench, [7.0, 1.0, 3.0, 1.0])
+    steps = {"lora_r8": machine.step("lora_r8", 1, 1), "other": machine.step("other", 1, 1)}
+    assert machine.ratios(steps, rounds=3)["other"] == (1, 1, 1, 1)
+
+
+def test_the_optimisers_part_is_timed(bench):
+    machine = Machine(bench)
+
+    class Optimiser:
+        def step(self):
+            machine.now += 2
+
+    steps = {"lora_r8": machine.step("lora_r8", 1, 1), "other": machine.step("other", 1, 1)}
+    steps["other"] = replace(steps["other"], optimiser=Optimiser())
+    assert machine.ratios(steps, rounds=1)["other"] == (1, 2, 2, 2)
 
 
 def test_one_round_is_its_own_median(bench):

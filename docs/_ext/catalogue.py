@@ -33,7 +33,7 @@ STAGE_WORDS = {
     "plasticity": "Plasticity and neuromodulation: signals for all, and laws of slow change.",
 }
 COSTS = {
-    "step_ratio": "time of forward and backward",
+    "step_ratio": "time of a training step",
     "flops_ratio": "floating-point operations",
     "saved_ratio": "bytes kept for backward",
 }

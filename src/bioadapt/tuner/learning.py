@@ -28,8 +28,11 @@ def follow(scope: Scope) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    learning = [scope for scope in list(_live) if any(p.learns for layer in scope.layers for p in layer.primitives())]
+    if not learning:
+        return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for scope in list(_live):
+    for scope in learning:
         if any(id(parameter) in trained for layer in scope.layers for parameter in layer.circuits.parameters()):
             commit(scope.layers)
 
