@@ -1,4 +1,4 @@
-"""The benchmark of the sampler: its subjects have as many features as it says, it runs, and it tells what is slow."""
+"""The benchmark of the sampler: its subjects have as many features as it says, it runs, and it counts what is kept."""
 
 import pytest
 
