@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -53,8 +54,12 @@ class BioConfig(PeftConfig):
     Args:
         primitives: ordered list of registry names or ``{"name": ..., **settings}``. After construction every entry is
             a dict with all settings, so a saved file does not change its meaning with a later version's defaults.
-        target_modules: names (suffixes), a regular expression, ``"all-linear"``, or None for the projections that write
-            into the residual stream of a known model type.
+        target_modules: names (suffixes), a regular expression, ``"all-linear"``, or None for the sites that suit the
+            primitives on a known model type: for gains alone the keys, the values and the hidden units of the
+            feed-forward block, otherwise the projections that write into the residual stream.
+        feedforward_modules: names or a regular expression, as in PEFT's `IA3Config`: at those of the target modules the
+            primitives run on the module's input instead of its output. For the last projection of a feed-forward block
+            that is the population of hidden units, after their activation.
         exclude_modules: names or a regular expression of modules to leave alone.
         layers_to_transform: index or indices of the layers to adapt; all if None. Needs ``target_modules`` as a list.
         layers_pattern: name of the module list that the indices count in, such as ``"layers"``.
@@ -80,6 +85,9 @@ class BioConfig(PeftConfig):
         default_factory=list, metadata={"help": "Names of primitives, or dicts of name and settings, in order."}
     )
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
+    feedforward_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Those of the adapted modules whose input is adapted, not their output."}
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "The modules to leave alone."}
     )
@@ -98,9 +106,13 @@ class BioConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("BIO")
-        self.primitives = normalise_primitives(self.primitives)
+        from_earlier = self.bioadapt_version is not None  # a file: what it does not say was not yet there
+        scaled_by_rank = self.rank is not None
+        self.primitives = normalise_primitives(self.primitives, to_scale=not (from_earlier or scaled_by_rank))
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.feedforward_modules, (list, tuple)):
+            self.feedforward_modules = set(self.feedforward_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         self._check()
@@ -117,6 +129,7 @@ class BioConfig(PeftConfig):
                         f"rank={self.rank}: {entry['name']!r} acts on the layer's weight and has a size of its own; "
                         "use rank=None with it"
                     )
+        self._check_feedforward_modules()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
@@ -124,6 +137,25 @@ class BioConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+
+    def _check_feedforward_modules(self) -> None:
+        given, targets = self.feedforward_modules, self.target_modules
+        if given is None:
+            return
+        if targets is None:
+            raise ValueError(f"feedforward_modules={given!r} needs target_modules, of which they are a part")
+        if isinstance(given, set) and isinstance(targets, set) and not given <= targets:
+            raise ValueError(
+                f"feedforward_modules={sorted(given)!r}: {', '.join(map(repr, sorted(given - targets)))} is not in "
+                f"target_modules={sorted(targets)!r}; list every module there, and here those whose input is adapted"
+            )
+
+    def adapts_input_of(self, path: str) -> bool:
+        """Whether the primitives run on the input of the target module at ``path``."""
+        given = self.feedforward_modules or ()
+        if isinstance(given, str):
+            return re.fullmatch(given, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in given)
 
     def seed_of(self, path: str) -> int:
         """The seed of a layer's frozen random matrices: another one for every layer, the same on every machine."""
@@ -168,8 +200,13 @@ class BioConfig(PeftConfig):
         return config
 
 
-def normalise_primitives(primitives: Any) -> list[dict[str, Any]]:
+def normalise_primitives(primitives: Any, to_scale: bool = True) -> list[dict[str, Any]]:
     """Canonical names and complete, checked settings, in the order given.
+
+    Args:
+        primitives: names, or dicts of a name and settings.
+        to_scale: whether ``zero_scale``, where it is not given, is what a new primitive learns with at a LoRA's rate;
+            otherwise it is 1.
 
     Raises:
         ValueError: not a list, an unknown name or setting, a value out of range, or a primitive listed twice.
@@ -187,6 +224,8 @@ def normalise_primitives(primitives: Any) -> list[dict[str, Any]]:
         settings = {key: value for key, value in given.items() if key != "name"}
         try:
             info = primitive_info(given["name"])
+            if to_scale:
+                settings = {"zero_scale": info.fresh_zero_scale} | settings
             settings = info.factory.check_settings(settings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None

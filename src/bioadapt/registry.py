@@ -29,13 +29,14 @@ class PrimitiveInfo:
 
     ``settings`` maps each setting's name to its type, default, range and meaning. ``merge`` is ``"weight"`` (a change
     of the layer's weight), ``"left"`` (a linear map of the layer's output) or None; ``zero_at`` says which factor of
-    the path is zero at birth. ``learns``: buffers follow a local rule. ``needs_input``: it reads the layer's input.
+    the path is zero at birth, and ``fresh_zero_scale`` what it is multiplied by in a new adapter. ``learns``: buffers follow a local rule. ``needs_input``: it reads the layer's input.
     """
 
     name: str
     stage: str
     kind: str
     zero_at: str
+    fresh_zero_scale: float
     merge: str | None
     stochastic: bool
     learns: bool
@@ -51,6 +52,11 @@ class PrimitiveInfo:
     def mergeable(self) -> bool:
         """Whether the adapter can disappear into the layer's weight without changing the function."""
         return self.merge is not None
+
+    @property
+    def gain(self) -> bool:
+        """Whether it multiplies what is there, channel by channel, and adds nothing new."""
+        return self.zero_at in ("gate", "scalar_gate") and self.kind != "weight"
 
     @property
     def stateful(self) -> bool:
@@ -73,6 +79,7 @@ def register_primitive(
     stage: str,
     kind: str,
     zero_at: str,
+    zero_scale: float | None = None,
     merge: str | None = None,
     stochastic: bool = False,
     learns: bool = False,
@@ -90,6 +97,8 @@ def register_primitive(
         kind: ``pointwise``, ``causal``, ``weight`` or ``global``.
         zero_at: the one factor that is zero at birth: ``gate`` (per channel), ``scalar_gate``, ``readout`` (with a
             scalar gate of 1 behind it) or ``update`` (a change of the weight that no gate follows).
+        zero_scale: what a new adapter multiplies that factor by, so that a LoRA's learning rate trains it; None for
+            what suits most primitives with a zero there.
         merge: ``weight``, ``left`` or None.
         stochastic: draws random numbers in training.
         learns: has buffers that follow a local rule.
@@ -112,6 +121,7 @@ def register_primitive(
             "stage": stage,
             "kind": kind,
             "zero_at": zero_at,
+            "fresh_zero_scale": ZEROS[zero_at] if zero_scale is None else zero_scale,
             "merge": merge,
             "stochastic": stochastic,
             "learns": learns,
@@ -123,7 +133,7 @@ def register_primitive(
             warnings.warn(f"primitive {name!r} is registered twice; {cls.__qualname__} replaces the earlier class")
         settings = MappingProxyType(cls.declared_settings())
         for setting_name in settings:
-            if hasattr(Primitive, setting_name):
+            if hasattr(Primitive, setting_name) and setting_name not in Primitive.declared_settings():
                 raise ValueError(
                     f"primitive {name!r}: a setting cannot be called {setting_name!r}, a name of the base class"
                 )

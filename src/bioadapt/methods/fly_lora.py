@@ -189,7 +189,7 @@ class FlyLora(Primitive):
 
     def build(self, host: Host) -> None:
         units, n = self.blocks * self.r, self.d_in
-        self.scale = 2.0 if self.alpha is None else self.alpha / self.r
+        self.scale = self.zero_scale * (2.0 if self.alpha is None else self.alpha / self.r)
         entries = max(1, round((self.k / self.r if self.rho is None else self.rho) * n))
         source = host.generator(f"projection/{self.d_out}x{n}/{self.r}/{entries}/{self.projection}")
         matrix = sparse_projection((units, n), entries, 1 / self.r, self.projection, source)
@@ -289,7 +289,7 @@ class FlyLora(Primitive):
         first = parts[0]
         settings = first.settings()
         for part in parts[1:]:
-            for name in settings.keys() - {"alpha", "rho", "rate", "blocks", "save_projection"}:
+            for name in settings.keys() - {"alpha", "rho", "rate", "blocks", "save_projection", "zero_scale"}:
                 if getattr(part, name) != settings[name]:
                     raise ValueError(f"{name}={settings[name]!r} in one adapter and {getattr(part, name)!r} in another")
         sized = [weight * part.scale / first.scale for weight, part in zip(weights, parts, strict=True)]

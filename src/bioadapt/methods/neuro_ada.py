@@ -336,7 +336,8 @@ class NeuroAda(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         if self._unsure and self.training and self.path is not None:
             self._check_chosen()
-        z = sparse_product(context.x_in, self.index, self.values, x.dtype)
+        values = self.values if self.zero_scale == 1 else self.zero_scale * self.values
+        z = sparse_product(context.x_in, self.index, values, x.dtype)
         if self.rows is None:
             return z
         return z.new_zeros(*z.shape[:-1], self.d_out).index_copy(-1, self.rows.long(), z)
@@ -357,14 +358,17 @@ class NeuroAda(Primitive):
                 raise ValueError("different rows adapt in them, so there is no table of values for all")
         index, fresh = _union([part.index for part in parts], first.d_in)
         # Only synapses that some part has take part in pruning and in the vote over signs.
-        given = [_looked_up(index, part.index, part.values.detach())[fresh] for part in parts]
+        given = [
+            _looked_up(index, part.index, part.zero_scale / first.zero_scale * part.values.detach())[fresh]
+            for part in parts
+        ]
         values = first.values.new_zeros(index.shape, dtype=given[0].dtype)
         values[fresh] = blend(given)
         state = {**first.state_dict(), "index": index, "values": values}
         return first.settings() | {"k": index.shape[1]}, state
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        values = self.values.detach().float()
+        values = self.zero_scale * self.values.detach().float()
         change = torch.zeros_like(weight, dtype=torch.float32)
         if self.rows is None:
             return change.scatter_(1, self.index.long(), values), None

@@ -14,7 +14,7 @@ from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", merge="weight")
+@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", zero_scale=16.0, merge="weight")
 class SanScaling(Primitive):
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 
@@ -92,14 +92,18 @@ class SanScaling(Primitive):
 
     def input_scale(self) -> Tensor:
         (anterior,) = self.anterior
-        theta = anterior.theta.detach() if self.propagate_detached else anterior.theta
-        return 1 + _wide(theta)
+        gain = anterior.change_of_gain()
+        return 1 + (gain.detach() if self.propagate_detached else gain)
+
+    def change_of_gain(self) -> Tensor:
+        """The gain less one, (d_out,), in fp32 at least."""
+        return self.zero_scale * _wide(self.theta)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        theta = _wide(self.theta)
+        theta = self.change_of_gain()
         if self.mode == "sp":
             return (0 * theta).expand_as(x)  # in the graph: parallel training asks every gain for a gradient
-        return theta * x if self.shift is None else theta * x + _wide(self.shift)
+        return theta * x if self.shift is None else theta * x + self.zero_scale * _wide(self.shift)
 
     @classmethod
     def combine(
@@ -116,13 +120,14 @@ class SanScaling(Primitive):
         for part in parts[1:]:
             if part.settings() != first.settings():
                 raise ValueError(f"adapters of different settings: {first.settings()} and {part.settings()}")
-        thetas = [part.theta.detach() for part in parts]
+        changes = [part.change_of_gain().detach() for part in parts]
         if way == "log":
-            if any((theta <= -1).any() for theta in thetas):
+            if any((change <= -1).any() for change in changes):
                 raise ValueError("a gain is not positive, so it has no logarithm; 'linear' takes any")
-            state = {"theta": torch.expm1(blend([torch.log1p(theta) for theta in thetas]))}
+            blended = torch.expm1(blend([torch.log1p(change) for change in changes]))
         else:
-            state = {"theta": blend(thetas)}
+            blended = blend(changes)
+        state = {"theta": blended / first.zero_scale}
         if first.shift is not None:
             state["shift"] = blend([part.shift.detach() for part in parts])
         return first.settings(), state
@@ -133,10 +138,10 @@ class SanScaling(Primitive):
                 f"{self.name} with beta=True shifts the output{f' of {self.path}' if self.path else ''}, which has no "
                 "bias to merge that into: train with beta=False, or keep the adapter as it is"
             )
-        theta = _wide(self.theta.detach()) * (self.mode != "sp")
+        theta = self.change_of_gain().detach() * (self.mode != "sp")
         if bias is None:
             return theta[:, None] * weight, None
-        return theta[:, None] * weight, theta * bias + (0 if self.shift is None else _wide(self.shift.detach()))
+        return theta[:, None] * weight, theta * bias + (0 if self.shift is None else self.zero_scale * _wide(self.shift.detach()))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from ._state import Recollection
 
 STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
 KINDS = ("pointwise", "causal", "weight", "global")
-ZEROS = ("gate", "scalar_gate", "readout", "update")
+# Which factor of the path is zero at birth, and how far it has to reach so that a LoRA's learning rate trains it: Adam
+# moves every number by about the same step, and a gain does with one number what a LoRA does with eight.
+ZEROS = {"gate": 16.0, "scalar_gate": 16.0, "readout": 1.0, "update": 1.0}
 MERGES = ("weight", "left")
 
 Blend = Callable[[Sequence[Tensor]], Tensor]
@@ -227,6 +229,11 @@ class Primitive(nn.Module):
     per_channel: ClassVar[bool] = False  # for `weight`: it scales channels, so that the layer may be of any form
     approximates: ClassVar[bool] = False  # where it does not merge, `weight_delta` is the nearest linear map
     combinations: ClassVar[tuple[str, ...]] = ()  # in which ways several, trained for a task each, make one
+    readout: ClassVar[str] = "writer"  # for a zero at the readout: the name of that tensor
+
+    # A saved configuration without it is of a time without it, so that its value is 1 and not `fresh_zero_scale`.
+    zero_scale: float = setting(1.0, low=1e-3, high=1e3, meaning="factor on what is zero at birth: how fast it learns")
+    fresh_zero_scale: ClassVar[float]  # what a new adapter takes, so that a LoRA's learning rate trains it
 
     if TYPE_CHECKING:
 
@@ -250,7 +257,7 @@ class Primitive(nn.Module):
         found: dict[str, Setting] = {}
         for base in reversed(cls.__mro__):
             found.update({name: value for name, value in vars(base).items() if isinstance(value, Setting)})
-        return found
+        return {**found, "zero_scale": found.pop("zero_scale")}  # what all share comes last
 
     @classmethod
     def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +283,7 @@ class Primitive(nn.Module):
         What it returns will be written to: neither a backward nor anybody else may need it.
         """
         change = self.transform(x, context)
-        return change if self.zero_at == "update" else _Gating.apply(change, self.gate, None)
+        return change if self.zero_at == "update" else _Gating.apply(change, self.scaled_gate, None)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
         """x plus `gated`; to be overridden only where the sum costs less inside the mechanism."""
@@ -284,7 +291,7 @@ class Primitive(nn.Module):
         # first and takes up this one's in place. And another tensor of this width would cost more than the sum itself.
         itself = x.view_as(x)
         if self.zero_at != "update" and type(self).gated is Primitive.gated:
-            return _Gating.apply(self.transform(x, context), self.gate, itself)
+            return _Gating.apply(self.transform(x, context), self.scaled_gate, itself)
         change = self.gated(x, context)
         kept = self.zero_at == "update" or torch.compiler.is_compiling() or change._is_view()
         return change + itself if kept else change.add_(itself)
@@ -397,7 +404,7 @@ class Primitive(nn.Module):
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
-        change = change if self.zero_at == "update" else _Gating.apply(change, self.gate, None)
+        change = change if self.zero_at == "update" else _Gating.apply(change, self.scaled_gate, None)
         return x + change if with_x else change
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:
@@ -426,13 +433,27 @@ class Primitive(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def scaled_gate(self) -> Tensor:
+        """What the change is multiplied by, (d_out,) or (1,): the gate times ``zero_scale``."""
+        return self.gate if self.zero_scale == 1 else self.zero_scale * self.gate
+
+    def open(self) -> None:
+        """Be fully on from birth, for a place where another factor of the path is zero already."""
+        with torch.no_grad():
+            if self.zero_at == "readout":
+                readout = getattr(self, self.readout)
+                nn.init.normal_(readout, std=max(readout.numel() / self.d_out, 1.0) ** -0.5)
+            else:
+                self.gate.fill_(1.0)
+
     def wake(self) -> None:
         """Leave the identity: give every trainable tensor a random, non-zero value of its own order of magnitude."""
         with torch.no_grad():
             for parameter in self.parameters():
                 noise = torch.randn_like(parameter)
                 if parameter is getattr(self, "gate", None):
-                    parameter.copy_(0.5 + 0.1 * noise)
+                    parameter.copy_((0.5 + 0.1 * noise) / self.zero_scale)
                 elif torch.count_nonzero(parameter) == 0:
                     parameter.copy_(0.3 * noise / max(parameter.shape[-1], 1) ** 0.5)
                 else:
@@ -482,7 +503,7 @@ class Primitive(nn.Module):
         Raises:
             ValueError: the primitive depends on its input.
         """
-        gate = weight.new_ones(1) if self.zero_at == "update" else self.gate.detach().float()
+        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate.detach().float()
         if self.merge == "weight" or (approximate and self.approximates):
             dw, db = self.weight_delta(weight, bias)
             return gate[:, None] * dw, None if db is None else gate * db

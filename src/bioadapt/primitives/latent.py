@@ -59,7 +59,7 @@ class Latent(Primitive):
         return self.written(x, context, x.new_ones(1))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(x, context, self.gate)
+        return self.written(x, context, self.scaled_gate)
 
     def written(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -73,4 +73,4 @@ class Modulation(Primitive):
 
     def _modulated(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         gain, channels = self.factors(x, context)
-        return modulated(x, gain, self.gate[:, None] * channels, with_x)
+        return modulated(x, gain, self.scaled_gate[:, None] * channels, with_x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,28 @@ class Circuit(nn.Module):
 
     Primitives of kind ``weight`` act on the layer itself and therefore always come first. Not every child is a
     primitive: where torch has parametrised a projection, one child holds its parametrisation.
+
+    Args:
+        config: what to build.
+        site: the features that the circuit changes.
+        host: what the primitives may read of the layer.
+        at_input: whether those features are what the layer reads, and not what it writes.
     """
 
-    def __init__(self, config: BioConfig, site: Site, host: Host) -> None:
-        population = site.d_out if config.rank is None else config.rank
+    def __init__(self, config: BioConfig, site: Site, host: Host, at_input: bool = False) -> None:
         super().__init__()
+        self.at_input = at_input
+        population = site.d_out if config.rank is None else config.rank
+        self.down = self.up = None
+        if config.rank is not None:
+            self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
+            host = Host(partial(_population_weight, host, self.down.detach()), seed=host.seed)
         for entry in config.primitives:
             settings = {key: value for key, value in entry.items() if key != "name"}
             primitive = build_primitive(entry["name"], site.d_in, population, host=host, **settings)
             self.add_module(entry["name"], primitive)
+            if config.rank is not None:
+                primitive.open()  # the one zero of the path is ``up``
         primitives = list(self.values())
         self.waves = _waves(primitives, config.composition)
         # Asked at every forward, and the same for ever.
@@ -38,9 +52,6 @@ class Circuit(nn.Module):
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
         self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
-        self.down = self.up = None
-        if config.rank is not None:
-            self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):
             self.wake()
 
@@ -98,8 +109,13 @@ class Circuit(nn.Module):
         return total
 
     @property
-    def scales_input(self) -> bool:
+    def changes_input(self) -> bool:
         """Whether the layer is to read something else than its input."""
+        return self.at_input or self.scales_input
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether a primitive multiplies what the layer reads."""
         return any(primitive.scales_input for primitive in self.values())
 
     def input_scale(self) -> Tensor:
@@ -128,11 +144,22 @@ class Circuit(nn.Module):
         self, weight: Tensor, bias: Tensor | None, approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The change of the layer's (weight, bias) in fp32, exact unless ``approximate``; weight (d_out, n)."""
+        if self.at_input:
+            features = next(self.values()).d_in
+            change, _ = self._population_change(torch.eye(features, device=weight.device), None, approximate)
+            kernel = weight.unflatten(1, (features, -1))
+            return torch.einsum("oik,ij->ojk", kernel, change).flatten(1), None
         if self.scales_input:
             scale = self.input_scale().detach().float()
             scale = scale.repeat_interleave(weight.shape[1] // len(scale))  # one per place of a kernel
             dw, db = self._merged_change(weight * scale, bias, approximate)
             return weight * (scale - 1) + dw, db
+        return self._population_change(weight, bias, approximate)
+
+    def _population_change(
+        self, weight: Tensor, bias: Tensor | None, approximate: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the primitives change of what they read, written through ``down`` and ``up`` if there are any."""
         down, up = self.down, self.up
         if down is None or up is None:
             return self._merged_change(weight, bias, approximate)
@@ -150,6 +177,11 @@ class Circuit(nn.Module):
                 total_w = total_w + dw
                 total_b = total_b if total_b is None or db is None else total_b + db
         return total_w, total_b
+
+
+def _population_weight(host: Host, down: Tensor) -> Tensor | None:
+    """The weight by which the population reads the layer's input, (rank, d_in)."""
+    return None if host.weight is None or host.weight.is_meta else down.to(host.weight.device) @ host.weight
 
 
 def _waves(primitives: list[Primitive], composition: str) -> list[list[str]]:

@@ -76,14 +76,21 @@ class BioLayer(Merging):
         """
         if adapter_name in self.circuits:
             raise ValueError(f"{self.path} already has an adapter called {adapter_name!r}")
+        at_input = config.adapts_input_of(self.path)
+        site = self.site.at_input() if at_input else self.site
         for entry in config.primitives:
             info = primitive_info(entry["name"])
-            refusal = self.site.serves(info)
+            refusal = site.serves(info)
+            if at_input and info.kind == "weight":
+                refusal = "it acts on a weight, and feedforward_modules asks for a change of the module's input"
+            elif at_input and not site.reads_features:
+                refusal = f"feedforward_modules asks for a change of the input, and that of {site.layer} is no features"
             if info.kind == "global" and self.causal:
                 refusal = "it reads later tokens, which this model must not see"
             if refusal is not None:
                 raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
-        circuit = Circuit(config, self.site, Host(self._matrix_or_none, seed=config.seed_of(self.path)))
+        host = Host(None if at_input else self._matrix_or_none, seed=config.seed_of(self.path))
+        circuit = Circuit(config, site, host, at_input)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is not None and device.type != "meta" and not any(p.is_meta for p in circuit.parameters()):
             circuit.to(device)
@@ -133,19 +140,18 @@ class BioLayer(Merging):
         if not circuits:
             return self.base_layer(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
-        scales = {name: circuit.input_scale() for name, circuit in circuits.items() if circuit.scales_input}
+        reading = {name: circuit for name, circuit in circuits.items() if circuit.changes_input}
         apart: dict[str, Tensor] = {}
-        if not scales or (names is None and len(circuits) > 1):
+        if not reading or (names is None and len(circuits) > 1):
             output = self.base_layer(*args, **kwargs)
             # Each adapter's change is measured from the layer as it is, so that the changes of several add up.
-            for name, scale in scales.items():
-                apart[name] = _features(self._run(self._scaled(read, scale), args, kwargs))
-        elif names is None:
-            output = self._run(self._scaled(read, *scales.values()), args, kwargs)
+            for name, circuit in reading.items():
+                apart[name] = _features(self._run(self._own_input(read, {name: circuit}), args, kwargs))
         else:
-            ones = torch.ones(self.site.d_in, device=read.device)
-            rows = [scales.get(name, ones) for name in names]
-            output = self._run(self._scaled(read, torch.stack(rows)), args, kwargs)
+            output = self._run(self._own_input(read, reading), args, kwargs)
+            circuits = {name: circuit for name, circuit in circuits.items() if not circuit.at_input}
+            if not circuits:
+                return output
         changed = self._changed(_features(output), read, circuits, apart)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -156,6 +162,20 @@ class BioLayer(Merging):
         first, *_ = kwargs
         return self.base_layer(**{**kwargs, first: read})
 
+    def _own_input(self, read: Tensor, reading: dict[str, Circuit]) -> Tensor:
+        """What the layer is to read where one adapter, or each sample's own, changes its input."""
+        names = self.scope.adapter_names
+        before = {name: circuit for name, circuit in reading.items() if circuit.at_input}
+        scales = {name: circuit.input_scale() for name, circuit in reading.items() if circuit.scales_input}
+        if before:
+            read = self._changed(read, read, before, {}, self.site.at_input())
+        if scales and names is None:
+            read = self._scaled(read, *scales.values())
+        elif scales:
+            ones = torch.ones(self.site.d_in, device=read.device)
+            read = self._scaled(read, torch.stack([scales.get(name, ones) for name in names]))
+        return read
+
     def _scaled(self, v: Tensor, scale: Tensor) -> Tensor:
         """The layer's input with its channels multiplied: scale (d_in,), or (samples, d_in) for one row per sample."""
         if scale.dim() == 2:
@@ -165,11 +185,23 @@ class BioLayer(Merging):
             scale = scale.movedim(-1, 1) if scale.dim() > 1 else scale.reshape(-1, *(1,) * (v.dim() - 2))
         return (v * scale.to(v.device)).to(v.dtype)  # a gain near one would be rounded away in half precision
 
-    def _changed(self, y: Tensor, v: Tensor, circuits: dict[str, Circuit], apart: dict[str, Tensor]) -> Tensor:
-        """The layer's output ``y`` and all changes of it. ``apart``: what the layer makes of an adapter's own input."""
+    def _changed(
+        self,
+        y: Tensor,
+        v: Tensor,
+        circuits: dict[str, Circuit],
+        apart: dict[str, Tensor],
+        site: Site | None = None,
+    ) -> Tensor:
+        """The layer's output ``y``, or its input, and all changes of it.
+
+        ``v``: the layer's input; ``apart``: what the layer makes of an adapter's own input; ``site``: of ``y``, the
+        layer's own if None.
+        """
+        site = site or self.site
         around = self.scope.surroundings or Surroundings()
-        layout = Layout.of(y, self.site, None if self.across else around.tokens)
-        context = self._context(layout, v, around, circuits)
+        layout = Layout.of(y, site, None if self.across else around.tokens)
+        context = self._context(layout, v, around, circuits, site)
         contexts = {name: self._remembering(context, name, around) for name in circuits}
         features = layout.to_sequence(y)
         if len(circuits) == 1 and not apart and self.scope.adapter_names is None and not layout.spatial:
@@ -187,9 +219,11 @@ class BioLayer(Merging):
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
-            delta = circuit(read, contexts[name])
             if name in apart:
-                delta = (read - features) + delta
+                delta = read - features
+                delta = delta if circuit.at_input else delta + circuit(read, contexts[name])
+            else:
+                delta = circuit(read, contexts[name])
             if self.scope.adapter_names is not None:
                 delta = delta * _rows_of(name, self.scope.adapter_names, delta)
             total = delta if total is None else total + delta
@@ -202,7 +236,9 @@ class BioLayer(Merging):
             return context
         return context.replace(state=around.memory.part(f"{self.path}/{name}"))
 
-    def _context(self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit]) -> Context:
+    def _context(
+        self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit], site: Site
+    ) -> Context:
         sequence = layout.sequence
         mask = around.encoder_mask if self.across else around.mask
         in_time = any(circuit.reads_time for circuit in circuits.values())
@@ -221,7 +257,7 @@ class BioLayer(Merging):
         else:
             bias = self._bias()
         return Context(
-            x_in=layout.input_to_sequence(v, self.site),
+            x_in=layout.input_to_sequence(v, site),
             bias=bias,
             mask=_fitting(mask, sequence, v),
             positions=None if self.across else _fitting(around.positions, sequence, v),

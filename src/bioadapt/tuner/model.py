@@ -31,7 +31,7 @@ from .loading import guard_loading
 from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
 from .state_dict import adapter_fingerprint, circuit_tensors, hide_adapters, placed
-from .targets import RESIDUAL_WRITERS, residual_writers
+from .targets import RESIDUAL_WRITERS, default_sites
 from .tree import Before, bio_layers, forget_adapter, remove_adapter
 
 ROUNDING = 0.01  # a merge that loses more of the changed weights than this is worth a warning
@@ -135,7 +135,7 @@ class BioModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BioConfig, model_config: dict) -> BioConfig:
         if peft_config.target_modules is None:
-            targets = residual_writers(model_config)
+            targets, feedforward = default_sites(peft_config, model_config)
             if targets is None:
                 raise ValueError(
                     f"target_modules=None: no default targets are known for model type "
@@ -144,6 +144,7 @@ class BioModel(BaseTuner):
             # Not written into the user's object: one configuration may serve several model types.
             peft_config = self._replace_config(peft_config)
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+            peft_config.feedforward_modules = None if feedforward is None else set(feedforward)
         return peft_config
 
     def _replace_config(self, config: BioConfig) -> BioConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Site:
         """Inverse of `matrix`, in the shape and dtype of ``like``."""
         shaped = matrix.T if self.weight == "columns" else matrix
         return shaped.reshape(like.shape).to(like.dtype).contiguous()
+
+    def at_input(self) -> Site:
+        """The features that the layer reads, as a site of their own, behind which there is no weight."""
+        return replace(self, d_out=self.d_in, weight=None)
 
     def serves(self, info) -> str | None:
         """Why a primitive cannot act here, in words, or None if it can."""

@@ -1,8 +1,11 @@
-"""Which modules are adapted when the user names none: the projections that write into the residual stream.
+"""Which modules are adapted when the user names none.
 
-In a transformer block these are the attention's output projection and the MLP's down projection, in a decoder with
+Most primitives go to the projections that write into the residual stream. In a transformer block these are the attention's output projection and the MLP's down projection, in a decoder with
 cross-attention that one's output projection as well; in a convolutional block it is the last convolution. A population
 of units that the next block reads is thus complete at the targets, which a query or a value is not.
+
+Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and the hidden units of the feed-forward
+block behind their activation, which are the input of its last projection.
 
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
@@ -13,6 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from ..config import BioConfig
+from ..registry import primitive_info
 
 _BERT = ["output.dense"]  # attention.output.dense, crossattention.output.dense and output.dense; not pooler.dense
 _BART = ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]  # not classification_head.out_proj
@@ -100,6 +106,42 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "siglip_text_model": _CLIP,
     "siglip_vision_model": _CLIP,
 }
+
+_GAINS_BERT = (["key", "value", "output.dense"], ["output.dense"])
+_GAINS_BART = (["k_proj", "v_proj", "fc2"], ["fc2"])
+_GAINS_LLAMA = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+_GAINS_NEOX = (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"])
+_GAINS_GPT2 = (["c_attn", "mlp.c_proj"], ["mlp.c_proj"])
+_GAINS_VIT = (["k_proj", "v_proj", "key", "value", "mlp.fc2", "output.dense"], ["mlp.fc2", "output.dense"])
+
+# By model type: the modules to adapt, and those of them whose input is adapted.
+GAIN_SITES: dict[str, tuple[list[str], list[str]]] = {
+    **dict.fromkeys(("bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta"), _GAINS_BERT),
+    "distilbert": (["k_lin", "v_lin", "ffn.lin2"], ["ffn.lin2"]),
+    "mpnet": (["attn.k", "attn.v", "output.dense"], ["output.dense"]),
+    **dict.fromkeys(("t5", "mt5"), (["k", "v", "wo"], ["wo"])),
+    **dict.fromkeys(("bart", "mbart", "opt", "whisper"), _GAINS_BART),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox", "RefinedWeb", "RefinedWebModel"), _GAINS_NEOX),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GAINS_GPT2),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "stablelm"), _GAINS_LLAMA),
+    "gpt_neo": (["k_proj", "v_proj", "mlp.c_proj"], ["mlp.c_proj"]),
+    "gptj": (["k_proj", "v_proj", "fc_out"], ["fc_out"]),
+    "phi": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
+    **dict.fromkeys(("deit", "vit"), _GAINS_VIT),
+}
+
+
+def default_sites(
+    config: BioConfig, model_config: Mapping[str, Any]
+) -> tuple[list[str] | str | None, list[str] | None]:
+    """Default target modules for a model's configuration (as a dict), and those of them whose input is adapted.
+
+    The first is None where no default is known.
+    """
+    gains = config.rank is None and all(primitive_info(entry["name"]).gain for entry in config.primitives)
+    found = GAIN_SITES.get(model_config.get("model_type") or "") if gains else None
+    return found or (residual_writers(model_config), None)
 
 
 def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:

@@ -112,10 +112,10 @@ class DaleSmallWorld(Primitive):
         return received(x, self.weights(), self.senders)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.gate[:, None] * self.weights(), self.senders)
+        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.gate[:, None] * self.weights(), self.senders, with_x=True)
+        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders, with_x=True)
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

@@ -84,10 +84,10 @@ class ExcitationInhibitionBalance(Primitive):
         return two_sided_gain(x, *self.gains(x), self.membership)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.gate[:, None] * self.membership)
+        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.gate[:, None] * self.membership, with_x=True)
+        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership, with_x=True)
 
     def gains(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""

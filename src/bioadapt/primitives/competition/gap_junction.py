@@ -97,10 +97,10 @@ class GapJunction(Primitive):
         return diffusion(x, self.coupling(), self.order)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.gate * self.coupling(), self.order)
+        return diffusion(x, self.scaled_gate * self.coupling(), self.order)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.gate * self.coupling(), self.order, with_x=True)
+        return diffusion(x, self.scaled_gate * self.coupling(), self.order, with_x=True)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

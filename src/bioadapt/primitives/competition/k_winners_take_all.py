@@ -79,7 +79,7 @@ class KWinnersTakeAll(Primitive):
         return silencing(x, self.winners, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.gate)
+        return silencing(x, self.winners, self.scaled_gate)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.gate, with_x=True)
+        return silencing(x, self.winners, self.scaled_gate, with_x=True)

@@ -87,10 +87,10 @@ class LateralInhibition(Primitive):
         return suppression(x, *self.connections(), x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.gate)
+        return suppression(x, *self.connections(), self.scaled_gate)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.gate, with_x=True)
+        return suppression(x, *self.connections(), self.scaled_gate, with_x=True)
 
     def connections(self) -> tuple[Tensor, Tensor]:
         """The non-negative pools P (d, r) and sources Q (r, d)."""

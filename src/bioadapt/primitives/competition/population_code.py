@@ -96,6 +96,7 @@ class PopulationCode(Primitive):
     Shapes: x (B, T, d) -> (B, T, d), one learned curve per channel; w is (centres, d).
     """
 
+    readout = "votes"
     # More would leave the range of fp32, in which powers of q are computed.
     centres: int = setting(6, low=2, high=12, meaning="number K of tuning curves per channel")
 
@@ -106,4 +107,4 @@ class PopulationCode(Primitive):
         return voted(x, token_scale(x), self.votes)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return voted(x, token_scale(x), self.gate * self.votes)
+        return voted(x, token_scale(x), self.scaled_gate * self.votes)

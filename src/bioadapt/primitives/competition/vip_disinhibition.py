@@ -88,7 +88,7 @@ class VipDisinhibition(Primitive):
         return microcircuit(x, *self.interneurons(x, context), x.new_ones(self.d_out), self.membership)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return microcircuit(x, *self.interneurons(x, context), self.gate, self.membership)
+        return microcircuit(x, *self.interneurons(x, context), self.scaled_gate, self.membership)
 
     def interneurons(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What SST cells subtract, in units of x, and the gain that PV cells leave: each (B, T, groups)."""

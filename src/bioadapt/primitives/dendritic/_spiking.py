@@ -32,7 +32,7 @@ class SpikingNeuron(Primitive):
         return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), x.new_ones(self.d_out)).view(x.shape)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), self.gate).view(x.shape)
+        return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), self.scaled_gate).view(x.shape)
 
 
 def fire(

@@ -106,6 +106,7 @@ class ApicalBasal(Primitive):
     gives it the variance of V u.
     """
 
+    readout = "apical"
     reads_both_ways = True
     rank: int = setting(8, low=1, high=256, meaning="number r of traces of the past")
 
@@ -121,7 +122,7 @@ class ApicalBasal(Primitive):
         return self.burst(x, context, x.new_ones(1))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.burst(x, context, self.gate)
+        return self.burst(x, context, self.scaled_gate)
 
     def burst(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

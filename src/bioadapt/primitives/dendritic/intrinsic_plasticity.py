@@ -68,7 +68,7 @@ class IntrinsicPlasticity(Primitive):
         return self.excess(x, context, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.excess(x, context, self.gate)
+        return self.excess(x, context, self.scaled_gate)
 
     def excess(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -39,6 +39,7 @@ class NmdaBranches(Primitive):
     Shapes: v (B, T, n), x (B, T, d) -> (B, T, d); the branches are (B, T, branches).
     """
 
+    readout = "soma"
     branches: int = setting(16, low=1, high=4096, meaning="number M of branches")
 
     def build(self, host: Host) -> None:

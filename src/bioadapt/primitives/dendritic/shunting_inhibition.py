@@ -89,10 +89,12 @@ class ShuntingInhibition(Primitive):
         return self.shunted(x, context, one, -one)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.shunted(x, context, self.gate, -self.gate)
+        gate = self.scaled_gate
+        return self.shunted(x, context, gate, -gate)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return self.shunted(x, context, self.gate, 1 - self.gate)
+        gate = self.scaled_gate
+        return self.shunted(x, context, gate, 1 - gate)
 
     def shunted(self, x: Tensor, context: Context, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

@@ -74,7 +74,7 @@ class SynapticPruning(Primitive):
         return self.pruning(context.x_in, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.pruning(context.x_in, self.gate)
+        return self.pruning(context.x_in, self.scaled_gate)
 
     def pruning(self, v: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""
@@ -92,4 +92,4 @@ class SynapticPruning(Primitive):
     @torch.no_grad()
     def harden(self) -> None:
         """Open all gates fully: a merged weight is then zero where it was pruned, not only smaller."""
-        self.gate.fill_(1.0)
+        self.gate.fill_(1.0 / self.zero_scale)

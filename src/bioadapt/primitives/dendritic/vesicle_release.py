@@ -101,7 +101,7 @@ class VesicleRelease(Primitive):
         return self.transmitted(x, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.transmitted(x, self.gate)
+        return self.transmitted(x, self.scaled_gate)
 
     def transmitted(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

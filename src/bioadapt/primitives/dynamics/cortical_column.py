@@ -159,7 +159,7 @@ class CorticalColumn(Primitive):
         return self.response(x, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.response(x, self.gate)
+        return self.response(x, self.scaled_gate)
 
     def response(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

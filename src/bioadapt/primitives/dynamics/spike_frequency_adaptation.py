@@ -130,7 +130,7 @@ class SpikeFrequencyAdaptation(Primitive):
         return self.adapted(x, context, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.adapted(x, context, self.gate)
+        return self.adapted(x, context, self.scaled_gate)
 
     def adapted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

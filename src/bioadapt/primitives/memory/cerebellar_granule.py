@@ -106,7 +106,7 @@ class CerebellarGranule(Primitive):
         return self.corrected(x, context, x.new_ones(1))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.corrected(x, context, self.gate)
+        return self.corrected(x, context, self.scaled_gate)
 
     def corrected(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -79,7 +79,7 @@ class PrecisionWeightedError(Primitive):
         return self.weighted(x, context, self.membership)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.weighted(x, context, self.gate[:, None] * self.membership)
+        return self.weighted(x, context, self.scaled_gate[:, None] * self.membership)
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""

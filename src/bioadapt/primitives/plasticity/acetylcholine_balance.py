@@ -97,7 +97,7 @@ class AcetylcholineBalance(Primitive):
         return self.balanced(x, context, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.balanced(x, context, self.gate)
+        return self.balanced(x, context, self.scaled_gate)
 
     def balanced(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -60,7 +60,7 @@ class BcmThreshold(Primitive):
         return self.judged(x, context, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.judged(x, context, self.gate)
+        return self.judged(x, context, self.scaled_gate)
 
     def judged(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -29,6 +29,7 @@ class HeterosynapticScaling(Primitive):
     Shapes: y (B, T, d), v (B, T, n) -> (B, T, d); A is (rank, n), B is (d, rank).
     """
 
+    readout = "change"
     rank: int = setting(8, low=1, high=256, meaning="rank r of the change")
 
     def build(self, host: Host) -> None:

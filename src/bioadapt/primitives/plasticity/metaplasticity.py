@@ -62,7 +62,7 @@ class Metaplasticity(Primitive):
         return self.written(context, self.writer)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(context, self.gate * self.writer)
+        return self.written(context, self.scaled_gate * self.writer)
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""

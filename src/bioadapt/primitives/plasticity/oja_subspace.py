@@ -26,6 +26,7 @@ class OjaSubspace(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); Q is (rank, d), gamma (rank,).
     """
 
+    readout = "gains"
     rank: int = setting(8, low=1, high=256, meaning="number r of components")
     rate: float = setting(0.05, low=0.0, high=1.0, meaning="learning rate eta of the components")
 
@@ -40,7 +41,7 @@ class OjaSubspace(Primitive):
         return self.amplified(x, context, self.gains)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.amplified(x, context, self.gate * self.gains)
+        return self.amplified(x, context, self.scaled_gate * self.gains)
 
     def amplified(self, x: Tensor, context: Context, gains: Tensor) -> Tensor:
         """What ``gains`` (1, rank) make of the components of x."""

@@ -27,6 +27,7 @@ class SynapticConsolidation(Primitive):
     Shapes: x (B, T, d) -> (B, T, d); w is (d,), the hidden variables are (levels - 1, d).
     """
 
+    readout = "efficacy"
     levels: int = setting(6, low=2, high=16, meaning="number m of variables in the chain, w among them")
     exchange: float = setting(0.25, low=0.0, high=0.5, meaning="rate g at which the two fastest exchange")
 
@@ -39,7 +40,7 @@ class SynapticConsolidation(Primitive):
         return self.scaled(x, context, self.efficacy)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.scaled(x, context, self.gate * self.efficacy)
+        return self.scaled(x, context, self.scaled_gate * self.efficacy)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """x times ``scale`` (d,)."""

@@ -43,6 +43,7 @@ class SynapticTagging(Primitive):
     optimiser's updates: with Adam take about the learning rate.
     """
 
+    readout = "early"
     rank: int = setting(8, low=1, high=256, meaning="number r of latents")
     threshold: float = setting(1e-3, low=0.0, high=1.0, meaning="smallest update that tags, about the learning rate")
 
@@ -59,7 +60,7 @@ class SynapticTagging(Primitive):
         return self.written(context, self.early)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(context, self.gate * self.early)
+        return self.written(context, self.scaled_gate * self.early)
 
     def written(self, context: Context, early: Tensor) -> Tensor:
         """What ``early`` (d, rank) makes of the latents."""

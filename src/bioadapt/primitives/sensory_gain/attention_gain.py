@@ -105,10 +105,12 @@ class AttentionGain(Primitive):
         return self.attended(x, one, -one)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.attended(x, self.gate, -self.gate)
+        gate = self.scaled_gate
+        return self.attended(x, gate, -gate)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return self.attended(x, self.gate, 1 - self.gate)
+        gate = self.scaled_gate
+        return self.attended(x, gate, 1 - gate)
 
     def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

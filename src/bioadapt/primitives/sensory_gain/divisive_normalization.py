@@ -103,10 +103,12 @@ class DivisiveNormalization(Primitive):
         return normalized(x, *self.shape(), direct=-1.0)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return normalized(x, *self.shape(), scale=self.gate, direct=-self.gate)
+        gate = self.scaled_gate
+        return normalized(x, *self.shape(), scale=gate, direct=-gate)
 
     def applied(self, x: Tensor, context: Context) -> Tensor:
-        return normalized(x, *self.shape(), scale=self.gate, direct=1 - self.gate)
+        gate = self.scaled_gate
+        return normalized(x, *self.shape(), scale=gate, direct=1 - gate)
 
     def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
         """Level, semi-saturation, pool weights, self weight and exponent."""

@@ -48,7 +48,7 @@ class EfferenceCopy(Primitive):
         return self.cancelled(x, context, -self.image)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.cancelled(x, context, self.gate[:, None] * -self.image)
+        return self.cancelled(x, context, self.scaled_gate[:, None] * -self.image)
 
     def cancelled(self, x: Tensor, context: Context, image: Tensor) -> Tensor:
         """s times ``image`` (d, rank) times the copy of the token before, (B, T, d)."""

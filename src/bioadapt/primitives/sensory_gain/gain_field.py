@@ -63,7 +63,7 @@ class GainField(Primitive):
         return bounded_gain(x, self.latent(context), self.writer, x.new_ones(1))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return bounded_gain(x, self.latent(context), self.writer, self.gate)
+        return bounded_gain(x, self.latent(context), self.writer, self.scaled_gate)
 
     def latent(self, context: Context) -> Tensor:
         """V v / rms(v), (B, T, rank)."""

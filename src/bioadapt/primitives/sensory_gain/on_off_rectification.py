@@ -74,7 +74,8 @@ class OnOffRectification(Primitive):
         return half_waves(x, self.on_gain, self.off_gain, *self.thresholds())
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return half_waves(x, self.gate * self.on_gain, self.gate * self.off_gain, *self.thresholds())
+        gate = self.scaled_gate
+        return half_waves(x, gate * self.on_gain, gate * self.off_gain, *self.thresholds())
 
     def thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the ON and of the OFF half, (d,) each."""

@@ -122,7 +122,7 @@ class SurroundSuppression(Primitive):
         return change if even else change.index_select(-1, self.place)
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.transform(self.gate * x, context)  # channels do not mix
+        return self.transform(self.scaled_gate * x, context)  # channels do not mix
 
     def widths(self) -> tuple[Tensor, Tensor]:
         """sigma of the centre and of the surround, (groups,) each."""

@@ -90,7 +90,7 @@ class ThalamicRelay(Primitive):
         return self.relayed(x, context, x.new_ones(self.d_out))
 
     def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.relayed(x, context, self.gate)
+        return self.relayed(x, context, self.scaled_gate)
 
     def relayed(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""
