@@ -49,6 +49,7 @@ def assert_same_weights(one: FlyCLClassifier, other: FlyCLClassifier) -> None:
     assert one.penalty_ == pytest.approx(other.penalty_, rel=1e-12)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("settings", [{}, {"penalty": 3.0}, {"standardize": True}])
 def test_neither_pieces_nor_their_order_nor_the_order_of_classes_matter(seed, settings):
@@ -72,6 +73,7 @@ def test_predictions_on_the_way_change_nothing():
     assert_same_weights(asked, FlyCLClassifier().fit(X, y))
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("seed", SEEDS)
 def test_is_ridge_regression_on_its_codes(seed):
     X, y = blobs(seed)
@@ -81,6 +83,7 @@ def test_is_ridge_regression_on_its_codes(seed):
     np.testing.assert_allclose(head.decision_function(X), head.codes(X) @ oracle.coef_.T, atol=1e-8)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("units", [1, 10, 64, 65, 128, 200])
 @pytest.mark.parametrize("samples", [3, 50, 300])
 def test_gcv_from_the_statistics_is_gcv_from_the_singular_values(units, samples):
@@ -95,11 +98,14 @@ def test_gcv_from_the_statistics_is_gcv_from_the_singular_values(units, samples)
     kept = S**2 / (S**2 + penalties[:, None])
     freedom = 1 - kept.sum(1) / samples
     score = [np.square(Y - U @ (share[:, None] * (U.T @ Y))).sum() / samples for share in kept] / freedom**2
-    np.testing.assert_allclose(found.freedom, freedom, atol=1e-9)
+    # Rounding leaves each eigenvalue of H^T H unsure by some parts in 10^16 of the largest one. In the trace they add
+    # up, one per unit, each divided by the penalty.
+    unsure = 4 * np.finfo(float).eps * S[0] ** 2 / penalties
+    assert (np.abs(found.freedom - freedom) <= 1e-12 + unsure * units / samples).all()
     told = freedom >= FREEDOM
     assert told.any()
     np.testing.assert_allclose(found.score[told], score[told], rtol=1e-5)
-    assert found.best() == np.flatnonzero(told)[np.argmin(score[told])]
+    assert score[found.best()] <= score[told].min() * (1 + 1e-5)  # of two that are as good either may be taken
 
 
 def test_published_gcv_looks_at_the_last_call_alone():
@@ -251,6 +257,7 @@ def test_a_large_gram_matrix_is_warned_about(monkeypatch):
 # -- files --
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("settings", [{}, {"gcv": "task"}, {"penalty": 2.0, "standardize": True}])
 @pytest.mark.parametrize("labels", ["numbers", "strings", "objects"])
 def test_loaded_predicts_the_same_bit_for_bit_and_learns_on(tmp_path, settings, labels):

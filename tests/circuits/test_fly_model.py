@@ -124,6 +124,7 @@ def test_one_class_changes_its_own_row_alone_or_all_but_its_own(rule, own):
     np.testing.assert_array_equal(changed, [(label == 2) == own for label in range(6)])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("rule", ["associative", "depression"])
 @pytest.mark.parametrize("rate", [0.001, 0.2])
 def test_neither_pieces_nor_order_matter_to_the_local_rules(rule, rate):
@@ -136,6 +137,7 @@ def test_neither_pieces_nor_order_matter_to_the_local_rules(rule, rate):
     np.testing.assert_array_equal(parts.predict(X), whole.predict(X))
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("rule", ["associative", "depression"])
 @pytest.mark.parametrize("forgetting", [0.0, 0.1])
 def test_a_class_met_late_is_as_if_it_had_been_announced(rule, forgetting):
@@ -145,7 +147,8 @@ def test_a_class_met_late_is_as_if_it_had_been_announced(rule, forgetting):
         rows = np.isin(y, labels)
         late.partial_fit(X[rows], y[rows])
         early.partial_fit(X[rows], y[rows], classes=range(4))
-    np.testing.assert_array_equal(late.weights_, early.weights_)
+    # Products with another number of classes may be summed in another order.
+    np.testing.assert_allclose(late.weights_, early.weights_, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(late.predict(X), early.predict(X))
 
 

@@ -38,6 +38,26 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_same_run(found: tuple[torch.Tensor, CellState], expected: tuple[torch.Tensor, CellState]) -> None:
+    """The same spikes, and the same state but for rounding.
+
+    Products of other shapes are summed in another order, which moves a drive by parts in ten million. That decides a
+    spike only where a voltage lies as near to its threshold, and none does with the numbers used here: `driven` checks.
+    """
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def driven(neuron: str, *shape: int) -> tuple[SpikingLayer, torch.Tensor]:
+    """A layer and its input (*shape, 5), with which no spike hangs on rounding."""
+    torch.manual_seed(0)
+    layer, x = SpikingLayer(5, 7, neuron), 3 * noise(1, *shape, 5)
+    spikes = layer(x)[0]
+    assert all(torch.equal(layer(x * (1 + much))[0], spikes) for much in (-1e-5, 1e-5))
+    return layer, x
+
+
 class TestTheCataloguesNeuron:
     def test_is_born_with_the_constants_of_the_primitive(self):
         born = KvLif(3, 3).constants().detach()
@@ -100,12 +120,14 @@ class TestTheCataloguesNeuron:
         assert (rates[KV] <= rates[LIF]).all()
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("seed", SEEDS)
 class TestLimit:
     def test_without_potassium_is_the_plain_neuron_bit_for_bit(self, seed):
         constants, drive = constants_at_birth(LIF), 2 * noise(seed, 3, 40, 25)
         spikes, state = fire(drive, constants)
-        leak, voltage = constants[1], torch.zeros(3, 25)
+        # As many numbers as the cells have: an exponential may round otherwise where it is taken of one.
+        leak, voltage = constants[1].repeat(3, 25), torch.zeros(3, 25)
         for t in range(40):
             settled = drive[:, t] / leak
             voltage = settled + (voltage - settled) * torch.exp(-leak)
@@ -129,6 +151,8 @@ class TestLimit:
         voltage, state, total = torch.zeros(4, 30), None, 0.0
         for t in range(60):
             theirs, voltage = peer(charge[:, t], voltage)
+            # The two round differently; where that is less than what parts a cell from its threshold, spikes agree.
+            assert (voltage + threshold * theirs - threshold).abs().min() > 1e-5
             ours, state = fire(charge[:, t : t + 1] * (leak / -math.expm1(-leak)), constants, state=state)
             assert torch.equal(ours[:, 0], theirs)
             torch.testing.assert_close(state.voltage, voltage, rtol=0, atol=1e-5)
@@ -145,36 +169,30 @@ class TestLimit:
         assert torch.equal(felt, fire(drive, constants_at_birth(LIF))[0])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("neuron", NEURONS)
 class TestTime:
     def test_padding_changes_neither_state_nor_spikes(self, neuron):
-        torch.manual_seed(0)
-        layer, x = SpikingLayer(5, 7, neuron), 3 * noise(1, 2, 12, 5)
+        layer, x = driven(neuron, 2, 12)
         mask = torch.ones(2, 12, dtype=torch.bool)
         mask[0, :3] = mask[1, 4:6] = mask[1, 10:] = False
         spikes, state = layer(x, mask)
         assert not spikes[~mask].any()
         for row in range(2):
-            alone, end = layer(x[row : row + 1, mask[row]])
-            assert torch.equal(spikes[row : row + 1, mask[row]], alone)
-            assert alone.any()
-            for kept, expected in zip(state, end, strict=True):
-                assert torch.equal(kept[row : row + 1], expected)
+            alone = layer(x[row : row + 1, mask[row]])
+            assert alone[0].any()
+            kept = CellState(*(part[row : row + 1] for part in state))
+            assert_same_run((spikes[row : row + 1, mask[row]], kept), alone)
 
     def test_steps_are_the_whole(self, neuron):
-        torch.manual_seed(0)
-        layer, x = SpikingLayer(5, 7, neuron), 3 * noise(1, 2, 9, 5)
-        whole, end = layer(x)
+        layer, x = driven(neuron, 2, 9)
         first, state = layer(x[:, :4])
         rest, state = layer(x[:, 4:], state=state)
-        assert torch.equal(torch.cat([first, rest], 1), whole)
         assert isinstance(state, CellState)
-        assert torch.equal(state.voltage, end.voltage)
-        assert torch.equal(state.opened, end.opened)
+        assert_same_run((torch.cat([first, rest], 1), state), layer(x))
 
     def test_no_spike_depends_on_what_comes_later(self, neuron):
-        torch.manual_seed(0)
-        layer, x = SpikingLayer(5, 7, neuron), 3 * noise(1, 2, 9, 5)
+        layer, x = driven(neuron, 2, 9)
         changed = x.clone()
         changed[:, 5] += 3
         before, after = layer(x)[0], layer(changed)[0]
