@@ -1,42 +1,76 @@
-"""bioadapt: neuroscience in PEFT. Importing it teaches PEFT the method ``BIO``."""
+"""bioadapt: neuroscience in PEFT. Importing it teaches PEFT the method ``BIO``.
+
+The import itself is light: PEFT is taught when it is imported, and a public name loads what it needs when it is asked
+for. So whoever needs neither torch nor PEFT, such as a study that uses the search's sampler alone, loads neither.
+"""
+
+from __future__ import annotations
 
 from importlib import import_module as _import_module
-from typing import Any as _Any
 
-from .config import BioConfig
-from .ready import FlyLoraConfig, NeuroAdaConfig, NeuroLoraConfig, SanConfig
-from .registry import build_primitive, list_primitives, primitive_info, register_primitive
-from .tuner.bridge import register as _register
-from .tuner.distillation import DistilledLora, conversion_residuals, distill_to_lora
-from .tuner.learning import BioTrainerCallback, auxiliary_loss
-from .tuner.selection import select_synapses
+from .registration import register as _register
+from .registration import register_when_imported as _register_when_imported
+
+TYPE_CHECKING = False  # type checkers take it for True; importing it from typing would cost more than all of this
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .config import BioConfig as BioConfig
+    from .ready import FlyLoraConfig as FlyLoraConfig
+    from .ready import NeuroAdaConfig as NeuroAdaConfig
+    from .ready import NeuroLoraConfig as NeuroLoraConfig
+    from .ready import SanConfig as SanConfig
+    from .registry import build_primitive as build_primitive
+    from .registry import list_primitives as list_primitives
+    from .registry import primitive_info as primitive_info
+    from .registry import register_primitive as register_primitive
+    from .tuner.distillation import DistilledLora as DistilledLora
+    from .tuner.distillation import conversion_residuals as conversion_residuals
+    from .tuner.distillation import distill_to_lora as distill_to_lora
+    from .tuner.learning import BioTrainerCallback as BioTrainerCallback
+    from .tuner.learning import auxiliary_loss as auxiliary_loss
+    from .tuner.selection import select_synapses as select_synapses
 
 __version__ = "0.1.0"
 
-_register()
+_HOMES = {
+    "BioConfig": "config",
+    "BioTrainerCallback": "tuner.learning",
+    "DistilledLora": "tuner.distillation",
+    "FlyLoraConfig": "ready",
+    "NeuroAdaConfig": "ready",
+    "NeuroLoraConfig": "ready",
+    "SanConfig": "ready",
+    "auxiliary_loss": "tuner.learning",
+    "build_primitive": "registry",
+    "conversion_residuals": "tuner.distillation",
+    "distill_to_lora": "tuner.distillation",
+    "list_primitives": "registry",
+    "primitive_info": "registry",
+    "register_primitive": "registry",
+    "select_synapses": "tuner.selection",
+}
+__all__ = list(_HOMES)
+
+_register_when_imported()
 
 
-def __getattr__(name: str) -> _Any:
-    """``bioadapt.search``, which needs an extra, is imported when it is asked for."""
-    if name == "search":
-        return _import_module(".search", __name__)
+def __getattr__(name: str) -> Any:
+    """A public name from its module, or a module of this package such as ``bioadapt.search``."""
+    home = _HOMES.get(name)
+    if home is not None:
+        if home != "registry":  # which alone does without PEFT
+            _register()
+        globals()[name] = value = getattr(_import_module(f".{home}", __name__), name)
+        return value
+    if not name.startswith("_"):
+        try:
+            return _import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "BioConfig",
-    "BioTrainerCallback",
-    "DistilledLora",
-    "FlyLoraConfig",
-    "NeuroAdaConfig",
-    "NeuroLoraConfig",
-    "SanConfig",
-    "auxiliary_loss",
-    "build_primitive",
-    "conversion_residuals",
-    "distill_to_lora",
-    "list_primitives",
-    "primitive_info",
-    "register_primitive",
-    "select_synapses",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
