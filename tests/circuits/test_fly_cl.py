@@ -172,7 +172,7 @@ def test_published_penalties_have_the_published_floor_in_the_unit_of_the_codes()
     generator = np.random.default_rng(0)
     X, y = generator.normal(size=(400, 768)), np.arange(400) % 20
     head = FlyCLClassifier(500, degree=300, gcv="task").fit(X, y)
-    assert head.penalty_ == pytest.approx(1e6, rel=0.1) or head.penalty_ > 1e6
+    assert head.penalty_ > 0.9e6
     activity = np.square(head.codes(X)).mean()
     assert np.isclose(head.penalty_ / activity, PUBLISHED, rtol=1e-9).sum() == 1
     np.testing.assert_allclose(
@@ -181,7 +181,7 @@ def test_published_penalties_have_the_published_floor_in_the_unit_of_the_codes()
 
 
 def test_the_published_floor_keeps_small_tasks_from_being_met_exactly():
-    """Ten tasks with fewer samples than units: without the floor, GCV on one task picks penalties that cost the rest."""
+    """Ten tasks, fewer samples than units: without the floor, GCV on one task picks penalties that cost the rest."""
     generator = np.random.default_rng(0)
     means = 0.3 * generator.normal(size=(30, 96))
     y, yt = np.arange(600) % 30, np.arange(1200) % 30

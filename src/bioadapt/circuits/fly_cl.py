@@ -31,7 +31,8 @@ class FlyCLClassifier(ContinualClassifier):
     batches and tasks, nothing is forgotten, and memory does not grow with the number of samples: m^2 + m classes
     numbers. Learning only adds to G and Q; the weights ``(G + penalty)^-1 Q`` are computed in ``fit``, or by the first
     prediction after ``partial_fit``, in a time that depends on m and the number of classes alone. While there are fewer
-    samples than units, their codes stand in for G, being the smaller, and the system has a row per sample, not per unit.
+    samples than units, their codes take the place of G, being smaller, and the system has a row per sample, not per
+    unit.
 
     Classes may appear at any time without being announced. A class without samples never wins.
 
@@ -58,9 +59,9 @@ class FlyCLClassifier(ContinualClassifier):
         gcv: "streaming": GCV on all samples seen. "task": as published, on the samples of the last call of ``fit`` or
             ``partial_fit`` alone, whose penalty is then used with all of G and Q.
         penalties: what GCV chooses from, numbers above zero in the unit of squared codes; None: for "streaming" 10^-5
-            to 10^2 times tr(G) / m; for "task" the authors' 10^6 to 10^9, brought from the scale of their codes to the
-            scale of these: 7 * 10^3 to 7 * 10^6 times the mean squared activity of a unit per sample of the last call.
-            To use theirs as they are: ``10.0 ** np.arange(6, 10)``.
+            to 10^2 times tr(G) / m; for "task" the authors' 10^6 to 10^9, brought from the scale of their codes to that
+            of these: 7 10^3 to 7 10^6 times the mean squared activity of a unit per sample of the last call. To use
+            theirs as they are: ``10.0 ** np.arange(6, 10)``.
         standardize: bring each sample to mean zero and variance one across its features first. For features that share
             a large common part.
         random_state: seed of the expansion, or whatever else scikit-learn accepts.
