@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bioadapt import BioConfig
+from bioadapt._extras import MissingExtra
 from bioadapt.circuits import _classifier
 from bioadapt.circuits.fly_cl import PENALTIES, PUBLISHED, FlyCLClassifier, attach_continual_head
 from bioadapt.circuits.fly_model import FlyModelClassifier
@@ -425,6 +428,18 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, monkeypatch):
     head.save(path)
     with pytest.raises(ValueError, match="should hold class_count_"):
         FlyCLClassifier.load(path)
+
+
+@pytest.mark.parametrize("module", ["fly_cl", "fly_model"])
+@pytest.mark.parametrize("missing", ["scipy", "sklearn"])
+def test_a_missing_extra_is_named(monkeypatch, module, missing):
+    # Without scipy, scikit-learn is there but cannot be imported.
+    for name in [*sys.modules]:
+        if name.startswith("bioadapt.circuits.") or name.split(".")[0] in ("scipy", "sklearn"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtra, match=r"pip install bioadapt\[circuits\]"):
+        import_module(f"bioadapt.circuits.{module}")
 
 
 # -- on a torch module --

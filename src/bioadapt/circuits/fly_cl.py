@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.lapack import dtpttr, dtrttp
 from torch import Tensor, nn
 
 from bioadapt.circuits._classifier import Array, ContinualClassifier, blocks, check_choice, check_number
-from bioadapt.circuits.ridge import RidgeSums
+from bioadapt.circuits.ridge import RidgeSums, packed, unpacked
 
 PENALTIES = 10.0 ** np.arange(-5, 3)  # times tr(G) / m, the mean squared activity of a unit, summed over the samples
 # The authors' scripts try 10^6 to 10^9. Where features have unit variance, as with theirs, a unit that reads 300 of
@@ -197,7 +196,7 @@ class FlyCLClassifier(ContinualClassifier):
         weights, penalty = self._solve()
         return {
             **super()._tensors(),
-            "gram_": dtrttp(self.gram_)[0],
+            "gram_": packed(self.gram_),
             "weights": np.ascontiguousarray(weights),
             "penalties": np.array([self._task_penalty, penalty]),
         }
@@ -211,7 +210,7 @@ class FlyCLClassifier(ContinualClassifier):
         if not all(np.isfinite(values).all() for values in own.values()):
             raise ValueError("its sums, weights or penalties are not finite")
         super()._take(tensors)
-        self._sums = RidgeSums.of_gram(dtpttr(units, own["gram_"])[0], int(self.class_count_.sum()))
+        self._sums = RidgeSums.of_gram(unpacked(own["gram_"], units), int(self.class_count_.sum()))
         self._task_penalty, penalty = own["penalties"].tolist()
         self._solution = own["weights"], penalty
 

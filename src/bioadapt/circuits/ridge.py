@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, solveh_banded
 from scipy.linalg.blas import dsyrk
-from scipy.linalg.lapack import dgeqrt
+from scipy.linalg.lapack import dgeqrt, dtpttr, dtrttp
 
 from bioadapt.circuits._classifier import Array, blocks
 
@@ -106,6 +106,16 @@ class RidgeSums:
         for codes, _ in self._held:
             _add_products(codes, gram)
         return gram
+
+
+def packed(matrix: Array) -> Array:
+    """The upper triangle of a matrix (m, m), column by column: (m (m + 1) / 2,)."""
+    return dtrttp(matrix)[0]
+
+
+def unpacked(triangle: Array, size: int) -> Array:
+    """The upper triangle (size, size) that `packed` took apart."""
+    return dtpttr(size, triangle)[0]
 
 
 def _add_products(codes: Array, gram: Array) -> None:
