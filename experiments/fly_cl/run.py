@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.linalg import solve
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
-from bioadapt.circuits.fly_cl import PENALTIES, FlyCLClassifier, gcv_curve
+from bioadapt.circuits.fly_cl import PENALTIES, FlyCLClassifier
+from bioadapt.circuits.ridge import RidgeSums
 from bioadapt.evaluation.files import read_folder, thinned
 from bioadapt.evaluation.training import load_encoder
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
@@ -47,23 +47,20 @@ class Ridge:
 
     def __init__(self, expand: Callable[[Array], Array]) -> None:
         self.expand = expand
-        self.gram: Any = 0.0
+        self.sums: RidgeSums | None = None
 
     def partial_fit(self, X: Array, y: Array, classes: Array) -> None:
         codes, targets = self.expand(X), (y[:, None] == classes).astype(float)
-        if np.isscalar(self.gram):
-            self.classes, self.moment, self.count = classes, np.zeros((codes.shape[1], len(classes))), 0
-        self.gram, self.moment, self.count = (
-            self.gram + codes.T @ codes,
-            self.moment + codes.T @ targets,
-            self.count + len(X),
-        )
-        penalties = PENALTIES * np.trace(self.gram) / len(self.gram)
-        penalty = penalties[gcv_curve(self.gram, self.moment, self.count, penalties).best()]
-        self.weights = solve(self.gram + penalty * np.eye(len(self.gram)), self.moment, assume_a="pos")
+        if self.sums is None:
+            self.sums, self.classes, self.moment = RidgeSums(codes.shape[1]), classes, 0.0
+        self.sums.add(codes, y)
+        self.moment = self.moment + targets.T @ codes
+        penalties = PENALTIES * self.sums.activity
+        penalty = penalties[self.sums.validation(self.moment, classes, penalties).best()]
+        self.weights = self.sums.weights(self.moment, classes, penalty)
 
     def predict(self, X: Array) -> Array:
-        return self.classes[(self.expand(X) @ self.weights).argmax(1)]
+        return self.classes[(self.expand(X) @ self.weights.T).argmax(1)]
 
 
 class Means:

@@ -16,7 +16,8 @@ from sklearn.metrics import mutual_info_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from bioadapt.circuits.spiking_network import LEAK, SpikingClassifier, accuracy, constants_at_birth, fire, fit
+from bioadapt.circuits.spiking_network import LEAK, SpikingClassifier, constants_at_birth, fire
+from experiments.kv_lif.training import accuracy, fit
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
 
 FOLDER = Path(__file__).parent

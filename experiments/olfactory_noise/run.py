@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import RidgeClassifierCV
 from torch import Tensor
 
-from bioadapt.circuits.fly_circuit import Activity, FlyCircuit, accuracy, class_means, delta_rule, noisy_trials, odours
+from bioadapt.circuits.fly_circuit import Activity, FlyCircuit
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.olfactory_noise.trials import accuracy, class_means, delta_rule, noisy_trials, odours
 
 FOLDER = Path(__file__).parent
 RECEPTORS, KENYON, STEPS = 50, 300, 50

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from bioadapt import build_primitive
-from bioadapt.circuits.cerebellar import (
-    CerebellarExpansion,
-    CerebellarNetwork,
-    branch_gates,
-    cerebellar_policy,
-    weighted_drive,
-    winning_rates,
-)
+from bioadapt.circuits.cerebellar import CerebellarNetwork, cerebellar_policy
+from bioadapt.circuits.granule_layer import CerebellarExpansion, branch_gates, weighted_drive, winning_rates
 from bioadapt.evaluation import MissingExtra
 from bioadapt.primitives.base import Host
 

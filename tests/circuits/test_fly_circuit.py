@@ -14,14 +14,10 @@ from bioadapt.circuits.fly_circuit import (
     MEMBRANE,
     SYNAPSE,
     FlyCircuit,
-    accuracy,
-    class_means,
-    delta_rule,
-    noisy_trials,
-    odours,
     spikes,
 )
 from experiments.olfactory_noise import run
+from experiments.olfactory_noise.trials import accuracy, class_means, delta_rule, noisy_trials, odours
 
 SEEDS = range(4)
 
@@ -255,7 +251,7 @@ class TestBadInput:
             circuit(-torch.ones(1, 2, 12))
         with pytest.raises(ValueError, match="drive must not be negative, got nan"):
             circuit(torch.full((1, 2, 12), math.nan))
-        with pytest.raises(ValueError, match="kind must be one of .* got 'steps'; did you mean 'step'"):
+        with pytest.raises(ValueError, match="kind must be one of .* got 'steps'"):
             noisy_trials(torch.ones(1, 12), 5, 0.1, torch.Generator(), "steps")
 
 

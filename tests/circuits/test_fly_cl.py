@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -21,9 +23,11 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bioadapt import BioConfig
+from bioadapt._extras import MissingExtra
 from bioadapt.circuits import _classifier
-from bioadapt.circuits.fly_cl import FREEDOM, PENALTIES, FlyCLClassifier, attach_continual_head, gcv_curve
+from bioadapt.circuits.fly_cl import PENALTIES, PUBLISHED, FlyCLClassifier, attach_continual_head
 from bioadapt.circuits.fly_model import FlyModelClassifier
+from bioadapt.circuits.ridge import FREEDOM, RidgeSums, gcv
 from bioadapt.testing.hosts import HOSTS
 
 SEEDS = range(4)
@@ -93,7 +97,7 @@ def test_gcv_from_the_statistics_is_gcv_from_the_singular_values(units, samples)
     H[0, 0] = 1.0
     Y = np.eye(5)[generator.integers(5, size=samples)]
     penalties = PENALTIES * np.square(H).sum() / units
-    found = gcv_curve(np.triu(H.T @ H), H.T @ Y, samples, penalties)
+    found = gcv(np.triu(H.T @ H), H.T @ Y, samples, penalties, of_samples=False)
     U, S, _ = np.linalg.svd(H, full_matrices=False)
     kept = S**2 / (S**2 + penalties[:, None])
     freedom = 1 - kept.sum(1) / samples
@@ -108,13 +112,101 @@ def test_gcv_from_the_statistics_is_gcv_from_the_singular_values(units, samples)
     assert score[found.best()] <= score[told].min() * (1 + 1e-5)  # of two that are as good either may be taken
 
 
+@pytest.mark.parametrize("units", [31, 100, 300])
+def test_the_side_of_the_samples_gives_what_the_side_of_the_units_gives(units):
+    generator = np.random.default_rng(units)
+    H = np.maximum(generator.normal(size=(30, units)) + 0.5, 0)
+    labels, classes = np.array([*"abc"])[generator.integers(3, size=30)], np.array([*"abcd"])
+    Y = (labels[:, None] == classes).astype(float)
+    sums = RidgeSums(units)
+    for rows in np.array_split(np.arange(30), 4):
+        sums.add(H[rows], labels[rows])
+    of_units = RidgeSums.of_gram(np.triu(H.T @ H), 30)
+    assert sums.activity == pytest.approx(of_units.activity)
+    np.testing.assert_allclose(sums.gram, np.triu(H.T @ H), atol=1e-12 * units)
+    penalties = PENALTIES * sums.activity
+    found, expected = (one.validation(Y.T @ H, classes, penalties) for one in (sums, of_units))
+    np.testing.assert_allclose(found.freedom, expected.freedom, atol=1e-9)
+    told = found.freedom >= FREEDOM
+    assert told.any()
+    np.testing.assert_allclose(found.score[told], expected.score[told], rtol=1e-5)
+    for penalty in penalties:
+        weights = sums.weights(Y.T @ H, classes, penalty)
+        oracle = Ridge(alpha=penalty, fit_intercept=False, solver="svd").fit(H, Y).coef_
+        np.testing.assert_allclose(weights, oracle, rtol=0, atol=1e-8 * np.abs(oracle).max())
+
+
+def test_with_fewer_samples_than_units_nothing_of_the_size_of_the_gram_matrix_is_made():
+    """A thousand units and forty samples: forty rows are solved for, and G (8 MB) is not formed."""
+    X, y = blobs(0, n=40)
+    tracemalloc.start()
+    head = FlyCLClassifier(expand_dim=1000).fit(X[:20], y[:20]).partial_fit(X[20:], y[20:])
+    head.predict(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 1000**2 / 2
+    codes = head.codes(X)
+    np.testing.assert_allclose(np.triu(head.gram_), np.triu(codes.T @ codes), atol=1e-9)
+
+
 def test_published_gcv_looks_at_the_last_call_alone():
     X, y = blobs(0)
     X[120:] *= 5
-    task = FlyCLClassifier(gcv="task").partial_fit(X[:120], y[:120]).partial_fit(X[120:], y[120:])
-    assert task.penalty_ == pytest.approx(FlyCLClassifier().fit(X[120:], y[120:]).penalty_)
-    assert task.penalty_ != pytest.approx(FlyCLClassifier().fit(X, y).penalty_)
+    grid = {"penalties": np.logspace(-2, 6, 33)}
+    task = FlyCLClassifier(gcv="task", **grid).partial_fit(X[:120], y[:120]).partial_fit(X[120:], y[120:])
+    assert task.penalty_ == FlyCLClassifier(**grid).fit(X[120:], y[120:]).penalty_
+    assert task.penalty_ != FlyCLClassifier(**grid).fit(X, y).penalty_
     assert_same_weights(task, FlyCLClassifier(penalty=task.penalty_).fit(X, y))
+
+
+# -- penalties --
+
+
+@pytest.mark.parametrize("gcv", ["streaming", "task"])
+@pytest.mark.parametrize("samples", [50, 240])
+def test_the_penalty_is_the_best_of_those_given(gcv, samples):
+    X, y = blobs(0, n=samples)
+    penalties = (3.0, 40.0, 500.0)
+    head = FlyCLClassifier(gcv=gcv, penalties=penalties).fit(X, y)
+    H, Y = head.codes(X), np.eye(6)[y]
+    U, S, _ = np.linalg.svd(H, full_matrices=False)
+    kept = [S**2 / (S**2 + penalty) for penalty in penalties]
+    score = [np.square(Y - U @ (k[:, None] * (U.T @ Y))).sum() / (1 - k.sum() / samples) ** 2 for k in kept]
+    assert head.penalty_ == penalties[np.argmin(score)]
+    assert FlyCLClassifier(gcv=gcv, penalties=[40]).fit(X, y).penalty_ == 40
+
+
+def test_published_penalties_have_the_published_floor_in_the_unit_of_the_codes():
+    """Codes of the authors' size, from features of variance one, get the authors' 10^6 and more, at any other size."""
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(400, 768)), np.arange(400) % 20
+    head = FlyCLClassifier(500, degree=300, gcv="task").fit(X, y)
+    assert head.penalty_ > 0.9e6
+    activity = np.square(head.codes(X)).mean()
+    assert np.isclose(head.penalty_ / activity, PUBLISHED, rtol=1e-9).sum() == 1
+    np.testing.assert_allclose(
+        FlyCLClassifier(500, degree=300, gcv="task").fit(X / 28, y).penalty_, head.penalty_ / 784
+    )
+
+
+def test_the_published_floor_keeps_small_tasks_from_being_met_exactly():
+    """Ten tasks, fewer samples than units: without the floor, GCV on one task picks penalties that cost the rest."""
+    generator = np.random.default_rng(0)
+    means = 0.3 * generator.normal(size=(30, 96))
+    y, yt = np.arange(600) % 30, np.arange(1200) % 30
+    X, Xt = (means[labels] + generator.normal(size=(len(labels), 96)) for labels in (y, yt))
+
+    def final(**settings):
+        head = FlyCLClassifier(600, **settings)
+        for task in range(10):
+            mine = y // 3 == task
+            head.partial_fit(X[mine], y[mine])
+        return head.score(Xt, yt)
+
+    low = final(gcv="task", penalties=PENALTIES * np.square(FlyCLClassifier(600).fit(X, y).codes(X)).sum() / 6000)
+    published = final(gcv="task")
+    assert published > low + 0.05
+    assert published > final() - 0.02
 
 
 # -- codes --
@@ -221,6 +313,11 @@ def test_tensors_and_arrays_give_the_same():
         ({"penalty": "gvc"}, "penalty must be one of gcv, got 'gvc'; did you mean 'gcv'"),
         ({"gcv": "stream"}, "did you mean 'streaming'"),
         ({"gcv": "tasks"}, "did you mean 'task'"),
+        ({"penalties": ()}, "penalties must be a sequence of numbers above 0, or None"),
+        ({"penalties": 3.0}, "penalties must be a sequence of numbers above 0, or None, got 3.0"),
+        ({"penalties": [1.0, 0.0]}, "each of penalties must be a number above 0, got 0.0"),
+        ({"penalties": [1.0, np.nan]}, "each of penalties"),
+        ({"penalties": [1.0], "penalty": 2.0}, "penalties are what penalty='gcv' chooses from"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, words):
@@ -230,8 +327,11 @@ def test_bad_settings_are_refused_by_name(settings, words):
 
 def test_a_penalty_that_rounding_swallows_is_refused():
     X, y = blobs(0, n=20)
-    with pytest.raises(ValueError, match="penalty=1e-300 is too small"):
-        FlyCLClassifier(penalty=1e-300).fit(np.float64(X > 0), y)
+    X, y = np.tile(np.float64(X > 0), (2, 1)), np.tile(y, 2)
+    for settings in ({"penalty": 1e-300}, {"penalties": [1e-300]}):
+        for units in (30, 120):
+            with pytest.raises(ValueError, match="penalty=1e-300 is too small"):
+                FlyCLClassifier(units, **settings).fit(X, y)
 
 
 def test_bad_labels_and_features_leave_what_was_learned():
@@ -258,7 +358,9 @@ def test_a_large_gram_matrix_is_warned_about(monkeypatch):
 
 
 @pytest.mark.rounding
-@pytest.mark.parametrize("settings", [{}, {"gcv": "task"}, {"penalty": 2.0, "standardize": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gcv": "task"}, {"penalty": 2.0, "standardize": True}, {"penalties": [1.0, 9.0]}]
+)
 @pytest.mark.parametrize("labels", ["numbers", "strings", "objects"])
 def test_loaded_predicts_the_same_bit_for_bit_and_learns_on(tmp_path, settings, labels):
     X, y = blobs(0)
@@ -333,6 +435,18 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, monkeypatch):
     head.save(path)
     with pytest.raises(ValueError, match="should hold class_count_"):
         FlyCLClassifier.load(path)
+
+
+@pytest.mark.parametrize("module", ["fly_cl", "fly_model"])
+@pytest.mark.parametrize("missing", ["scipy", "sklearn"])
+def test_a_missing_extra_is_named(monkeypatch, module, missing):
+    # Without scipy, scikit-learn is there but cannot be imported.
+    for name in [*sys.modules]:
+        if name.startswith("bioadapt.circuits.") or name.split(".")[0] in ("scipy", "sklearn"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtra, match=r"pip install bioadapt\[circuits\]"):
+        import_module(f"bioadapt.circuits.{module}")
 
 
 # -- on a torch module --

@@ -14,13 +14,12 @@ from bioadapt.circuits.spiking_network import (
     CellState,
     SpikingClassifier,
     SpikingLayer,
-    accuracy,
     constants_at_birth,
     fire,
-    fit,
 )
 from bioadapt.primitives.dendritic.kv_lif import KvLif, _rate, _slopes
 from experiments.kv_lif import run
+from experiments.kv_lif.training import accuracy, fit
 
 SEEDS = range(4)
 KV, LIF = NEURONS

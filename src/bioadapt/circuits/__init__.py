@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
-    "CerebellarExpansion": "cerebellar",
+    "CerebellarExpansion": "granule_layer",
     "CerebellarNetwork": "cerebellar",
     "FlyCLClassifier": "fly_cl",
     "FlyCircuit": "fly_circuit",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bioadapt._extras import MissingExtra
 from bioadapt._words import suggest
 from bioadapt.methods.fly_lora import sparse_projection
 
@@ -23,7 +24,7 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as missing:
-    raise ImportError(
+    raise MissingExtra(
         f"the fly's classifiers need scikit-learn ({missing.name} is missing): pip install bioadapt[circuits]"
     ) from missing
 
@@ -320,4 +321,4 @@ def _kind(labels: NDArray[Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

@@ -9,7 +9,7 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from .cerebellar import CerebellarExpansion
+from bioadapt.circuits.granule_layer import CerebellarExpansion
 
 
 class CerebellarFeatures(BaseFeaturesExtractor):

@@ -3,140 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, solveh_banded
-from scipy.linalg.blas import dsyrk
-from scipy.linalg.lapack import dgeqrt, dtpttr, dtrttp
 from torch import Tensor, nn
 
 from bioadapt.circuits._classifier import Array, ContinualClassifier, blocks, check_choice, check_number
+from bioadapt.circuits.ridge import RidgeSums, packed, unpacked
 
-PENALTIES = 10.0 ** np.arange(-5, 3)  # in units of the mean squared activity of an expanded unit, summed over samples
-BAND = 64  # width of the band to which the Gram matrix is reduced
-FREEDOM = 1e-4  # share of the samples' degrees of freedom that a penalty has to leave; less is lost in rounding
+PENALTIES = 10.0 ** np.arange(-5, 3)  # times tr(G) / m, the mean squared activity of a unit, summed over the samples
+# The authors' scripts try 10^6 to 10^9. Where features have unit variance, as with theirs, a unit that reads 300 of
+# them and is among the strongest 0.3 has a mean squared activity of 145 per sample: the same grid without a unit.
+PUBLISHED = 10.0 ** np.arange(6, 10) / 145  # times tr(G) / (m n), the mean squared activity of a unit per sample
 LARGE = 2**30  # bytes of the Gram matrix from which on its size is worth a warning
-
-
-class Curve(NamedTuple):
-    """Generalised cross-validation over the penalties, (penalties,) each.
-
-    ``score`` is the mean squared residual of the one-hot labels over the squared share of free degrees of freedom,
-    ``freedom`` that share: from 0, where every sample is met exactly, to 1.
-    """
-
-    score: Array
-    freedom: Array
-
-    def best(self) -> int:
-        """The lowest score among penalties that leave enough freedom to be told from rounding; else the strongest."""
-        usable = np.flatnonzero(self.freedom >= FREEDOM)
-        return int(usable[self.score[usable].argmin()]) if len(usable) else len(self.score) - 1
-
-
-def gcv_curve(gram: Array, moment: Array, count: int, penalties: Array) -> Curve:
-    """GCV of ridge regression from H onto one-hot labels Y by what is left of the data: H^T H and H^T Y.
-
-    H^T H is reduced to a band by orthogonal transformations, once; residuals and traces of all penalties follow from
-    the band. In exact arithmetic this is what a singular value decomposition of H gives; with ``r`` for
-    ``|Y - H W|^2`` and ``df`` for ``tr H (H^T H + penalty)^-1 H^T``, the score is ``(r / n) / (1 - df / n)^2``.
-
-    Args:
-        gram: H^T H (m, m), of which the upper triangle is read.
-        moment: H^T Y (m, classes).
-        count: n, samples in H.
-        penalties: (p,), above zero.
-    """
-    diagonals, sides, turned = _band(gram, moment)
-    band = _stored(diagonals, sides)
-    residual = np.empty(len(penalties))
-    for i, penalty in enumerate(penalties):
-        band[0] += penalty
-        weights = solveh_banded(band, turned, lower=True)
-        band[0] -= penalty
-        # |Y|^2 = n, since each row has a single one.
-        residual[i] = count - (turned * weights).sum() - penalty * np.square(weights).sum()
-    freedom = (count - len(gram) + penalties * _trace_of_inverse(diagonals, sides, penalties)) / count
-    with np.errstate(divide="ignore"):
-        return Curve(np.maximum(residual, 0) / count / np.square(freedom), freedom)
-
-
-def _band(gram: Array, moment: Array) -> tuple[list[Array], list[Array], Array]:
-    """Orthogonal Z such that Z^T G Z is block tridiagonal with upper triangular blocks below its diagonal.
-
-    Returns:
-        Diagonal blocks, the blocks below them, and Z^T moment.
-    """
-    size = len(gram)
-    work = torch.from_numpy(_full(gram))
-    turned = torch.from_numpy(moment.copy())
-    sides = []
-    for start in range(BAND, size, BAND):
-        panel = work[start:, start - BAND : start].numpy()
-        reflectors, factor, _ = dgeqrt(min(panel.shape), panel)
-        side = np.zeros((min(BAND, size - start), BAND))
-        side[: len(reflectors)] = np.triu(reflectors)[: len(side)]
-        sides.append(side)
-        np.fill_diagonal(reflectors, 1.0)
-        v = torch.from_numpy(np.tril(reflectors)[:, : len(factor)])
-        vt = v @ torch.from_numpy(factor)
-        # With Q = 1 - V T V^T: Q^T A Q = A - W V^T - V W^T.
-        rest = work[start:, start:]
-        product = rest @ vt
-        w = product - 0.5 * v @ (vt.T @ product)
-        rest.addmm_(torch.cat([w, v], 1), torch.cat([v, w], 1).T, alpha=-1)
-        turned[start:].addmm_(v, vt.T @ turned[start:], alpha=-1)
-    diagonals = [work[i : i + BAND, i : i + BAND].numpy().copy() for i in range(0, size, BAND)]
-    return diagonals, sides, turned.numpy()
-
-
-def _full(gram: Array) -> Array:
-    """A symmetric matrix, rows contiguous, of its upper triangle."""
-    full = np.empty(gram.shape)
-    for rows in blocks(len(gram)):
-        full[rows, rows.start :] = gram[rows, rows.start :]
-        full[rows.start :, rows] = gram[rows, rows.start :].T
-        square = np.triu(gram[rows, rows])
-        full[rows, rows] = square + np.triu(square, 1).T
-    return full
-
-
-def _stored(diagonals: list[Array], sides: list[Array]) -> Array:
-    """LAPACK's storage of the band: row i holds the i-th diagonal below the main one."""
-    size = sum(map(len, diagonals))
-    band = np.zeros((min(BAND, size - 1) + 1, size))
-    for block, diagonal in enumerate(diagonals):
-        below = sides[block] if block < len(sides) else np.zeros((0, len(diagonal)))
-        column = np.concatenate([diagonal, below])
-        for i in range(min(len(band), len(column))):
-            entries = np.diagonal(column, -i)
-            band[i, block * BAND : block * BAND + len(entries)] = entries
-    return band
-
-
-def _trace_of_inverse(diagonals: list[Array], sides: list[Array], penalties: Array) -> Array:
-    """tr (T + penalty)^-1 of a block tridiagonal T, for all penalties (p,) at once.
-
-    A diagonal block of the inverse is the inverse of the block less what elimination from above and from below takes.
-    """
-    shifted = [block + penalties[:, None, None] * np.eye(len(block)) for block in diagonals]
-    above = [shifted[0]]
-    for block, side in zip(shifted[1:], sides, strict=True):
-        above.append(
-            block - side @ np.linalg.solve(above[-1], np.broadcast_to(side.T, (len(penalties), *side.T.shape)))
-        )
-    trace = np.zeros(len(penalties))
-    below = shifted[-1]
-    for i in reversed(range(len(shifted))):
-        trace += np.trace(np.linalg.inv(above[i] + below - shifted[i]), axis1=1, axis2=2)
-        if i:
-            side = np.broadcast_to(sides[i - 1], (len(penalties), *sides[i - 1].shape))
-            below = shifted[i - 1] - sides[i - 1].T @ np.linalg.solve(below, side)
-    return trace
 
 
 class FlyCLClassifier(ContinualClassifier):
@@ -147,7 +29,9 @@ class FlyCLClassifier(ContinualClassifier):
     samples than ``G = sum h h^T`` and ``Q = sum h y^T``, so that learning is exact whatever the order of samples,
     batches and tasks, nothing is forgotten, and memory does not grow with the number of samples: m^2 + m classes
     numbers. Learning only adds to G and Q; the weights ``(G + penalty)^-1 Q`` are computed in ``fit``, or by the first
-    prediction after ``partial_fit``, in a time that depends on m and the number of classes alone.
+    prediction after ``partial_fit``, in a time that depends on m and the number of classes alone. While there are fewer
+    samples than units, their codes take the place of G, being smaller, and the system has a row per sample, not per
+    unit.
 
     Classes may appear at any time without being announced. A class without samples never wins.
 
@@ -170,9 +54,13 @@ class FlyCLClassifier(ContinualClassifier):
         degree: s, features that a unit reads, from 1 to d; None: 0.4 d.
         coding_level: share of the units that win, above 0 to 1; k = floor(coding_level m), at least 1.
         penalty: of the ridge regression, above zero, in the unit of squared codes; "gcv": chosen by generalised
-            cross-validation among 10^-5 to 10^2 times tr(G) / m.
-        gcv: "streaming": GCV on all samples seen, from G and Q. "task": as published, on the samples of the last call
-            of ``fit`` or ``partial_fit`` alone, whose penalty is then used with all of G and Q.
+            cross-validation among ``penalties``.
+        gcv: "streaming": GCV on all samples seen. "task": as published, on the samples of the last call of ``fit`` or
+            ``partial_fit`` alone, whose penalty is then used with all of G and Q.
+        penalties: what GCV chooses from, numbers above zero in the unit of squared codes; None: for "streaming" 10^-5
+            to 10^2 times tr(G) / m; for "task" the authors' 10^6 to 10^9, brought from the scale of their codes to that
+            of these: 7 10^3 to 7 10^6 times the mean squared activity of a unit per sample of the last call. To use
+            theirs as they are: ``10.0 ** np.arange(6, 10)``.
         standardize: bring each sample to mean zero and variance one across its features first. For features that share
             a large common part.
         random_state: seed of the expansion, or whatever else scikit-learn accepts.
@@ -189,7 +77,7 @@ class FlyCLClassifier(ContinualClassifier):
     """
 
     _per_class: ClassVar = ("moment_",)
-    _shared: ClassVar = ("gram_",)
+    _shared: ClassVar = ()
 
     def __init__(
         self,
@@ -200,6 +88,7 @@ class FlyCLClassifier(ContinualClassifier):
         gcv: str = "streaming",
         standardize: bool = False,
         random_state: Any = 0,
+        penalties: Any = None,
     ) -> None:
         self.expand_dim = expand_dim
         self.degree = degree
@@ -208,11 +97,16 @@ class FlyCLClassifier(ContinualClassifier):
         self.gcv = gcv
         self.standardize = standardize
         self.random_state = random_state
+        self.penalties = penalties
 
     def fit(self, X: Any, y: Any) -> Self:
         super().fit(X, y)
         self._solve()
         return self
+
+    @property
+    def gram_(self) -> Array:
+        return self._sums.gram
 
     @property
     def coef_(self) -> Array:
@@ -229,13 +123,25 @@ class FlyCLClassifier(ContinualClassifier):
             check_choice("penalty", self.penalty, ("gcv",))
         else:
             check_number("penalty", self.penalty, 0, open_low=True)
+        if self.penalties is not None:
+            self._check_penalties()
+
+    def _check_penalties(self) -> None:
+        if self.penalty != "gcv":
+            raise ValueError(
+                f"penalties are what penalty='gcv' chooses from, got both them and penalty={self.penalty!r}"
+            )
+        if not isinstance(self.penalties, Collection) or isinstance(self.penalties, str) or not len(self.penalties):
+            raise ValueError(f"penalties must be a sequence of numbers above 0, or None, got {self.penalties!r}")
+        for penalty in self.penalties:
+            check_number("each of penalties", penalty, 0, open_low=True)
 
     def _wire(self, features: int) -> None:
         self.projection_ = self._expansion(features, min(10 * features, 10_000), 0.4, "gaussian")
         units = len(self.projection_)
         if 8 * units**2 > LARGE:
             warnings.warn(f"expand_dim={units}: G alone takes {8e-9 * units**2:.1f} GB; 10000 would take 0.8 GB")
-        self.gram_ = np.zeros((units, units), order="F")
+        self._sums = RidgeSums(units)
         self._task_penalty = 0.0
         self._solution: tuple[Array, float] | None = None
 
@@ -250,18 +156,26 @@ class FlyCLClassifier(ContinualClassifier):
     def _learn(self, X: Array, labels: NDArray[np.int64]) -> None:
         self._solution = None
         if self.penalty == "gcv" and self.gcv == "task":
-            gram, moment = np.zeros_like(self.gram_), np.zeros_like(self.moment_)
-            self._gather(X, labels, gram, moment)
-            self._task_penalty = _chosen(gram, moment, len(X))
-        self._gather(X, labels, self.gram_, self.moment_)
+            task, moment = RidgeSums(len(self.projection_)), np.zeros_like(self.moment_)
+            self._gather(X, labels, task, moment)
+            self._task_penalty = self._chosen(task, moment, PUBLISHED / task.count)
+        self._gather(X, labels, self._sums, self.moment_)
 
-    def _gather(self, X: Array, labels: NDArray[np.int64], gram: Array, moment: Array) -> None:
-        """Add the samples' statistics to ``gram`` and ``moment``, in place."""
+    def _gather(self, X: Array, labels: NDArray[np.int64], sums: RidgeSums, moment: Array) -> None:
+        """Add the samples to ``sums`` and ``moment``, in place."""
         targets = np.eye(len(self.classes_))
         for rows in blocks(len(X)):
             codes = self._coded(X[rows])
-            dsyrk(1.0, codes.T, beta=1.0, c=gram, overwrite_c=1)
+            sums.add(codes, self.classes_[labels[rows]])
             moment += targets[labels[rows]].T @ codes
+
+    def _chosen(self, sums: RidgeSums, moment: Array, relative: Array) -> float:
+        """The best penalty by GCV among ``penalties`` or, where there are none, those in units of the mean activity."""
+        if sums.activity == 0:  # silent codes predict nothing, whatever the penalty
+            return 1.0
+        absolute = self.penalties is not None
+        penalties = np.array(self.penalties, dtype=np.float64) if absolute else sums.activity * relative
+        return float(penalties[sums.validation(moment, self.classes_, penalties).best()])
 
     def _solve(self) -> tuple[Array, float]:
         """Weights and penalty for what was learned up to now."""
@@ -271,14 +185,8 @@ class FlyCLClassifier(ContinualClassifier):
             elif self.gcv == "task":
                 penalty = self._task_penalty
             else:
-                penalty = _chosen(self.gram_, self.moment_, int(self.class_count_.sum()))
-            system = self.gram_.copy(order="F")
-            system[np.diag_indices_from(system)] += penalty
-            try:
-                factor = cho_factor(system, lower=False, overwrite_a=True, check_finite=False)
-            except LinAlgError as error:
-                raise ValueError(f"penalty={penalty:g} is too small for codes of this size: {error}") from error
-            self._solution = cho_solve(factor, self.moment_.T).T, penalty
+                penalty = self._chosen(self._sums, self.moment_, PENALTIES)
+            self._solution = self._sums.weights(self.moment_, self.classes_, penalty), penalty
         return self._solution
 
     def _score_codes(self, codes: Array) -> Array:
@@ -288,31 +196,23 @@ class FlyCLClassifier(ContinualClassifier):
         weights, penalty = self._solve()
         return {
             **super()._tensors(),
-            "gram_": dtrttp(self.gram_)[0],
+            "gram_": packed(self.gram_),
             "weights": np.ascontiguousarray(weights),
             "penalties": np.array([self._task_penalty, penalty]),
         }
 
     def _take(self, tensors: dict[str, NDArray[Any]]) -> None:
-        own = {name: tensors.pop(name) for name in ("weights", "penalties")}
+        own = {name: tensors.pop(name) for name in ("gram_", "weights", "penalties")}
         units = len(tensors["projection_"])
-        triangle, solution = (units * (units + 1) // 2,), (len(self.classes_), units)
-        if tensors["gram_"].shape != triangle or own["weights"].shape != solution or own["penalties"].shape != (2,):
+        shapes = {"gram_": (units * (units + 1) // 2,), "weights": (len(self.classes_), units), "penalties": (2,)}
+        if any(own[name].shape != shape for name, shape in shapes.items()):
             raise ValueError(f"its shapes do not belong to {units} units and {len(self.classes_)} classes")
         if not all(np.isfinite(values).all() for values in own.values()):
-            raise ValueError("its weights or penalties are not finite")
-        super()._take({**tensors, "gram_": dtpttr(units, tensors["gram_"])[0]})
+            raise ValueError("its sums, weights or penalties are not finite")
+        super()._take(tensors)
+        self._sums = RidgeSums.of_gram(unpacked(own["gram_"], units), int(self.class_count_.sum()))
         self._task_penalty, penalty = own["penalties"].tolist()
         self._solution = own["weights"], penalty
-
-
-def _chosen(gram: Array, moment: Array, count: int) -> float:
-    """The best of `PENALTIES` by GCV: gram (m, m), moment (classes, m)."""
-    activity = np.trace(gram) / len(gram)
-    if activity == 0:  # silent codes predict nothing, whatever the penalty
-        return 1.0
-    penalties = activity * PENALTIES
-    return float(penalties[gcv_curve(gram, moment.T, count, penalties).best()])
 
 
 class ContinualHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Spiking networks on a time axis: layers of the catalogue's neurons, and how they are trained.
+"""Spiking networks on a time axis: layers of the catalogue's neurons.
 
 Reference: Yang et al. 2026, Neuronal self-adaptation enhances capacity and robustness of representation in spiking
 neural networks (KvLIF), arXiv:2603.20687; Neftci, Mostafa and Zenke 2019, Surrogate gradient learning in spiking neural
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import softplus
 
 from bioadapt._words import suggest
 from bioadapt.primitives.dendritic._spiking import pseudo_slope
@@ -166,34 +166,3 @@ class SpikingClassifier(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scores of the classes, (B, T, inputs) -> (B, classes)."""
         return self.readout(self.rates(x, mask))
-
-
-def fit(
-    model: SpikingClassifier, x: Tensor, labels: Tensor, *, rate: float, epochs: int, seed: int, batch: int = 64
-) -> None:
-    """Train on cross-entropy with Adam, backwards through all of time.
-
-    Args:
-        model: changed in place.
-        x: (N, T, inputs).
-        labels: (N,) int64.
-        rate: learning rate.
-        epochs: passes through the data.
-        seed: fixes the order of the samples.
-        batch: samples per update.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
-    model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(x), generator=generator).split(batch):
-            optimiser.zero_grad()
-            cross_entropy(model(x[chosen]), labels[chosen]).backward()
-            optimiser.step()
-    model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: SpikingClassifier, x: Tensor, labels: Tensor) -> float:
-    """Share of the samples (N, T, inputs) whose class (N,) has the highest score."""
-    return model(x).argmax(-1).eq(labels).double().mean().item()
