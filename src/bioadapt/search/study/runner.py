@@ -137,9 +137,7 @@ def run_study(job: Job, workers: int = 1, console: Console | None = None, title:
     except (OSError, StorageInternalError) as error:
         raise RuntimeError(f"study {job.study!r}: {_storage_in_words(error)}; the same call goes on") from error
     if left:
-        raise RuntimeError(
-            f"study {job.study!r}: all workers have ended, {left} trials left; the same call goes on"
-        )
+        raise RuntimeError(f"study {job.study!r}: all workers have ended, {left} trials left; the same call goes on")
     return study
 
 
