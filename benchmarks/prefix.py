@@ -33,10 +33,10 @@ from sentence_transformers import SentenceTransformer
 import bioadapt
 from bioadapt.evaluation import Task, load_task
 from bioadapt.evaluation.training import DEFAULT_MODEL, transformer_of
-from bioadapt.search.host import Host
-from bioadapt.search.objective import Bench, BioObjective, without_test
-from bioadapt.search.prefix import cached_prefix, frozen_blocks
-from bioadapt.search.space import SLOTS, SearchSpace
+from bioadapt.search.contest.objective import Bench, BioObjective, without_test
+from bioadapt.search.contest.prefix import cached_prefix, frozen_blocks
+from bioadapt.search.space.model import SearchedModel
+from bioadapt.search.space.space import SLOTS, SearchSpace
 
 BLOCKS = (1, 3, 5)
 WHAT = ("validation", "trial", "trial, no dropout")
@@ -147,7 +147,7 @@ def main() -> int:
     bench = Bench(DEFAULT_MODEL, stsb(given.data_dir), device="cpu")
     short = replace(bench, task=stsb(given.data_dir, ROWS), epochs=EPOCHS)
     dry = DryBench(**vars(short))
-    host = Host.of(transformer_of(bench.encoder(0)))
+    host = SearchedModel.of(transformer_of(bench.encoder(0)))
     for slots in (1, 2, 3, SLOTS):
         space = SearchSpace(host, slots=slots)
         share = shares(space)

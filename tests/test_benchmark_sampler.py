@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 
-from bioadapt.search.space_design import SpaceDesign
+from bioadapt.search.thompson.space_design import SpaceDesign
 from scripts import loaded, run
 
 

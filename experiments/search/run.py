@@ -25,7 +25,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from bioadapt.search import ThompsonSampler
-from bioadapt.search.features import FeatureMap
+from bioadapt.search.thompson.features import FeatureMap
 from experiments.ledger import COLOURS, Claim, markdown, parser, publish
 
 HERE = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ SERVER = "bioadapt"
 # Seconds after which a test gives up on another process; a busy machine is slow.
 PATIENCE = 180.0
 # What a worker needs seconds to import, once for all of them.
-PRELOAD = ["bioadapt.search.storage", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
+PRELOAD = ["bioadapt.search.study", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
 
 
 def _binaries():
@@ -142,7 +142,8 @@ def kill_one_of_two(workers):
     from optuna.trial import TrialState
     from search.ticket_worker import value_of, work
 
-    from bioadapt.search.storage import DIED, open_storage
+    from bioadapt.search.study import open_storage
+    from bioadapt.search.study.tickets import DIED
 
     def run(url, *, tickets=10, elsewhere=False):
         study = optuna.create_study(storage=open_storage(url), study_name="killed", direction="maximize")

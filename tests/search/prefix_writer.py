@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bioadapt.search import prefix
+from bioadapt.search.contest import prefix
 
 
 def states_of(number):

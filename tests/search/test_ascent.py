@@ -12,11 +12,11 @@ pytest.importorskip("scipy")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bioadapt.search.ascent import ascent, best_configuration, configuration
-from bioadapt.search.mapped_design import MappedDesign
-from bioadapt.search.posterior import MAIN_EFFECT
-from bioadapt.search.ranges import random_value
-from bioadapt.search.space_design import SpaceDesign
+from bioadapt.search.thompson.ascent import ascent, best_configuration, configuration
+from bioadapt.search.thompson.mapped_design import MappedDesign
+from bioadapt.search.thompson.posterior import MAIN_EFFECT
+from bioadapt.search.thompson.ranges import random_value
+from bioadapt.search.thompson.space_design import SpaceDesign
 
 SPACE = {
     "kind": CategoricalDistribution("abc"),

@@ -10,11 +10,11 @@ pytest.importorskip("scipy")
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from bioadapt.search.features import Memo
-from bioadapt.search.mapped_design import MappedDesign
-from bioadapt.search.posterior import MAIN_EFFECT, WALK
-from bioadapt.search.ranges import alternatives, at, position, random_value
-from bioadapt.search.space_design import SpaceDesign
+from bioadapt.search.thompson.features import Memo
+from bioadapt.search.thompson.mapped_design import MappedDesign
+from bioadapt.search.thompson.posterior import MAIN_EFFECT, WALK
+from bioadapt.search.thompson.ranges import alternatives, at, position, random_value
+from bioadapt.search.thompson.space_design import SpaceDesign
 
 NUMBERS = [
     FloatDistribution(-1e308, 1e308),
@@ -114,10 +114,10 @@ def test_untested_interactions_stay_out():
 
 
 def test_only_the_most_supported_interactions_are_kept(monkeypatch):
-    monkeypatch.setattr("bioadapt.search.features.INTERACTIONS", 4)
+    monkeypatch.setattr("bioadapt.search.thompson.features.INTERACTIONS", 4)
     built, _ = design({name: CategoricalDistribution(["a", "b", "c"]) for name in "xyz"}, 40)
     everything = built._together
-    monkeypatch.setattr("bioadapt.search.features.INTERACTIONS", 100)
+    monkeypatch.setattr("bioadapt.search.thompson.features.INTERACTIONS", 100)
     full, _ = design({name: CategoricalDistribution(["a", "b", "c"]) for name in "xyz"}, 40)
     assert len(everything) == 4 and sorted(everything.values()) == sorted(full._together.values())[-4:]
 

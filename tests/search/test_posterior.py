@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 from scipy import linalg, stats
 from scipy.special import logsumexp
 
-from bioadapt.search.posterior import (
+from bioadapt.search.thompson.posterior import (
     INTERACTION,
     MAIN,
     MAIN_EFFECT,
@@ -25,7 +25,7 @@ from bioadapt.search.posterior import (
     Scales,
     ShrinkagePosterior,
 )
-from bioadapt.search.sampler import _pool_repetitions, _standardised
+from bioadapt.search.thompson.sampler import _pool_repetitions, _standardised
 
 
 def problem(rows, columns, seed=0):

@@ -18,17 +18,19 @@ from search.fake_objective import LEVELS, FakeObjective, value_of
 from search.test_terminal import one_of_two_is_killed
 from search.ticket_worker import work
 
-from bioadapt.search import ThompsonSampler, runner
-from bioadapt.search.storage import DIED, open_storage
+from bioadapt.search import ThompsonSampler
+from bioadapt.search.study import Job, open_storage, prepare
+from bioadapt.search.study.runner import work as run_worker
+from bioadapt.search.study.tickets import DIED, count_tickets
 
 
 def test_one_of_the_runners_two_workers_is_killed_in_mid_trial(workers, database, tmp_path):
-    study = runner.prepare(database, "search", 8)
+    study = prepare(database, "search", 8)
     stuck = tmp_path / "stuck"
     stuck.mkdir()
     hanging = FakeObjective(faults=dict.fromkeys(range(LEVELS["a"]), "hang"), log=str(stuck))
-    victim = workers.start(runner.work, runner.Job(database, "search", hanging))
-    other = workers.start(runner.work, runner.Job(database, "search", FakeObjective(log=str(workers.folder))))
+    victim = workers.start(run_worker, Job(database, "search", hanging))
+    other = workers.start(run_worker, Job(database, "search", FakeObjective(log=str(workers.folder))))
     until(lambda: list(stuck.iterdir()))
     os.kill(victim.pid, signal.SIGKILL)
     other.join(timeout=PATIENCE)
@@ -37,7 +39,7 @@ def test_one_of_the_runners_two_workers_is_killed_in_mid_trial(workers, database
     (killed,) = (trial for trial in study.trials if trial.state == TrialState.FAIL)
     ended = [trial for trial in study.trials if trial.state != TrialState.FAIL]
     assert killed.user_attrs["failure"] == DIED and killed.user_attrs["worker"]["pid"] == victim.pid
-    assert len(ended) == 8 == runner.tickets(study) == len(list(workers.folder.iterdir()))
+    assert len(ended) == 8 == count_tickets(study) == len(list(workers.folder.iterdir()))
     (again,) = (trial for trial in ended if "retry_history" in trial.system_attrs)
     assert again.system_attrs["retry_history"] == [killed.number] and again.params == killed.params
     complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]

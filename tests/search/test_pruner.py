@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from scipy import stats
 
 from bioadapt.search import ThompsonPruner
-from bioadapt.search.pruner import Curve
+from bioadapt.search.thompson.pruner import RungRegression
 
 
 def finished(pairs, step=0):
@@ -49,7 +49,7 @@ def test_the_prediction_is_the_textbook_interval():
     generator = np.random.default_rng(0)
     rung = generator.normal(size=9)
     final = 2 + 3 * rung + generator.normal(size=9)
-    prediction = Curve.at(finished(zip(rung, final, strict=True)), 0).predict(0.7)
+    prediction = RungRegression.at(finished(zip(rung, final, strict=True)), 0).predict(0.7)
     line = stats.linregress(rung, final)
     residual = final - line.intercept - line.slope * rung
     spread = math.sqrt((residual @ residual) / 7)

@@ -20,12 +20,12 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
 from bioadapt import BioConfig
-from bioadapt.search.host import Host, Site
-from bioadapt.search.objective import describe
 from bioadapt.search.report import render, write_report
-from bioadapt.search.space import SearchSpace
-from bioadapt.search.storage import open_storage
-from bioadapt.search.wording import as_code, in_words
+from bioadapt.search.report.wording import as_code, in_words
+from bioadapt.search.space import describe
+from bioadapt.search.space.model import SearchedModel, SearchedModule
+from bioadapt.search.space.space import SearchSpace
+from bioadapt.search.study.storage import open_storage
 
 PRIMITIVES = (
     "divisive_normalization",
@@ -44,11 +44,11 @@ def space():
     known = [name for name in PRIMITIVES if name in list_primitives()]
     kinds = {"attention.output.dense": 384, "output.dense": 1536}
     sites = tuple(
-        Site(f"encoder.layer.{layer}.{kind}", layer, kind, width, 384)
+        SearchedModule(f"encoder.layer.{layer}.{kind}", layer, kind, width, 384)
         for layer in range(6)
         for kind, width in kinds.items()
     )
-    return SearchSpace(Host(sites, 22_713_216, tuple(known)), budget=227_132, slots=3)
+    return SearchSpace(SearchedModel(sites, 22_713_216, tuple(known)), budget=227_132, slots=3)
 
 
 def searched(space, name="minilm-stsb", storage=None, trials=60, scale=1.0):

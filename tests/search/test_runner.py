@@ -21,10 +21,12 @@ from optuna.trial import TrialState
 from search.fake_objective import FakeObjective, value_of
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
-from bioadapt.search import finale
-from bioadapt.search.isolation import Child, Failed, Stopped, processes
-from bioadapt.search.runner import Job, prepare, progress, run_study, tickets
+from bioadapt.search.contest import finale
 from bioadapt.search.settings import budget
+from bioadapt.search.study import Child, Failed, Job, NotFound, Stopped, prepare, run_study
+from bioadapt.search.study.isolation import packed, processes
+from bioadapt.search.study.progress import progress
+from bioadapt.search.study.tickets import count_tickets
 
 
 def echo(argument, report):
@@ -90,7 +92,10 @@ def test_an_idle_child_tidies_up(tmp_path):
 
 
 def test_what_keeps_a_child_from_starting_is_a_reason_in_words():
-    with Child(Unimportable()) as running, pytest.raises(Failed, match="exit code 1: ModuleNotFoundError: .*nowhere"):
+    with (
+        Child(Unimportable()) as running,
+        pytest.raises(NotFound, match="does not load.*ModuleNotFoundError.*nowhere"),
+    ):
         running.call("x")
 
 
@@ -116,7 +121,7 @@ def test_failures_cost_a_ticket_each_and_nothing_else(tmp_path):
     first = [{"a": a, "b": 2, "c": 1} for a in (3, 0, 1, 2)]
     prepare(str(tmp_path / "study.journal"), "fake", 6, first)
     study = run_study(job(tmp_path, FakeObjective(faults=faults)))
-    assert tickets(study) == len(study.trials) == 6
+    assert count_tickets(study) == len(study.trials) == 6
     assert [trial.params["a"] for trial in study.trials[:4]] == [3, 0, 1, 2]
     for trial in study.trials:
         fault = faults.get(trial.params["a"])
@@ -141,7 +146,7 @@ def test_the_same_call_goes_on_and_more_trials_are_added_to_what_is_there(tmp_pa
     prepare(storage, "fake", 5)
     study = run_study(job(tmp_path))
     assert [trial.params for trial in study.trials[:3]] == first
-    assert len(study.trials) == tickets(study) == 5
+    assert len(study.trials) == count_tickets(study) == 5
     # An interrupted study proposes what one in a single piece does.
     prepare(storage, "whole", 5)
     whole = run_study(Job(storage, "whole", FakeObjective()))
@@ -178,7 +183,7 @@ def test_a_worker_that_dies_in_mid_trial_loses_that_trial_alone(tmp_path, sign):
     study = run_study(job(tmp_path))
     states = Counter(trial.state for trial in study.trials)
     assert states == {TrialState.COMPLETE: 4, TrialState.FAIL: 1}
-    assert tickets(study) == 4
+    assert count_tickets(study) == 4
     failed = study.trials[0]
     assert failed.user_attrs["failure"] == ("worker died" if sign == signal.SIGKILL else "interrupted")
     (again,) = [trial for trial in study.trials if trial.system_attrs.get("retry_history")]
@@ -187,9 +192,11 @@ def test_a_worker_that_dies_in_mid_trial_loses_that_trial_alone(tmp_path, sign):
 
 def work_or_end(wanted):
     """As the runner's own worker processes: SIGTERM is an orderly end."""
-    from bioadapt.search.runner import _worker
+    from bioadapt.search.study.runner import _worker
 
-    _worker(wanted)
+    here, there = processes().Pipe()
+    with here, there:
+        _worker(packed(wanted), there)
 
 
 def alive(pid):
@@ -215,8 +222,8 @@ def test_two_workers_share_the_tickets_and_the_console_tells(tmp_path):
 
 def test_all_workers_dead_is_said(tmp_path, monkeypatch):
     prepare(str(tmp_path / "study.journal"), "fake", 2)
-    monkeypatch.setattr("bioadapt.search.runner.work", lambda wanted: None)
-    with pytest.raises(RuntimeError, match="all workers have died, 2 trials are left; the same call goes on"):
+    monkeypatch.setattr("bioadapt.search.study.runner.work", lambda wanted: None)
+    with pytest.raises(RuntimeError, match="all workers have ended, 2 trials left; the same call goes on"):
         run_study(job(tmp_path))
 
 
@@ -342,11 +349,11 @@ def test_the_bio_adapter_wins_only_against_every_rival(against, said):
 
 
 def test_the_winner_of_noise_is_shrunk_to_the_mean():
-    from bioadapt.search.host import Host, Site
-    from bioadapt.search.space import SearchSpace
+    from bioadapt.search.space.model import SearchedModel, SearchedModule
+    from bioadapt.search.space.space import SearchSpace
 
     names = ("lateral_inhibition", "leaky_integrator", "predictive_coding", "gain_field")
-    space = SearchSpace(Host((Site("layer.0.x", 0, "x", 8, 8),), 1000, names), slots=2)
+    space = SearchSpace(SearchedModel((SearchedModule("layer.0.x", 0, "x", 8, 8),), 1000, names), slots=2)
     generator = np.random.default_rng(0)
     study = optuna.create_study(direction="maximize")
     for _ in range(40):

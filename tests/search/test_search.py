@@ -23,11 +23,11 @@ import bioadapt
 from bioadapt.cli import app
 from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import Diverged, transformer_of
-from bioadapt.search import finale
-from bioadapt.search.contest import Search
-from bioadapt.search.objective import Bench, TooSlow, without_test
+from bioadapt.search.contest import Search, finale
+from bioadapt.search.contest.objective import Bench, TooSlow, without_test
 from bioadapt.search.settings import SearchSettings
-from bioadapt.search.storage import open_storage, this_worker
+from bioadapt.search.study import open_storage
+from bioadapt.search.study.tickets import this_worker
 
 NOUNS = ("a dog", "the cat", "one bird", "my horse", "a fish", "the fox")
 VERBS = ("runs", "sleeps", "eats", "sings")
@@ -77,7 +77,7 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     # Ended in the middle, as by Ctrl-C: the phases before are not repeated.
     with monkeypatch.context() as ended:
         ended.setattr(finale, "RESAMPLES", 50)
-        ended.setattr("bioadapt.search.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ended.setattr("bioadapt.search.contest.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
     assert "(about " in stopped.stdout and "searching bio adapters: 2/2" in stopped.stdout
@@ -165,7 +165,7 @@ def test_a_training_that_diverges_or_crawls_says_so(data):
 
 
 def test_the_package_can_be_called():
-    assert callable(bioadapt.search) and bioadapt.search.search.__module__ == "bioadapt.search.contest"
+    assert callable(bioadapt.search) and bioadapt.search.search.__module__ == "bioadapt.search.contest.contest"
     with pytest.raises(ValueError, match="trials 0"):
         bioadapt.search(trials=0)
     with pytest.raises(AttributeError, match="serch"):

@@ -18,9 +18,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from bioadapt import list_primitives, primitive_info, register_primitive
-from bioadapt.search.adapters import add_adapters, learning_rates, load_adapters, save_adapters
-from bioadapt.search.host import Host, Site
-from bioadapt.search.space import Configuration, SearchSpace, Slot
+from bioadapt.search.space import (
+    Configuration,
+    SearchedModel,
+    SearchedModule,
+    SearchSpace,
+    Slot,
+    add_adapters,
+    learning_rates,
+    load_adapters,
+    save_adapters,
+)
 
 POINTWISE, CAUSAL, WEIGHT = "lateral_inhibition", "leaky_integrator", "synaptic_tagging"
 
@@ -35,8 +43,8 @@ def bert(layers=2, hidden=16):
 
 
 def host(layers=2, kinds=("attention.output.dense", "output.dense"), primitives=(POINTWISE, CAUSAL, WEIGHT)):
-    sites = [Site(f"layer.{i}.{kind}", i, kind, 16, 16) for i in range(layers) for kind in kinds]
-    return Host(tuple(sites), 10_000, tuple(primitives))
+    sites = [SearchedModule(f"layer.{i}.{kind}", i, kind, 16, 16) for i in range(layers) for kind in kinds]
+    return SearchedModel(tuple(sites), 10_000, tuple(primitives))
 
 
 def random_params(space, generator):
@@ -49,17 +57,17 @@ def random_params(space, generator):
 def test_the_host_is_found_out_and_left_alone():
     model = bert()
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    found = Host.of(model, [POINTWISE, CAUSAL, WEIGHT])
+    found = SearchedModel.of(model, [POINTWISE, CAUSAL, WEIGHT])
     assert [site.path for site in found.sites] == [
         f"encoder.layer.{i}.{kind}" for i in range(2) for kind in ("attention.output.dense", "output.dense")
     ]
-    assert found.sites[1] == Site("encoder.layer.0.output.dense", 0, "output.dense", 32, 16)
+    assert found.sites[1] == SearchedModule("encoder.layer.0.output.dense", 0, "output.dense", 32, 16)
     assert found.primitives == (POINTWISE, CAUSAL, WEIGHT) and not found.refused
     assert found.parameters == sum(p.numel() for p in model.parameters())
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name].requires_grad == grad and torch.equal(after[name], p) for name, (grad, p) in before.items())
-    assert Host.from_record(found.record()) == found
+    assert SearchedModel.from_record(found.record()) == found
 
 
 def test_what_a_causal_model_refuses_is_no_choice_and_is_named(monkeypatch):
@@ -85,17 +93,17 @@ def test_what_a_causal_model_refuses_is_no_choice_and_is_named(monkeypatch):
 
     torch.manual_seed(0)
     gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_positions=16, n_embd=16, n_layer=2, n_head=2))
-    found = Host.of(gpt2, ["looks_ahead", POINTWISE])
+    found = SearchedModel.of(gpt2, ["looks_ahead", POINTWISE])
     assert found.primitives == (POINTWISE,)
     assert "must not see" in found.refused["looks_ahead"]
-    assert Host.of(bert(), ["looks_ahead"]).primitives == ("looks_ahead",)
+    assert SearchedModel.of(bert(), ["looks_ahead"]).primitives == ("looks_ahead",)
     with pytest.raises(ValueError, match="none can act on this model: .*must not see"):
-        Host.of(gpt2, ["looks_ahead"])
+        SearchedModel.of(gpt2, ["looks_ahead"])
 
 
 def test_an_unknown_primitive_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'lateral_inhibition'"):
-        Host.of(bert(), ["lateral_inhibitio"])
+        SearchedModel.of(bert(), ["lateral_inhibitio"])
 
 
 # -- its size --
@@ -254,7 +262,7 @@ def test_wrong_choices_are_refused(settings, said):
 
 def test_the_adapter_is_what_the_configuration_says_and_costs_what_the_space_says():
     model = bert()
-    space = SearchSpace(Host.of(model, [POINTWISE, CAUSAL, WEIGHT, "predictive_coding"]))
+    space = SearchSpace(SearchedModel.of(model, [POINTWISE, CAUSAL, WEIGHT, "predictive_coding"]))
     generator = random.Random(1)
     for _ in range(12):
         configuration = space.realise(random_params(space, generator))
@@ -286,7 +294,7 @@ def both(space):
 
 
 def test_adapters_over_a_lora_are_saved_and_loaded(tmp_path):
-    space = SearchSpace(Host.of(bert()))
+    space = SearchSpace(SearchedModel.of(bert()))
     configs = space.configs(both(space))
     assert len(configs) > 1
     get_peft_model(bert(), LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
@@ -311,7 +319,7 @@ def test_adapters_over_a_lora_are_saved_and_loaded(tmp_path):
 def test_a_strength_is_the_learning_rate_of_what_starts_at_zero():
     import re
 
-    space = SearchSpace(Host.of(bert(), [POINTWISE, CAUSAL, WEIGHT, "neuro_lora"]))
+    space = SearchSpace(SearchedModel.of(bert(), [POINTWISE, CAUSAL, WEIGHT, "neuro_lora"]))
     configuration = both(space)
     slots = (*configuration.slots, Slot("neuro_lora", "lower", "output.dense", 0.3))
     adapted = add_adapters(bert(), space.configs(Configuration(slots, None, "serial", 0.01)))

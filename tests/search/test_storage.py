@@ -23,17 +23,13 @@ from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.trial import TrialState, create_trial
 from search.conftest import free_port, until
 
-from bioadapt.search import storage as storages
-from bioadapt.search.storage import (
+from bioadapt.search.study import database, open_storage, recover, settled, ticket, tickets
+from bioadapt.search.study.tickets import (
     DIED,
     INTERRUPTED,
     RETRIES,
-    open_storage,
-    recover,
     repeated,
-    settled,
     this_worker,
-    ticket,
 )
 
 FILES = {"journal": "{}/study.journal", "sqlite": "sqlite:///{}/study.db"}
@@ -110,7 +106,7 @@ def test_a_missing_driver_is_named_with_its_extra(url, driver, monkeypatch):
 
 def test_an_address_where_nothing_answers_is_an_error_in_a_line(monkeypatch):
     pytest.importorskip("psycopg")
-    monkeypatch.setattr(storages.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match=r"me:\*\*\*@127.0.0.1:1/x' cannot be opened: .*refused") as error:
         open_storage("postgresql://me:secret@127.0.0.1:1/x")
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
@@ -242,7 +238,7 @@ def test_the_living_and_other_machines_are_left_alone_until_they_are_lost(study)
 def test_a_trial_that_nobody_signed_is_given_a_moment(study, monkeypatch):
     asked(study)
     assert recover(study) == []
-    monkeypatch.setattr(storages, "MOMENT", timedelta(0))
+    monkeypatch.setattr(tickets, "MOMENT", timedelta(0))
     assert recover(study) == [0]
 
 
@@ -270,7 +266,7 @@ def test_who_dies_between_failing_a_trial_and_enqueueing_it_again_loses_nothing(
     assert states(study) == ["WAITING", "FAIL", "FAIL", "FAIL"]
     finish_waiting(study)
     assert not settled(study)  # two tickets are yet to come
-    monkeypatch.setattr(storages, "MOMENT", timedelta(0))
+    monkeypatch.setattr(tickets, "MOMENT", timedelta(0))
     recover(study)
     recover(study)
     assert [trial.system_attrs.get("retry_history") for trial in study.trials] == [None] * 4 + [[1], [3]]

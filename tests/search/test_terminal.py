@@ -31,8 +31,9 @@ from rich.console import Console
 from search.conftest import PATIENCE, until
 from search.fake_objective import FakeObjective
 
-from bioadapt.search import contest, isolation, runner
-from bioadapt.search.storage import DIED, INTERRUPTED, open_storage
+from bioadapt.search import contest
+from bioadapt.search.study import Job, isolation, open_storage, prepare, progress, run_study, runner
+from bioadapt.search.study.tickets import DIED, INTERRUPTED, count_tickets
 
 INTERRUPT = b"\x03"
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -46,15 +47,15 @@ class FakeSearch:
 
     def __init__(self, settings, console):
         objective = FakeObjective(self.seconds, log=self.log)
-        self.job = runner.Job(settings.storage, "fake", objective)
+        self.job = Job(settings.storage, "fake", objective)
         self.trials, self.workers, self.console = settings.trials, settings.workers, console
 
     def run(self):
-        runner.prepare(self.job.storage, "fake", self.trials)
+        prepare(self.job.storage, "fake", self.trials)
         self.join()
 
     def join(self):
-        runner.run_study(self.job, self.workers, self.console, "searching")
+        run_study(self.job, self.workers, self.console, "searching")
 
 
 def command(terminal, folder, seconds, *words):
@@ -68,7 +69,7 @@ def command(terminal, folder, seconds, *words):
     tempfile.tempdir = str(folder / "temporary")
     FakeSearch.log, FakeSearch.seconds, contest.Search = str(folder / "log"), seconds, FakeSearch
     # Copies of this process: one that they are copied from would first import torch.
-    isolation.processes = runner.processes = lambda: multiprocessing.get_context("fork")
+    isolation.processes = runner.processes = lambda target=None: multiprocessing.get_context("fork")
     sys.argv = ["bioadapt", "search", "--trials", str(TRIALS), *words]
     from bioadapt.cli import main
 
@@ -131,7 +132,7 @@ def in_session(leader):
 def states(url):
     """How the trials of a study have ended, and with which failures."""
     study = optuna.load_study(study_name="fake", storage=open_storage(url))
-    assert runner.tickets(study) == TRIALS
+    assert count_tickets(study) == TRIALS
     return Counter((trial.state, trial.user_attrs.get("failure")) for trial in study.trials)
 
 
@@ -180,7 +181,7 @@ def test_a_search_ends_with_its_terminal_and_the_same_command_goes_on(workers, t
 def one_of_two_is_killed(workers, tmp_path, url, killed):
     """A search and one that joined it, of which one is killed in mid-trial; the other one does what is left."""
     seconds = {name: 600 if name == killed else 0.05 for name in ("first", "joined")}
-    runner.prepare(url, "fake", TRIALS)
+    prepare(url, "fake", TRIALS)
     commands = {}
     for name in sorted(seconds, key=lambda name: name != killed):
         (tmp_path / name).mkdir()
@@ -206,12 +207,12 @@ def test_of_a_search_and_one_that_joined_it_one_is_killed(workers, tmp_path, sto
 
 
 def test_nothing_but_text_goes_where_no_terminal_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_GLANCE", 0.02)
+    monkeypatch.setattr(progress, "_GLANCE", 0.02)
     url, shown = str(tmp_path / "study.journal"), tmp_path / "shown"
-    study = runner.prepare(url, "fake", 3)
+    study = prepare(url, "fake", 3)
     with shown.open("w") as file:
         console = Console(file=file, width=40)
-        with runner._watched(runner.Job(url, "fake", FakeObjective()), console, "searching"):
+        with progress.watched(study, console, "searching"):
             study.tell(study.ask(), 1.0)
             until(lambda: shown.stat().st_size)
             study.tell(study.ask(), 2.0)
@@ -257,5 +258,7 @@ def test_a_worker_that_is_stuck_is_killed(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_GRACE", 0.1)
     stuck = workers.start(hang, tmp_path / "begun")
     until((tmp_path / "begun").exists)
-    runner._end([stuck])
+    team = runner._Team(Job("", "fake", FakeObjective()))
+    team.members[stuck] = None
+    team.end()
     assert stuck.exitcode == -signal.SIGKILL

@@ -1,7 +1,13 @@
-"""Searching with Optuna: a Thompson sampler and pruner for any study, and the search for bio adapters itself.
+"""Searching with Optuna, in five rooms. Each imports only from those before it.
 
-The sampler and the pruner need the extra ``search`` alone. ``bioadapt.search(...)`` runs a whole search; it is the same
-as `bioadapt.search.search`, and as the command ``bioadapt search``.
+- `thompson`: the sampler, the pruner and their model, for any Optuna study; numpy, scipy and optuna alone.
+- `study`: storages, tickets, isolated trials, workers; for any objective.
+- `space`: what can be searched on a model, and a configuration as adapters.
+- `report`: a study as a page.
+- `contest`: the whole search: LoRA, bio adapters over it, confirmation, test.
+
+The sampler, the pruner and the study need the extra ``search`` alone. A whole search is the function
+`bioadapt.search.search`, or the command ``bioadapt search``.
 """
 
 import sys
@@ -9,62 +15,54 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-try:
-    import optuna  # noqa: F401
-    import scipy  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"bioadapt.search needs {error.name}: pip install bioadapt[search]") from error
-
-from .features import Feature, FeatureMap
-from .posterior import LinearPosterior, ShrinkagePosterior
-from .pruner import ThompsonPruner
-from .sampler import Effect, ThompsonSampler
-
-# What needs further packages is imported when it is asked for.
-_LATER = {
-    "Configuration": "space",
-    "FunctionObjective": "objective",
-    "Host": "host",
-    "Job": "runner",
-    "Objective": "runner",
+# Everything is imported when it is asked for, so that nobody waits for a room that is not needed.
+_ROOMS = {
+    "Effect": "thompson",
+    "Feature": "thompson",
+    "FeatureMap": "thompson",
+    "FunctionObjective": "space",
+    "Job": "study",
+    "LinearPosterior": "thompson",
+    "Objective": "study",
     "Search": "contest",
     "SearchSettings": "settings",
     "SearchSpace": "space",
-    "add_adapters": "adapters",
-    "learning_rates": "adapters",
-    "load_adapters": "adapters",
-    "open_storage": "storage",
-    "prepare": "runner",
-    "run_study": "runner",
-    "save_adapters": "adapters",
+    "SearchedModel": "space",
+    "ShrinkagePosterior": "thompson",
+    "ThompsonPruner": "thompson",
+    "ThompsonSampler": "thompson",
+    "add_adapters": "space",
+    "learning_rates": "space",
+    "load_adapters": "space",
+    "open_storage": "study",
+    "prepare": "study",
+    "recover": "study",
+    "run_study": "study",
+    "save_adapters": "space",
     "search": "contest",
     "write_report": "report",
 }
 
-__all__ = [
-    "Effect",
-    "Feature",
-    "FeatureMap",
-    "LinearPosterior",
-    "ShrinkagePosterior",
-    "ThompsonPruner",
-    "ThompsonSampler",
-    *_LATER,
-]
+__all__ = [*_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    if name in _ROOMS:
+        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    if name == "Host":  # its name until 0.1
+        return __getattr__("SearchedModel")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class _Package(ModuleType):
-    """A package that can be called, as ``bioadapt.search(...)``."""
+class _CallableModule(ModuleType):
+    """``bioadapt.search(...)`` is the older way to call `bioadapt.search.search`.
 
-    def __call__(self, **settings: Any) -> dict[str, Any]:
-        """See `bioadapt.search.search`."""
-        return self.search(**settings)
+    Whatever is imported from here binds the name ``search`` in ``bioadapt`` to this module, so that only the module
+    itself can keep that call.
+    """
+
+    def __call__(self, *args: Any, **settings: Any) -> dict[str, Any]:
+        return self.search(*args, **settings)
 
 
-sys.modules[__name__].__class__ = _Package
+sys.modules[__name__].__class__ = _CallableModule

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..evaluation.tasks import DEFAULT_TASK
 from ..evaluation.training import DEFAULT_MODEL
-from .space import SLOTS
 
 AUTO, NO_LORA = "auto", "none"
+# The most primitives of a configuration.
+SLOTS = 6
 # What may differ when a search goes on, or another machine joins: who works, where and how long.
 FREE = ("output", "storage", "study", "workers", "timeout", "trials", "data_dir", "device")
 

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import BioConfig
-from ..evaluation import Task
-from ..tuner.layer import BioLayer
-from .host import block_of
+from ... import BioConfig
+from ...evaluation import Task
+from ...tuner.layer import BioLayer
+from ..space.model import block_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

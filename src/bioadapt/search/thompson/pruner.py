@@ -36,7 +36,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Curve:
+class RungRegression:
     """What the score at a rung says about the final one: ``final = a + b rung + noise``, from finished trials.
 
     Under the reference prior ``p(a, b, log variance) = constant`` the prediction for a further trial is Student's t
@@ -47,7 +47,7 @@ class Curve:
     final: np.ndarray
 
     @classmethod
-    def at(cls, finished: Sequence[FrozenTrial], step: int) -> Curve | None:
+    def at(cls, finished: Sequence[FrozenTrial], step: int) -> RungRegression | None:
         """The relation at ``step``; none where too few finished trials have distinct scores there."""
         pairs = [
             (trial.intermediate_values[step], trial.value) for trial in finished if step in trial.intermediate_values
@@ -118,10 +118,10 @@ class ThompsonPruner(BasePruner):
         score = trial.intermediate_values[step]
         if not math.isfinite(score):
             return math.isnan(score) or sign * score < 0
-        curve = Curve.at(at_rung, step)
+        regression = RungRegression.at(at_rung, step)
         best = max((sign * other.value for other in finished if math.isfinite(other.value)), default=-math.inf)
-        if curve is None or not math.isfinite(best):
+        if regression is None or not math.isfinite(best):
             return False
-        prediction = curve.predict(score)
+        prediction = regression.predict(score)
         above = prediction.above(sign * best)
         return (above if sign > 0 else 1 - above) < self._probability

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from .. import BioConfig, primitive_info
+from ... import BioConfig, primitive_info
 
 # What a record of a `BioConfig` says beyond what one would write.
 _RECORDED = {

@@ -20,7 +20,7 @@ from .ascent import best_configuration, configuration
 from .features import Contrast, FeatureMap, Memo
 from .mapped_design import MappedDesign, Reading, reader
 from .posterior import Array, Scales, ShrinkagePosterior
-from .pruner import Curve
+from .pruner import RungRegression
 from .ranges import alternatives, random_value
 from .space_design import Coding, SpaceDesign
 
@@ -171,13 +171,13 @@ class ThompsonSampler(BaseSampler):
         self._judged: tuple[tuple[Any, ...], _Judgement] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        self._raise_error_if_multi_objective(study)
+        _check_single(study)
         return self._spaces.shared(study)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self._raise_error_if_multi_objective(study)
+        _check_single(study)
         if not search_space:
             return {}
         generator = np.random.default_rng([self._seed, trial.number])
@@ -190,13 +190,13 @@ class ThompsonSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        self._raise_error_if_multi_objective(study)
+        _check_single(study)
         key = zlib.crc32(param_name.encode())
         return random_value(param_distribution, np.random.default_rng([self._seed, trial.number, key]))
 
     def effects(self, study: Study) -> list[Effect]:
         """Main effects and tested interactions, the surest first. An interaction that is not listed is untested."""
-        self._raise_error_if_multi_objective(study)
+        _check_single(study)
         space, observations = self._spaces.shared(study), _observe(_finished(study), study.direction)
         if not space or len(observations.trials) == 0:
             return []
@@ -225,7 +225,7 @@ class ThompsonSampler(BaseSampler):
         configuration; what the parts of that configuration did in other trials says how much of it was luck. Empty
         where all scores are equal, which says nothing of their noise.
         """
-        self._raise_error_if_multi_objective(study)
+        _check_single(study)
         space, observations = self._spaces.shared(study), _observe(_finished(study), study.direction)
         if not space or not observations.scores.any():
             return {}
@@ -371,6 +371,11 @@ class ThompsonSampler(BaseSampler):
         return best_configuration(score, choices, starts, taken, fit.design.key)
 
 
+def _check_single(study: Study) -> None:
+    if len(study.directions) > 1:
+        raise ValueError(f"ThompsonSampler is for one objective; this study has {len(study.directions)}")
+
+
 def _rows(contrasts: Sequence[Contrast], fit: _Fit) -> Array:
     return np.array([contrast.row for contrast in contrasts]).reshape(len(contrasts), len(fit.design.kind))
 
@@ -413,7 +418,7 @@ class _Spaces:
 def _observe(finished: Sequence[FrozenTrial], direction: StudyDirection) -> _Observations:
     """Finished trials in the order of their numbers, pruned ones at their predicted final score."""
     complete = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-    curves: dict[int, Curve | None] = {}
+    regressions: dict[int, RungRegression | None] = {}
     trials, values, errors = [], [], []
     for trial in finished:
         if trial.state == TrialState.COMPLETE:
@@ -425,11 +430,11 @@ def _observe(finished: Sequence[FrozenTrial], direction: StudyDirection) -> _Obs
         step = trial.last_step
         if step is None or not math.isfinite(trial.intermediate_values[step]):
             continue
-        if step not in curves:
-            curves[step] = Curve.at(complete, step)
-        curve = curves[step]
-        if curve is not None:
-            prediction = curve.predict(trial.intermediate_values[step])
+        if step not in regressions:
+            regressions[step] = RungRegression.at(complete, step)
+        regression = regressions[step]
+        if regression is not None:
+            prediction = regression.predict(trial.intermediate_values[step])
             trials.append(trial)
             values.append(prediction.mean)
             errors.append(math.sqrt(prediction.variance))

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
 import torch
 from peft import PeftModel
 
-from .. import BioConfig
-from ..evaluation import Evaluation, Task
-from ..evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
-from .adapters import add_adapters, learning_rates
-from .features import Feature
-from .isolation import Report
+from ... import BioConfig
+from ...evaluation import Evaluation, Task
+from ...evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
+from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters, learning_rates
+from ..study import Report
 from .prefix import cached_prefix
-from .space import Configuration, SearchSpace
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -158,22 +155,6 @@ class _StepClock:
 
 
 @dataclass(frozen=True)
-class SpaceObjective:
-    """What every objective over a `SearchSpace` has in common; a subclass says how to train."""
-
-    space: SearchSpace
-
-    def features(self, params: Mapping[str, Any]) -> Mapping[Feature, float]:
-        return self.space.features(params)
-
-    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        return self.space.suggest(trial)
-
-    def describe(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        return describe(self.space, params)
-
-
-@dataclass(frozen=True)
 class BioObjective(SpaceObjective):
     """Validation score, in percent, of a bio adapter trained over a frozen LoRA.
 
@@ -218,45 +199,9 @@ def train_bio(
         config.seed = seed
     model = bench.bio(encoder, configs)
     rates = learning_rates(encoder, configuration.slots, configuration.learning_rate)
-    found = trainable_parameters(model)
-    assert found == space.parameters(configuration), (found, space.parameters(configuration))
+    size, expected = trainable_parameters(model), space.parameters(configuration)
+    assert size == expected, (size, expected)
     history = bench.train(
         encoder, configuration.learning_rate, seed, rates=rates, start=start, report=report, rungs=rungs
     )
     return model, history
-
-
-def describe(space: SearchSpace, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial records of its configuration."""
-    configuration = space.realise(params)
-    return {
-        "configuration": configuration.record(),
-        "configs": [_told(config) for config in space.configs(configuration)],
-        "parameters": space.parameters(configuration),
-    }
-
-
-_TOLD = ("primitives", "target_modules", "rank", "composition")
-
-
-def _told(config: BioConfig) -> dict[str, Any]:
-    content = config.to_dict()
-    return {name: content[name] for name in _TOLD}
-
-
-@dataclass(frozen=True)
-class FunctionObjective(SpaceObjective):
-    """A user's own training loop in the place of the sentence encoder's.
-
-    Attributes:
-        space: what is searched.
-        train: ``train(configs, configuration, report) -> score``, higher being better; a function of a module, since it
-            runs in other processes. `add_adapters` puts the configs into a model, `learning_rates` gives the rates of
-            a configuration, and ``report(step, score)`` may end the call.
-    """
-
-    train: Callable[[list[BioConfig], Configuration, Report], float] = field(repr=False)
-
-    def run(self, params: Mapping[str, Any], report: Report) -> float:
-        configuration = self.space.realise(params)
-        return self.train(self.space.configs(configuration), configuration, report)

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .. import BioConfig, list_primitives, primitive_info
+from ... import BioConfig, list_primitives, primitive_info
 
 _PROBE = "probe"
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Site:
+class SearchedModule:
     """A module that adapters can be put around.
 
     Attributes:
@@ -37,7 +37,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Host:
+class SearchedModel:
     """A model as the search sees it.
 
     Attributes:
@@ -47,13 +47,13 @@ class Host:
         refused: the others, with the reason.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[SearchedModule, ...]
     parameters: int
     primitives: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, primitives: Sequence[str] | None = None) -> Host:
+    def of(cls, model: nn.Module, primitives: Sequence[str] | None = None) -> SearchedModel:
         """Find out by putting adapters into the model; it is as before afterwards.
 
         Args:
@@ -86,8 +86,8 @@ class Host:
         return asdict(self)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Host:
-        sites = tuple(Site(**site) for site in record["sites"])
+    def from_record(cls, record: dict[str, Any]) -> SearchedModel:
+        sites = tuple(SearchedModule(**site) for site in record["sites"])
         return cls(sites, record["parameters"], tuple(record["primitives"]), dict(record["refused"]))
 
 
@@ -101,13 +101,13 @@ def _plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _site(adapted: PeftModel, path: str) -> Site:
+def _site(adapted: PeftModel, path: str) -> SearchedModule:
     layer = adapted.base_model.model.get_submodule(path)
     number, kind = block_of(path) or (0, path)
-    return Site(path, number, kind, layer.in_features, layer.out_features)
+    return SearchedModule(path, number, kind, layer.in_features, layer.out_features)
 
 
-def _refused(adapted: PeftModel, sites: Sequence[Site], names: Sequence[str]) -> dict[str, str]:
+def _refused(adapted: PeftModel, sites: Sequence[SearchedModule], names: Sequence[str]) -> dict[str, str]:
     """Which primitives cannot act at one site of each shape, and why."""
     shapes = {(site.kind, site.d_in, site.d_out): site.path for site in sites}
     targets = list(shapes.values())

@@ -21,14 +21,14 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from .._extras import require
-from .._words import suggest
+from ..._extras import require
+from ..._words import suggest
+from ..space import SearchSpace
+from ..study import open_storage
+from ..study.tickets import DIED
+from ..thompson import Effect, FeatureMap, ThompsonSampler
 from . import figures
-from .features import FeatureMap
-from .figures import BAD, GOOD, OTHER, Bar, Curve
-from .sampler import Effect, ThompsonSampler
-from .space import SearchSpace
-from .storage import DIED, open_storage
+from .figures import BAD, GOOD, OTHER, Bar, ReportedScores
 from .wording import as_code, as_lines, count, in_words, number, short
 
 LEADERS = 20
@@ -291,7 +291,7 @@ class _Report:
             if trial.state in kinds and trial.intermediate_values:
                 steps = sorted(trial.intermediate_values)
                 kind = "best" if trial.number == best else kinds[trial.state]
-                lines.append(Curve(steps, [trial.intermediate_values[step] for step in steps], kind))
+                lines.append(ReportedScores(steps, [trial.intermediate_values[step] for step in steps], kind))
         return figures.curves(lines, f"validation {self.metric}" if self.is_search else "reported value", "curves")
 
     def progress(self) -> str:

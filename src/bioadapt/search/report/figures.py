@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._extras import require
+from ..._extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ReportedScores:
     """What a trial reported on its way."""
 
     steps: Sequence[float]
@@ -86,7 +86,7 @@ def forest(bars: Sequence[Bar], label: str, name: str) -> str:
         return _svg(figure, name)
 
 
-def curves(lines: Sequence[Curve], label: str, name: str) -> str:
+def curves(lines: Sequence[ReportedScores], label: str, name: str) -> str:
     """Reported scores against the step at which they were reported.
 
     Args:

@@ -12,14 +12,13 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from ..evaluation.statistics import STATISTICS, Interval
-from ..evaluation.training import History
-from .adapters import save_adapters
-from .isolation import Report
+from ...evaluation.statistics import STATISTICS, Interval
+from ...evaluation.training import History
+from ..space import Configuration, SearchSpace, save_adapters
+from ..study import Report
+from ..thompson import ThompsonSampler
 from .lora import train_lora
 from .objective import Bench, train_bio
-from .sampler import ThompsonSampler
-from .space import Configuration, SearchSpace
 
 BASE, LORA, WINNER, SAME_SIZE = "model as it comes", "tuned LoRA", "LoRA + bio", "LoRA, same size"
 RESAMPLES = 2000

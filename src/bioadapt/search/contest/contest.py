@@ -23,11 +23,15 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import Progress
 
-from .._extras import require
-from .._words import suggest
-from ..evaluation import Task, load_task
-from ..evaluation.training import adapt, load_encoder, load_stack, transformer_of
-from .adapters import load_adapters
+from ..._extras import require
+from ..._words import suggest
+from ...evaluation import Task, load_task
+from ...evaluation.training import adapt, load_encoder, load_stack, transformer_of
+from ..report import write_report
+from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
+from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
+from ..study import Child, Job, Report, open_storage, prepare, run_study
+from ..study.tickets import count_tickets, runs_here, this_worker
 from .finale import (
     Confirmation,
     Final,
@@ -40,15 +44,8 @@ from .finale import (
     summary,
     verdict,
 )
-from .host import Host
-from .isolation import Child, Report
 from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
 from .objective import Bench, BioObjective, without_test
-from .report import write_report
-from .runner import Job, prepare, run_study, tickets
-from .settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
-from .space import Configuration, SearchSpace
-from .storage import open_storage, runs_here, this_worker
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -90,7 +87,7 @@ class Search:
         encoder = load_encoder(settings.model, settings.device)
         plain = transformer_of(encoder)
         self._lora_targets = tuple(targets_of(plain)) if settings.lora == AUTO else TARGETS
-        host = Host.of(plain, settings.primitives)
+        host = SearchedModel.of(plain, settings.primitives)
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
         if settings.lora not in (AUTO, NO_LORA):
             _load_given(encoder, settings.lora)
@@ -250,7 +247,7 @@ class Search:
             folder = str((self.output / "lora").absolute())
             with Child(SavedLora(self._bench, settings.seed, folder)) as child:
                 validation, size = child.call(best.params)
-            record = {"study": name, "trials": tickets(tuned), "params": best.params, "folder": folder}
+            record = {"study": name, "trials": count_tickets(tuned), "params": best.params, "folder": folder}
         else:
             encoder = self._bench.encoder(settings.seed, settings.lora)
             validation = self._bench.validate(encoder)

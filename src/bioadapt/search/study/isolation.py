@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -15,25 +16,33 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, TextIO
 
+import cloudpickle
+import optuna
+
 Report = Callable[[int, float], None]
 Target = Callable[[Any, Report], Any]
 
 # What a terminal sends to all processes in it at once: Ctrl-C, and that it is closed.
 FROM_TERMINAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name))
 _GRACE = 5.0
+_OURS = __name__.partition(".")[0]
 
 
-def processes() -> Any:
-    """How processes are made here: as copies of one that has imported this package and done nothing else.
+def processes(target: Any = None) -> Any:
+    """How processes are made here: as copies of one that has imported what they need and done nothing else.
 
     So a new one is there at once. Where the system cannot do that, each one starts from nothing.
+
+    Args:
+        target: what they are to run; its module is imported with this one if it is bioadapt's.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__package__])
+    home = getattr(target, "__module__", None) or ""
+    context.set_forkserver_preload([__name__, *([home] if home.partition(".")[0] == _OURS else [])])
     # Ctrl-C while it imports would end it, and with it the news of how its copies are.
     with handled(FROM_TERMINAL, signal.SIG_IGN):
         forkserver.ensure_running()
@@ -54,8 +63,35 @@ def handled(signals: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
             signal.signal(sign, former)
 
 
+def packed(thing: Any) -> bytes:
+    """What another process gets; `pickle.loads` opens it. What a notebook or a script has defined travels by value.
+
+    Raises:
+        ValueError: it cannot travel.
+    """
+    try:
+        return cloudpickle.dumps(thing)
+    except Exception as error:
+        reason = error
+    try:
+        return pickle.dumps(thing)  # a function of a script may name what cannot be copied, and be found again by name
+    except Exception:
+        raise ValueError(
+            f"{_name(thing)} cannot be sent to another process: {reason}; what it needs there and cannot be copied, "
+            "such as a lock, an open file or a connection, it has to make itself when it is called"
+        ) from reason
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__qualname__", None) or f"a {type(thing).__qualname__}"
+
+
 class Failed(RuntimeError):
     """A call did not return; the message says why, in words for a report."""
+
+
+class NotFound(RuntimeError):
+    """The target does not load in another process; the message says why."""
 
 
 class Stopped(Exception):
@@ -104,10 +140,11 @@ class Child:
             timeout: seconds that it may take; no limit if None.
 
         Raises:
-            Stopped: ``judge`` has ended it.
+            Stopped: ``judge`` has ended it, or it pruned itself by `optuna.TrialPruned`.
             Failed: it raised, crashed, was killed or took too long.
+            NotFound: the target does not load in the process.
         """
-        connection = self._started()
+        connection = self.start()
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             connection.send((argument,))
@@ -128,7 +165,7 @@ class Child:
                         self.end()
                     break
         except (EOFError, ConnectionError):
-            reason = self._epitaph()
+            reason = self._why_it_ended()
         except Stopped:
             raise
         except BaseException:
@@ -143,9 +180,16 @@ class Child:
             self._process.join()
             self._forget()
 
-    def _started(self) -> Connection:
+    def start(self) -> Connection:
+        """Have the process ready, if it is not.
+
+        Raises:
+            NotFound: the target does not load there.
+            ValueError: it cannot be sent there.
+        """
         if self._process is None:
-            making = processes()
+            content = packed(self._target)
+            making = processes(self._target)
             here, there = making.Pipe()
             handle, name = tempfile.mkstemp(prefix="bioadapt-", suffix=".log")
             self._log = os.fdopen(handle, errors="replace")
@@ -154,22 +198,25 @@ class Child:
                 process.start()
                 there.close()
                 self._process, self._connection = process, here
-                here.send(self._target)
-                here.recv()  # imports are done: from here on time is the target's
+                here.send_bytes(content)
+                problem = here.recv()  # imports are done: from here on time is the target's
             except (EOFError, ConnectionError):
                 if self._process is None:
                     raise
-                raise Failed(self._epitaph()) from None
+                raise Failed(self._why_it_ended()) from None
             finally:
                 os.unlink(name)  # both sides have it open by now, and however they end, nothing stays behind
+            if problem:
+                self.end()
+                raise NotFound(f"{_name(self._target)} does not load in another process: {problem}")
         assert self._connection is not None
         return self._connection
 
-    def _epitaph(self) -> str:
+    def _why_it_ended(self) -> str:
         """Why the process is gone."""
         self._process.join(_GRACE)
         code = self._process.exitcode
-        last = self._last_words()
+        last = self._last_line()
         self.end()
         if code is None:
             return f"the connection to the process was lost{last}"
@@ -179,7 +226,7 @@ class Child:
             return f"crashed (signal {-code}, {signal.Signals(-code).name}){last}"
         return f"the process ended with exit code {code}{last}"
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         assert self._log is not None
         lines = [line for line in self._log.read().splitlines() if line.strip()]
         return f": {lines[-1].strip()[:300]}" if lines else ""
@@ -198,27 +245,35 @@ def _serve(connection: Connection, threads: int | None, log: str) -> None:
         signal.signal(sign, signal.SIG_IGN)  # the worker decides what they end
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _write_to(log)
-    target: Target = connection.recv()
+    try:
+        target: Target = pickle.loads(connection.recv_bytes())
+    except Exception as error:
+        connection.send(_in_words(error)[0])
+        return
     if threads is not None:
-        import torch
+        with suppress(ImportError):
+            import torch
 
-        torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
 
     def report(step: int, score: float) -> None:
         connection.send(("report", int(step), float(score)))
         if connection.recv():
             raise Stopped
 
-    connection.send("ready")
+    connection.send(None)
     while message := connection.recv():
         (argument,) = message
         try:
             answer: tuple[Any, ...] = ("done", target(argument, report))
-        except Stopped:
+        except (Stopped, optuna.TrialPruned):
             answer = ("stopped",)
         except Exception as error:
             answer = ("failed", *_in_words(error))
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            connection.send(("failed", f"what was returned cannot be sent back: {error}", False))
 
 
 def _in_words(error: Exception) -> tuple[str, bool]:

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ..evaluation.training import History, adapt, rank_of_size, transformer_of
-from .host import block_of
-from .isolation import Report
+from ...evaluation.training import History, adapt, rank_of_size, transformer_of
+from ..space.model import block_of
+from ..study import Report
 from .objective import Bench
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .. import BioConfig, primitive_info
-from .space import Slot
+from ... import BioConfig, primitive_info
+from .configuration import Slot
 
 _NAME = "bio"
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import optuna
 
-from .. import BioConfig, primitive_info
-from .._words import suggest
-from .features import Feature
-from .host import Host, Site
+from ... import BioConfig, primitive_info
+from ..._words import suggest
+from ..settings import SLOTS
+from ..thompson import Feature
+from .configuration import Configuration, Slot
+from .model import SearchedModel, SearchedModule
+from .size import disjoint_tuples, heaps
 
 NONE, FULL, ALL, LOWER, UPPER = "none", "full", "all", "lower", "upper"
-SLOTS = 6
 RANKS: tuple[int | str, ...] = (FULL, 4, 8, 16, 32)
 STRENGTHS = (0.3, 1.0, 3.0)
 COMPOSITIONS = ("serial", "staged", "parallel")
@@ -26,53 +26,6 @@ LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
 # How far effects are believed to reach before anything is seen, relative to that of a primitive being there.
 _AT_PLACE, _STRENGTH, _STAGE, _ORDER = 0.5, 0.33, 0.5, 0.5
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One primitive of a configuration.
-
-    Attributes:
-        primitive: its registry name.
-        layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one.
-        modules: ``all``, or the name of one module within a block.
-        strength: how much faster than the rest the tensor learns that starts at zero.
-    """
-
-    primitive: str
-    layers: str
-    modules: str
-    strength: float
-
-    @property
-    def place(self) -> str:
-        return f"{self.layers} {self.modules}"
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A point of the space as it is built: within the budget, without what has no effect.
-
-    Attributes:
-        slots: the primitives in their order.
-        rank: size of the population that they run on; None for the full output.
-        composition: as in `BioConfig`.
-        learning_rate: of everything but the tensors whose slot has another strength than one.
-    """
-
-    slots: tuple[Slot, ...]
-    rank: int | None
-    composition: str
-    learning_rate: float
-
-    def record(self) -> dict[str, Any]:
-        """As JSON can hold it; `from_record` is the way back."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Configuration:
-        slots = tuple(Slot(**slot) for slot in record["slots"])
-        return cls(slots, record["rank"], record["composition"], record["learning_rate"])
 
 
 class SearchSpace:
@@ -101,7 +54,7 @@ class SearchSpace:
 
     def __init__(
         self,
-        host: Host,
+        host: SearchedModel,
         *,
         budget: int | None = None,
         slots: int = SLOTS,
@@ -264,7 +217,7 @@ class SearchSpace:
             total += sum(2 * rank * site.d_out for i, site in enumerate(self.host.sites) if populated >> i & 1)
         return total
 
-    def _count(self, name: str, site: Site, population: int | None) -> int:
+    def _count(self, name: str, site: SearchedModule, population: int | None) -> int:
         key = (name, site.d_in, site.d_out if population is None else population)
         if key not in self._counts:
             self._counts[key] = primitive_info(name).parameter_count(*key[1:])
@@ -340,13 +293,13 @@ class SearchSpace:
         on_weight = sum(self._kinds[name] == "weight" for name in self.primitives)
         others = len(self.primitives) - on_weight
         places, rates, ranks = len(self.places), len(self.learning_rates), len(self.ranks)
-        disjoint = _disjoint_tuples(self.places, self.slots)
-        heaps = _heaps(disjoint)
+        disjoint = disjoint_tuples(self.places, self.slots, (ALL, LOWER, UPPER))
+        heaped = heaps(disjoint)
         serial, commuting = "serial" in self.compositions, len(self.compositions) - ("serial" in self.compositions)
         total = 1
         for free in range(self.slots + 1):
             sharing = places**free - disjoint[free]
-            arranged = disjoint[free] + commuting * sharing + serial * (heaps[free] - disjoint[free])
+            arranged = disjoint[free] + commuting * sharing + serial * (heaped[free] - disjoint[free])
             for bound in range(self.slots + 1 - free):
                 if free + bound:
                     chosen = math.comb(others, free) * math.comb(on_weight, bound)
@@ -374,7 +327,7 @@ class SearchSpace:
     def from_record(cls, record: Mapping[str, Any]) -> SearchSpace:
         """The space that a study was made with."""
         names = ("budget", "slots", "ranks", "strengths", "compositions", "learning_rates")
-        return cls(Host.from_record(record["host"]), **{name: record[name] for name in names})
+        return cls(SearchedModel.from_record(record["host"]), **{name: record[name] for name in names})
 
 
 def _number(rank: int | str) -> int | None:
@@ -386,7 +339,7 @@ def _exactly(paths: Sequence[str]) -> list[str] | str:
     return "|".join(path.replace(".", r"\.") for path in paths)
 
 
-def _places(sites: Sequence[Site]) -> dict[tuple[str, str], tuple[int, ...]]:
+def _places(sites: Sequence[SearchedModule]) -> dict[tuple[str, str], tuple[int, ...]]:
     """Indices of the sites at each (layers, modules); of two names for the same sites, the wider one stays."""
     numbers = sorted({site.layer for site in sites})
     half = len(numbers) // 2
@@ -429,46 +382,3 @@ def _check(
     for name, choice in choices.items():
         if not choice or len(set(choice)) < len(choice):
             raise ValueError(f"{name}={list(choice)}: at least one choice is needed, each once")
-
-
-def _heaps(disjoint: Sequence[int]) -> list[int]:
-    """Heaps of 0, 1, ... labelled pieces, from the numbers of ordered tuples of disjoint places."""
-    heaps = [1]
-    for n in range(1, len(disjoint)):
-        terms = ((-1) ** (j + 1) * math.comb(n, j) * disjoint[j] * heaps[n - j] for j in range(1, n + 1))
-        heaps.append(sum(terms))
-    return heaps
-
-
-def _disjoint_tuples(places: Mapping[tuple[str, str], tuple[int, ...]], most: int) -> list[int]:
-    """How many ordered tuples of 0, 1, ..., ``most`` places there are that share no site.
-
-    Places of several layers are few and tried out; the rest of the layers then do not see each other.
-    """
-    wide = {place: sites for place, sites in places.items() if place[0] in (ALL, LOWER, UPPER)}
-    narrow: dict[str, list[tuple[int, ...]]] = {}
-    for (layer, _), sites in places.items():
-        if layer not in (ALL, LOWER, UPPER):
-            narrow.setdefault(layer, []).append(sites)
-    total = [0] * (most + 1)
-    for count, taken in _disjoint(list(wide.values()), most):
-        sets = [0] * count + [1] + [0] * (most - count)
-        for options in narrow.values():
-            free = [sites for sites in options if not taken & set(sites)]
-            own = Counter(number for number, _ in _disjoint(free, most))
-            sets = [sum(own[j] * sets[n - j] for j in range(n + 1)) for n in range(most + 1)]
-        total = [a + b for a, b in zip(total, sets, strict=True)]
-    return [math.factorial(n) * number for n, number in enumerate(total)]
-
-
-def _disjoint(places: Sequence[tuple[int, ...]], most: int) -> Iterator[tuple[int, frozenset[int]]]:
-    """Size and union of every set of at most ``most`` places that share nothing."""
-    for size in range(most + 1):
-        found = False
-        for chosen in combinations(places, size):
-            union = frozenset(site for sites in chosen for site in sites)
-            if len(union) == sum(map(len, chosen)):
-                found = True
-                yield size, union
-        if not found:
-            return

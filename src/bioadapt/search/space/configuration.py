@@ -1,0 +1,54 @@
+"""A point of the space: which primitives, where, how strong, on what population, at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One primitive of a configuration.
+
+    Attributes:
+        primitive: its registry name.
+        layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one.
+        modules: ``all``, or the name of one module within a block.
+        strength: how much faster than the rest the tensor learns that starts at zero.
+    """
+
+    primitive: str
+    layers: str
+    modules: str
+    strength: float
+
+    @property
+    def place(self) -> str:
+        return f"{self.layers} {self.modules}"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A point of the space as it is built: within the budget, without what has no effect.
+
+    Attributes:
+        slots: the primitives in their order.
+        rank: size of the population that they run on; None for the full output.
+        composition: as in `BioConfig`.
+        learning_rate: of everything but the tensors whose slot has another strength than one.
+    """
+
+    slots: tuple[Slot, ...]
+    rank: int | None
+    composition: str
+    learning_rate: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_record` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Configuration:
+        slots = tuple(Slot(**slot) for slot in record["slots"])
+        return cls(slots, record["rank"], record["composition"], record["learning_rate"])
