@@ -20,10 +20,8 @@ from matplotlib.figure import Figure
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from bioadapt.evaluation import Task
-from bioadapt.evaluation._labelled import ClassificationTask, ClusteringTask
-from bioadapt.evaluation._pairs import PairClassificationTask, StsTask
-from bioadapt.evaluation.files import Rows, read_folder
+from bioadapt.evaluation import ClassificationTask, ClusteringTask, PairClassificationTask, StsTask, Task
+from bioadapt.evaluation.tasks.files import Rows, read_folder
 from bioadapt.evaluation.training import Schedule, adapt, calm, fit, load_encoder, trainable_parameters, transformer_of
 from experiments import ledger
 

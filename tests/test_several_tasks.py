@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 import torch
 
 from bioadapt import NeuroLoraConfig
-from bioadapt.evaluation._labelled import ClassificationTask
+from bioadapt.evaluation import ClassificationTask
 from bioadapt.evaluation.training import adapt
 from bioadapt.methods.neuro_lora import likeness
 from experiments.several_tasks import run

@@ -23,7 +23,7 @@ from sklearn.neural_network import MLPClassifier
 
 from bioadapt.circuits.fly_cl import PENALTIES, FlyCLClassifier
 from bioadapt.circuits.ridge import RidgeSums
-from bioadapt.evaluation.files import read_folder, thinned
+from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import load_encoder
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
 
@@ -191,8 +191,8 @@ def embeddings(folder: Path, limit: int) -> dict[str, Array]:
     if cache.is_file():
         with np.load(cache) as stored:
             return dict(stored)
-    _, splits = read_folder("banking77", folder)
-    train, test = thinned(splits["train"], limit), thinned(splits["test"], limit)
+    task = load_task("banking77", folder, limit=limit)
+    train, test = task.rows("train"), task.rows("test")
     encoder = load_encoder()
     found = {}
     for (features, labels), rows in zip((("X", "y"), ("Xt", "yt")), (train, test), strict=True):

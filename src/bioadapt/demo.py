@@ -30,9 +30,9 @@ from rich.table import Table
 from . import BioConfig
 from ._extras import require
 from .evaluation import Evaluation, Interval, Task, load_task, paired_interval, score_interval
-from .evaluation.api_search import VALIDATION_LIBRARIES
 from .evaluation.picture import draw
 from .evaluation.tasks import DEFAULT_TASK
+from .evaluation.tasks.api_search import VALIDATION_LIBRARIES
 from .evaluation.training import (
     DEFAULT_MODEL,
     History,

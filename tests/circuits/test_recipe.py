@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from bioadapt import BioConfig
 from bioadapt.circuits import genbais
 from bioadapt.circuits.recipe import Imitation, distil
-from bioadapt.evaluation._pairs import StsTask
+from bioadapt.evaluation import StsTask
 from bioadapt.evaluation.training import Schedule, adapt, load_encoder
 from bioadapt.search import contest
 

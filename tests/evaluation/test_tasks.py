@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("sentence_transformers")
 
-from bioadapt.evaluation import files, list_tasks, load_task
-from bioadapt.evaluation.api_search import (
+from bioadapt.evaluation import list_tasks, load_task
+from bioadapt.evaluation.statistics import STATISTICS
+from bioadapt.evaluation.tasks.api_search import (
     MAX_WORDS,
     MIN_WORDS,
     TEST_LIBRARIES,
@@ -23,8 +24,7 @@ from bioadapt.evaluation.api_search import (
     first_sentence,
     read_library,
 )
-from bioadapt.evaluation.files import read_tsv
-from bioadapt.evaluation.statistics import STATISTICS
+from bioadapt.evaluation.tasks.files import read_tsv
 from bioadapt.evaluation.training import load_encoder
 
 SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -20,7 +20,7 @@ from search.prefix_writer import keep, row_of, states_of
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
 from bioadapt import BioConfig
-from bioadapt.evaluation._pairs import StsTask
+from bioadapt.evaluation import StsTask
 from bioadapt.evaluation.training import adapt, load_encoder, model_path, transformer_of
 from bioadapt.search.contest.objective import Bench
 from bioadapt.search.contest.prefix import _Store, cached_prefix, frozen_blocks

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._extras import require
 from ..evaluation import Evaluation, Task
-from ..evaluation._task import embeddings
+from ..evaluation.tasks.task import embeddings
 from ..evaluation.training import Schedule, fit, load_encoder, trainable_parameters
 
 if TYPE_CHECKING:

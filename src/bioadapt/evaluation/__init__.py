@@ -1,14 +1,33 @@
-"""Tasks with real data, and statistics to compare adapters by. Needs the extra ``demo``."""
+"""Tasks with real data, the fair comparison of adapters on them, and its statistics. Needs the extra ``demo``."""
 
 from .._extras import MissingExtra
-from ._task import Task
 from .statistics import Evaluation, Interval, paired_interval, score_interval
-from .tasks import list_tasks, load_task
+from .tasks import (
+    ClassificationTask,
+    ClusteringTask,
+    ImageTask,
+    LanguageModellingTask,
+    MultipleChoiceTask,
+    PairClassificationTask,
+    RetrievalTask,
+    StsTask,
+    Task,
+    list_tasks,
+    load_task,
+)
 
 __all__ = [
+    "ClassificationTask",
+    "ClusteringTask",
     "Evaluation",
+    "ImageTask",
     "Interval",
+    "LanguageModellingTask",
     "MissingExtra",
+    "MultipleChoiceTask",
+    "PairClassificationTask",
+    "RetrievalTask",
+    "StsTask",
     "Task",
     "list_tasks",
     "load_task",

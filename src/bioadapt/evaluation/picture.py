@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._extras import require
-from ._task import Task
 from .statistics import Interval, score_interval
+from .tasks.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from .. import BioTrainerCallback
 from .._extras import MissingExtra, only_errors_of, require
-from ._task import Task
+from .tasks.task import Task
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -89,20 +89,25 @@ def load_encoder(model: str = DEFAULT_MODEL, device: str | None = None) -> Sente
         raise ValueError(f"model {model!r} could not be loaded{where}: {str(error).splitlines()[0]}") from error
 
 
-def transformer_of(encoder: SentenceTransformer) -> PreTrainedModel | PeftModel:
-    """The transformers model inside an encoder, adapted or not."""
-    return encoder[0].model
+def transformer_of(encoder: Any) -> PreTrainedModel | PeftModel:
+    """The transformers model inside a sentence encoder, an `ImageModel` or a `LanguageModel`, adapted or not."""
+    return _holder(encoder).model
 
 
-def adapt(encoder: SentenceTransformer, wrap: Callable[[Any], PeftModel]) -> PeftModel:
+def adapt(encoder: Any, wrap: Callable[[Any], PeftModel]) -> PeftModel:
     """Replace the model inside the encoder by ``wrap(model)``, as in ``adapt(st, lambda m: get_peft_model(m, cfg))``.
 
     The encoder then runs a plain PeftModel, so that whatever a user does to one can be done here: stack, save, load.
     """
     with calm():
         adapted = wrap(transformer_of(encoder))
-    encoder[0].model = adapted.to(encoder.device)
+    _holder(encoder).model = adapted.to(encoder.device)
     return adapted
+
+
+def _holder(encoder: Any) -> Any:
+    """Whose attribute ``model`` it is: a sentence encoder is a list of modules, of which the first one has it."""
+    return encoder if hasattr(encoder, "tokens") or hasattr(encoder, "features") else encoder[0]
 
 
 def load_stack(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> SentenceTransformer:
@@ -178,40 +183,35 @@ def fit(
         ValueError: the task has no rows to train on.
         Diverged: the loss is not finite.
     """
-    library = require("sentence_transformers")
     require("accelerate")
     history = History()
-    encoder.model_card_data.widget = [{"text": ""}]  # examples for a page that is never written, else computed
     recorder = _Recorder(encoder, task, history, validations_per_epoch, start, progress, report)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = library.SentenceTransformerTrainer(
-            model=encoder,
-            args=library.SentenceTransformerTrainingArguments(
-                output_dir=folder,
-                num_train_epochs=schedule.epochs,
-                per_device_train_batch_size=schedule.batch_size,
-                learning_rate=schedule.learning_rate,
-                learning_rate_mapping=dict(learning_rates or {}),
-                warmup_steps=0.1,  # a share of all steps, as it is below one
-                lr_scheduler_type="linear",
-                seed=schedule.seed,
-                batch_sampler=task.batch_sampler,
-                save_strategy="no",
-                eval_strategy="no",
-                logging_steps=10,
-                logging_nan_inf_filter=False,  # else a loss that is not a number is logged as zero
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                use_cpu=encoder.device.type == "cpu",
-            ),
-            train_dataset=task.train_dataset(),
-            loss=task.loss(encoder),
-            callbacks=[recorder, BioTrainerCallback()],
-        )
+        arguments = {
+            "output_dir": folder,
+            "num_train_epochs": schedule.epochs,
+            "per_device_train_batch_size": schedule.batch_size,
+            "learning_rate": schedule.learning_rate,
+            "warmup_steps": 0.1,  # a share of all steps, as it is below one
+            "lr_scheduler_type": "linear",
+            "seed": schedule.seed,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "logging_steps": 10,
+            "logging_nan_inf_filter": False,  # else a loss that is not a number is logged as zero
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": encoder.device.type == "cpu",
+        }
+        if learning_rates:  # sentence-transformers alone knows it
+            arguments["learning_rate_mapping"] = dict(learning_rates)
+        trainer = task.trainer(encoder, arguments, [recorder, BioTrainerCallback()])
         trainer.remove_callback(require("transformers").PrinterCallback)
         trainer.train()
-    encoder.eval()
+    transformer_of(encoder).eval()
+    if hasattr(encoder, "eval"):
+        encoder.eval()
     return history
 
 

@@ -59,10 +59,10 @@ class ApiEntry:
 
 @dataclass(frozen=True)
 class Search:
-    """A search problem: every query has one right answer, ``documents[answers[i]]`` for ``queries[i]``."""
+    """A search problem: for ``queries[i]`` the documents at the places ``answers[i]`` are right, and no other."""
 
     queries: tuple[str, ...]
-    answers: tuple[int, ...]
+    answers: tuple[frozenset[int], ...]
     documents: tuple[str, ...]
 
 
@@ -252,7 +252,7 @@ def _search(entries: list[ApiEntry], limit: int | None, *, thin_documents: bool)
         kept = {document for document, _ in _thin([(document, "") for document in documents], limit)}
         documents = [document for document in documents if document in needed | kept]
     place = {document: index for index, document in enumerate(documents)}
-    return Search(tuple(q for q, _ in asked), tuple(place[d] for _, d in asked), tuple(documents))
+    return Search(tuple(q for q, _ in asked), tuple(frozenset({place[d]}) for _, d in asked), tuple(documents))
 
 
 def _thin(pairs: list[tuple[str, str]], limit: int | None) -> tuple[tuple[str, str], ...]:

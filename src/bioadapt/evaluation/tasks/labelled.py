@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._extras import require
-from ._task import TableTask, embeddings
-from .files import Rows
-from .statistics import Evaluation, v_measure
+from ..._extras import require
+from ..statistics import Evaluation
+from .task import TableTask, embeddings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from torch import nn
@@ -21,23 +22,23 @@ _PROBE_C = 10.0
 _KMEANS_SEEDS = 10
 
 
+def probe(features: np.ndarray, classes: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Classes (m,) that a logistic regression on features (n, d) of known classes (n,) gives to others, (m, d)."""
+    regression = require("sklearn.linear_model").LogisticRegression(C=_PROBE_C, max_iter=1_000)
+    return regression.fit(features, classes).predict(held_out)
+
+
 class LabelledTask(TableTask):
     """Texts with a class each; trained with a triplet loss on batches that hold several texts of a class."""
 
+    columns = ("text", "label")
+    text_columns = ("text",)
     batch_sampler = "group_by_label"
 
-    def __init__(self, name: str, splits: dict[str, Rows]) -> None:
-        super().__init__(name)
-        self._splits = {split: (rows["text"], rows["label"]) for split, rows in splits.items()}
-        labels = sorted({label for _, labels in self._splits.values() for label in labels})
+    def __init__(self, name: str, splits: Mapping[str, Any]) -> None:
+        super().__init__(name, splits)
+        labels = sorted({str(label) for rows in self._splits.values() for label in rows["label"]})
         self._number = {label: number for number, label in enumerate(labels)}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {split: len(texts) for split, (texts, _) in self._splits.items()}
-
-    def texts(self, split: str) -> list[str]:
-        return sorted(set(self._of(split)[0]))
 
     def train_dataset(self) -> Dataset:
         texts, classes = self._of("train")
@@ -51,29 +52,29 @@ class LabelledTask(TableTask):
 
     def _of(self, split: str) -> tuple[list[str], np.ndarray]:
         """Texts (n) and class numbers (n,)."""
-        texts, labels = self._splits.get(split, ([], []))
-        if not texts:
-            raise ValueError(f"task {self.name!r} has no {split} rows")
-        return texts, np.array([self._number[label] for label in labels])
-
-    def _content(self, split: str) -> Any:
-        texts, classes = self._of(split)
-        return texts, classes.tolist()
+        rows = self.rows(split)
+        return rows["text"], np.array([self._number[str(label)] for label in rows["label"]])
 
 
 class ClassificationTask(LabelledTask):
-    """Accuracy of a logistic regression on the embeddings of at most 3,000 training rows."""
+    """Accuracy of a logistic regression on the embeddings of training rows.
+
+    These are the first 3,000, or all where the first 3,000 lack a class or there are many classes (Banking77's 77).
+    """
 
     family = "classification"
     metrics = ("accuracy",)
 
     def evaluate(self, model: SentenceTransformer, split: str = "test") -> Evaluation:
         texts, classes = self._of("train")
-        probe = require("sklearn.linear_model").LogisticRegression(C=_PROBE_C, max_iter=1_000)
-        probe.fit(embeddings(model, texts[:_PROBE_ROWS]), classes[:_PROBE_ROWS])
+        count = self._probe_rows(classes)
         held_out, gold = self._of(split)
-        correct = (probe.predict(embeddings(model, held_out)) == gold).astype(np.float64)
-        return Evaluation(scores={"accuracy": 100 * float(correct.mean())}, rows={"accuracy": correct}, gold=gold)
+        found = probe(embeddings(model, texts[:count]), classes[:count], embeddings(model, held_out))
+        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+
+    def _probe_rows(self, classes: np.ndarray) -> int:
+        first = classes[:_PROBE_ROWS]
+        return _PROBE_ROWS if len(np.unique(first)) == len(np.unique(classes)) else len(classes)
 
 
 class ClusteringTask(LabelledTask):
@@ -89,7 +90,6 @@ class ClusteringTask(LabelledTask):
         texts, gold = self._of(split)
         vectors = embeddings(model, texts)
         kmeans = require("sklearn.cluster").KMeans
-        count = min(len(self._number), len(texts))
+        count = min(len(np.unique(gold)), len(texts))
         runs = [kmeans(count, n_init=1, random_state=seed).fit_predict(vectors) for seed in range(_KMEANS_SEEDS)]
-        clusters = np.stack(runs, axis=1)
-        return Evaluation(scores={"v_measure": v_measure(clusters, gold)}, rows={"v_measure": clusters}, gold=gold)
+        return self._evaluation({"v_measure": np.stack(runs, axis=1)}, gold)

@@ -1,0 +1,121 @@
+"""Images with a class each: a model of images is trained with a head, and scored by a linear probe on its features."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..._extras import require
+from ..statistics import Evaluation
+from .files import Rows
+from .labelled import probe
+from .task import IMAGES, TableTask
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..models import ImageModel
+
+_BATCH = 128
+# scikit-learn's digits in published order: the last 300 are by writers that the first ones lack.
+_DIGITS = {"train": (0, 1200), "dev": (1200, 1497), "test": (1497, 1797)}
+
+
+def digits() -> dict[str, Rows]:
+    """scikit-learn's bundled 8 x 8 digits, cut in published order."""
+    bunch = require("sklearn.datasets").load_digits()
+    images = np.round(bunch.images * 255 / 16).astype(np.uint8)
+    return {
+        split: {"images": images[start:end], "labels": bunch.target[start:end]}
+        for split, (start, end) in _DIGITS.items()
+    }
+
+
+class ImageTask(TableTask):
+    """Accuracy of a logistic regression on the features of all training images.
+
+    Images are (n, height, width) or (n, height, width, channels) of uint8. The head that an adapter is trained with is
+    thrown away, so that every arm, the frozen model too, is scored alike.
+    """
+
+    family = "image_classification"
+    metrics = ("accuracy",)
+    reads = IMAGES
+    columns = ("images", "labels")
+    text_columns = ()
+
+    def __init__(self, name: str, splits: Mapping[str, Any]) -> None:
+        super().__init__(name, splits)
+        classes = sorted({int(label) for rows in self._splits.values() for label in rows["labels"]})
+        self.classes = len(classes)
+        self._number = {label: number for number, label in enumerate(classes)}
+
+    def _checked(self, rows: Rows, where: str) -> Rows:
+        shapes = {np.shape(image) for image in rows["images"]}
+        if len(shapes) != 1 or len(next(iter(shapes))) not in (2, 3):
+            raise ValueError(
+                f"{where}: images of shapes {sorted(map(str, shapes))}; accepted is one shape, "
+                "(height, width) or (height, width, channels)"
+            )
+        if len(rows["images"]) != len(rows["labels"]):
+            raise ValueError(f"{where}: {len(rows['images'])} images, {len(rows['labels'])} labels")
+        return rows
+
+    def texts(self, split: str) -> list[str]:
+        return []
+
+    def keys(self, split: str) -> list[Hashable]:
+        return [(np.asarray(image).tobytes(),) for image in self.rows(split)["images"]]
+
+    def _content(self, split: str) -> Any:
+        rows = self.rows(split)
+        return [np.asarray(image).tobytes() for image in rows["images"]], [int(label) for label in rows["labels"]]
+
+    def labels(self, split: str) -> np.ndarray:
+        """Class numbers (n,)."""
+        return np.array([self._number[int(label)] for label in self.rows(split)["labels"]])
+
+    def pixels(self, split: str, model: ImageModel) -> Tensor:
+        """Images as the model reads them: (n, channels, height, width) in float32."""
+        return as_pixels(np.stack(self.rows(split)["images"]), model.channels, model.size)
+
+    def evaluate(self, model: ImageModel, split: str = "test") -> Evaluation:
+        gold = self.labels(split)
+        known, asked = (features(model, self.pixels(part, model)) for part in ("train", split))
+        found = probe(known, self.labels("train"), asked)
+        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+
+    def trainer(self, model: ImageModel, arguments: Mapping[str, Any], callbacks: list[Any]) -> Trainer:
+        library = require("transformers")
+        columns = {"pixel_values": self.pixels("train", model), "labels": torch.from_numpy(self.labels("train"))}
+        return library.Trainer(
+            model=model.with_head(self.classes),
+            args=library.TrainingArguments(**arguments, remove_unused_columns=False),
+            train_dataset=require("datasets")
+            .Dataset.from_dict({name: list(values.numpy()) for name, values in columns.items()})
+            .with_format("torch"),
+            callbacks=callbacks,
+        )
+
+
+def as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
+    """uint8 images (n, height, width[, channels]) as (n, channels, size, size) around zero."""
+    found = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    found = found[:, None] if found.dim() == 3 else found.movedim(-1, 1)
+    if found.shape[1] != channels:
+        found = found.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if found.shape[-2:] != (size, size):
+        found = nn.functional.interpolate(found, (size, size), mode="bilinear", antialias=True)
+    return found.contiguous()
+
+
+@torch.no_grad()
+def features(model: ImageModel, pixels: Tensor) -> np.ndarray:
+    """What the head reads of each image, (n, d), scaled to length one."""
+    model.model.eval()
+    found = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
+    return nn.functional.normalize(torch.cat(found), dim=-1).float().cpu().numpy()
