@@ -1,0 +1,183 @@
+"""The screen: every mechanism over a LoRA on four tasks, trained together with it, on validation splits alone.
+
+    OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER    # hours; resumes; appends to cells.csv
+    OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER --table
+
+One line of cells.csv is one training. `arm` is `lora-r8` and so on, or `NAME` for the mechanism or placebo NAME over a
+LoRA r=8. The LoRA's rate is chosen on the validation split; a mechanism is tried at that rate, a quarter and four times
+of it, and gets further seeds at the best. What is chosen and scored on the same split flatters all arms alike: the
+screen decides what is worth a confirmation on fresh rows, it confirms nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from bioadapt import BioConfig, list_primitives
+from experiments.record import placebo
+from experiments.record.bench import FAMILIES, Bench
+
+HERE = Path(__file__).parent
+ROWS = 640
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RANKS = (8, 16, 32)
+SEEDS = 3
+FACTORS = (1.0, 0.25, 4.0)
+PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained: ``rate`` of the LoRA, ``factor`` by which the mechanism's differs from it."""
+
+    task: str
+    arm: str
+    seed: int
+    rate: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result(Cell):
+    params: int = 0
+    dev: float = 0.0
+    seconds: float = 0.0
+
+
+class Screen:
+    def __init__(self, data_dir: Path, output: Path, rows: int = ROWS) -> None:
+        self.data_dir, self.output, self.rows = data_dir, output, rows
+        self.benches: dict[str, Bench] = {}
+        self.results = {_key(result): result for result in read(output)}
+
+    def run(self, cell: Cell) -> Result:
+        """The result of a cell, from the file if it is there."""
+        if _key(cell) not in self.results:
+            result = self.results[_key(cell)] = self._train(cell)
+            append(self.output, result)
+            print(f"{cell.task} {cell.arm} seed {cell.seed}, rate {cell.rate:g} x {cell.factor:g}: {result.dev:.2f}")
+        return self.results[_key(cell)]
+
+    def _train(self, cell: Cell) -> Result:
+        if cell.task not in self.benches:
+            self.benches[cell.task] = Bench(cell.task, self.data_dir, self.rows)
+        bench = self.benches[cell.task]
+        torch.manual_seed(cell.seed)
+        model: PeftModel = get_peft_model(bench.upper, _lora(cell.arm))
+        rates = {"": cell.rate}
+        if not cell.arm.startswith("lora-"):
+            model = get_peft_model(model, BioConfig(primitives=[cell.arm], seed=cell.seed))
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.requires_grad_(True)
+            rates = {"lora_": cell.rate, "": cell.rate * cell.factor}
+        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        seconds = bench.train(model, rates, cell.seed)
+        dev = bench.score(model)
+        while isinstance(model, PeftModel):
+            model = model.unload()
+        bench.upper = model
+        return Result(**asdict(cell), params=params, dev=round(dev, 3), seconds=round(seconds, 1))
+
+    def best_rate(self, task: str) -> float:
+        """Of LoRA r=8 by its first seed."""
+        return max(RATES, key=lambda rate: self.run(Cell(task, "lora-r8", 0, rate)).dev)
+
+    def everything(self) -> None:
+        """All cells, the most telling ones first, so that the screen may be stopped anywhere."""
+        for task in FAMILIES:
+            rate = self.best_rate(task)
+            for rank in RANKS:
+                for seed in range(SEEDS):
+                    self.run(Cell(task, f"lora-r{rank}", seed, rate))
+        arms = list_primitives()
+        random.Random(0).shuffle(arms)
+        arms = [*PLACEBOS, *(arm for arm in arms if arm not in PLACEBOS)]
+        for factor in FACTORS:
+            for arm in arms:
+                for task in FAMILIES:
+                    self.run(Cell(task, arm, 0, self.best_rate(task), factor))
+        for seed in range(1, SEEDS):
+            for arm in arms:
+                for task in FAMILIES:
+                    rate = self.best_rate(task)
+                    tried = [self.run(Cell(task, arm, 0, rate, factor)) for factor in FACTORS]
+                    best = max(tried, key=lambda result: result.dev)
+                    self.run(Cell(task, arm, seed, rate, best.factor))
+
+
+def _lora(arm: str) -> LoraConfig:
+    rank = int(arm.removeprefix("lora-r")) if arm.startswith("lora-") else RANKS[0]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+
+
+def _key(cell: Cell) -> tuple[str, str, int, float, float]:
+    return cell.task, cell.arm, cell.seed, cell.rate, cell.factor
+
+
+def read(path: Path) -> Iterator[Result]:
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                given = {name: row[name] for name in ("task", "arm")}
+                numbers = {name: float(row[name]) for name in ("rate", "factor", "dev", "seconds")}
+                yield Result(**given, **numbers, seed=int(row["seed"]), params=int(row["params"]))
+
+
+def append(path: Path, result: Result) -> None:
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(asdict(result))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Every arm's mean difference to LoRA r=8 over the tasks, at the best factor of each, best arm first."""
+    lora: dict[tuple[str, int], float] = {}
+    for result in results:
+        if result.arm == "lora-r8":
+            key = (result.task, result.seed)
+            lora[key] = max(result.dev, lora.get(key, -1.0))
+    lines = []
+    for arm in {result.arm for result in results} - {"lora-r8"}:
+        by_task: dict[str, list[float]] = {}
+        for task in FAMILIES:
+            own = [result for result in results if result.arm == arm and result.task == task]
+            if own:
+                first = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
+                kept = [result for result in own if (result.rate, result.factor) == (first.rate, first.factor)]
+                by_task[task] = [result.dev - lora[task, result.seed] for result in kept]
+        means = {task: statistics.fmean(found) for task, found in by_task.items()}
+        mean = statistics.fmean(means.values())
+        cells = " | ".join(f"{means[task]:+.2f} ({len(by_task[task])})" if task in means else "" for task in FAMILIES)
+        lines.append((mean, f"| {arm} | {cells} | {mean:+.2f} |"))
+    head = [f"| arm | {' | '.join(FAMILIES)} | mean |", "|---" * (len(FAMILIES) + 2) + "|"]
+    return "\n".join([*head, *(line for _, line in sorted(lines, reverse=True))])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds TASK/{train,dev}.tsv.gz")
+    parser.add_argument("--output", type=Path, default=HERE / "cells.csv")
+    parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
+    options = parser.parse_args(argv)
+    if options.table:
+        print(table(list(read(options.output))))
+        return
+    torch.set_num_threads(1)
+    Screen(options.data_dir, options.output).everything()
+
+
+if __name__ == "__main__":
+    main()
