@@ -92,10 +92,8 @@ class Bench:
     def embed_all(self, model: nn.Module, states: list[Tensor]) -> Tensor:
         order = sorted(range(len(states)), key=lambda index: len(states[index]))
         with torch.no_grad():
-            parts = [
-                self.embed(model, [states[i] for i in order[start : start + 64]]) for start in range(0, len(order), 64)
-            ]
-        found = torch.cat(parts)
+            chosen = [order[start : start + 64] for start in range(0, len(order), 64)]
+            found = torch.cat([self.embed(model, [states[index] for index in each]) for each in chosen])
         return found[torch.tensor(order).argsort()]
 
     def loss(self, model: nn.Module, chosen: np.ndarray) -> Tensor:

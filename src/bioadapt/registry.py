@@ -29,7 +29,8 @@ class PrimitiveInfo:
 
     ``settings`` maps each setting's name to its type, default, range and meaning. ``merge`` is ``"weight"`` (a change
     of the layer's weight), ``"left"`` (a linear map of the layer's output) or None; ``zero_at`` says which factor of
-    the path is zero at birth, and ``fresh_zero_scale`` what it is multiplied by in a new adapter. ``learns``: buffers follow a local rule. ``needs_input``: it reads the layer's input.
+    the path is zero at birth, and ``fresh_zero_scale`` what it is multiplied by in a new adapter. ``learns``: buffers
+    follow a local rule. ``needs_input``: it reads the layer's input.
     """
 
     name: str

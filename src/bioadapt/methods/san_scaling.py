@@ -141,9 +141,8 @@ class SanScaling(Primitive):
         theta = self.change_of_gain().detach() * (self.mode != "sp")
         if bias is None:
             return theta[:, None] * weight, None
-        return theta[:, None] * weight, theta * bias + (
-            0 if self.shift is None else self.zero_scale * _wide(self.shift.detach())
-        )
+        shift = 0 if self.shift is None else self.zero_scale * _wide(self.shift.detach())
+        return theta[:, None] * weight, theta * bias + shift
 
 
 def _wide(tensor: Tensor) -> Tensor:

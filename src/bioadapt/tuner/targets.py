@@ -1,8 +1,9 @@
 """Which modules are adapted when the user names none.
 
-Most primitives go to the projections that write into the residual stream. In a transformer block these are the attention's output projection and the MLP's down projection, in a decoder with
-cross-attention that one's output projection as well; in a convolutional block it is the last convolution. A population
-of units that the next block reads is thus complete at the targets, which a query or a value is not.
+Most primitives go to the projections that write into the residual stream. In a transformer block these are the
+attention's output projection and the MLP's down projection, in a decoder with cross-attention that one's output
+projection as well; in a convolutional block it is the last convolution. A population of units that the next block reads
+is thus complete at the targets, which a query or a value is not.
 
 Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and the hidden units of the feed-forward
 block behind their activation, which are the input of its last projection.
