@@ -80,13 +80,8 @@ def forest(bars: Sequence[Bar], label: str, name: str) -> str:
         figure, axes = _figure(0.9 + 0.34 * len(bars))
         axes.axvline(0.0, color=FAINT, linewidth=1)
         for place, bar in enumerate(bars):
-            axes.plot(
-                [_in(bar.low, unit), _in(bar.high, unit)],
-                [place, place],
-                color=bar.colour,
-                linewidth=2,
-                solid_capstyle="butt",
-            )
+            reach = [_in(bar.low, unit), _in(bar.high, unit)]
+            axes.plot(reach, [place, place], color=bar.colour, linewidth=2, solid_capstyle="butt")
             axes.plot([_in(bar.estimate, unit)], [place], "o", color=bar.colour, markersize=6)
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)

@@ -1,4 +1,4 @@
-"""What a search records of itself in a study. What another program keeps there under the same names is not taken for it."""
+"""What a search records of itself in a study; what others keep there under the same names is not taken for it."""
 
 from __future__ import annotations
 

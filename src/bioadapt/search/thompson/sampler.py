@@ -449,8 +449,8 @@ def _stated_error(trial: FrozenTrial) -> float:
         return math.nan
     if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 <= stated < math.inf:
         warnings.warn(
-            f"trial {trial.number}: its user attribute {STANDARD_ERROR}={stated!r} is no finite number of at least zero, "
-            "and is ignored",
+            f"trial {trial.number}: its user attribute {STANDARD_ERROR}={stated!r} is no finite number of at least "
+            "zero, and is ignored",
             stacklevel=2,
         )
         return math.nan
