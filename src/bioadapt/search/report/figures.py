@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _WIDTH = 8.0
+# What is larger is drawn in a unit of this size: matplotlib's sums of it would overflow.
+_LARGE = 1e300
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ def forest(bars: Sequence[Bar], label: str, name: str) -> str:
         label: of the axis, with the unit.
         name: of the figure, unique on its page.
     """
+    unit, label = _unit((value for bar in bars for value in (bar.low, bar.estimate, bar.high)), label)
     with _styled():
         figure, axes = _figure(0.9 + 0.34 * len(bars))
         axes.axvline(0.0, color=FAINT, linewidth=1)
         for place, bar in enumerate(bars):
-            axes.plot([bar.low, bar.high], [place, place], color=bar.colour, linewidth=2, solid_capstyle="butt")
-            axes.plot([bar.estimate], [place], "o", color=bar.colour, markersize=6)
+            reach = [_in(bar.low, unit), _in(bar.high, unit)]
+            axes.plot(reach, [place, place], color=bar.colour, linewidth=2, solid_capstyle="butt")
+            axes.plot([_in(bar.estimate, unit)], [place], "o", color=bar.colour, markersize=6)
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
@@ -94,13 +99,19 @@ def curves(lines: Sequence[ReportedScores], label: str, name: str) -> str:
         label: of the score, with the unit.
         name: of the figure, unique on its page.
     """
+    unit, label = _unit((value for line in lines for value in line.values), label)
     with _styled():
         figure, axes = _figure(3.6)
         labelled = set()
         for kind in CURVES:
             for line in (line for line in lines if line.kind == kind):
                 first = kind not in labelled
-                axes.plot(line.steps, line.values, label=kind if first else None, **CURVES[kind])
+                axes.plot(
+                    line.steps,
+                    [_in(value, unit) for value in line.values],
+                    label=kind if first else None,
+                    **CURVES[kind],
+                )
                 labelled.add(kind)
         steps = sorted({step for line in lines for step in line.steps})
         if len(steps) <= 12:
@@ -119,11 +130,13 @@ def progress(studies: Mapping[str, tuple[Sequence[int], Sequence[float], bool]],
         label: of the score, with the unit.
         name: of the figure, unique on its page.
     """
+    unit, label = _unit((score for _, scores, _ in studies.values() for score in scores), label)
     with _styled():
         figure, axes = _figure(3.6)
         for (title, (places, scores, higher)), colour, marker in zip(
             studies.items(), (GOOD, OTHER), ("o", "x"), strict=False
         ):
+            scores = [_in(score, unit) for score in scores]
             axes.plot(places, scores, marker, color=colour, markersize=4, alpha=0.7, label=f"{title}: a trial")
             best = list(scores)
             for i in range(1, len(best)):
@@ -133,6 +146,17 @@ def progress(studies: Mapping[str, tuple[Sequence[int], Sequence[float], bool]],
         axes.set_ylabel(label)
         _legend(axes)
         return _svg(figure, name)
+
+
+def _unit(values: Iterable[float], label: str) -> tuple[float, str]:
+    """What values are drawn in, and the label that says so where it is not 1."""
+    large = any(abs(value) > _LARGE for value in values)
+    return (_LARGE, f"{label} / {_LARGE:.0e}") if large else (1.0, label)
+
+
+def _in(value: float, unit: float) -> float:
+    """Infinity lies at the end of the numbers."""
+    return max(-sys.float_info.max, min(value, sys.float_info.max)) / unit if unit != 1.0 else value
 
 
 def _styled() -> Any:

@@ -25,11 +25,13 @@ from ..._extras import require
 from ..._words import suggest
 from ..space import SearchSpace
 from ..study import open_storage
+from ..study.address import hidden
 from ..study.tickets import DIED
 from ..thompson import Effect, FeatureMap, ThompsonSampler
 from . import figures
 from .figures import BAD, GOOD, OTHER, Bar, ReportedScores
-from .wording import as_code, as_lines, count, in_words, number, short
+from .recorded import of_study, of_trial
+from .wording import as_code, as_lines, count, in_words, number, short, signed
 
 LEADERS = 20
 # Mechanisms in the figure and in the map, all of which are in a table; other effects in theirs.
@@ -59,7 +61,7 @@ def write_report(study_name: str, storage_url: str, output: str | Path) -> Path:
     storage = open_storage(storage_url, create=False)
     names = optuna.get_all_study_names(storage)
     if study_name not in names:
-        raise ValueError(f"study {study_name!r} is not in {_without_login(storage_url)}: {suggest(study_name, names)}")
+        raise ValueError(f"study {study_name!r} is not in {hidden(storage_url)}: {suggest(study_name, names)}")
     study = optuna.load_study(study_name=study_name, storage=storage)
     if len(study.directions) > 1:
         raise ValueError(f"study {study_name!r} has {len(study.directions)} objectives; a report is about one")
@@ -85,7 +87,7 @@ def render(study: Study, lora: Study | None = None) -> str:
 
 
 def _companion(study: Study, storage: BaseStorage, names: Sequence[str]) -> Study | None:
-    name = study.user_attrs.get("lora", {}).get("study")
+    name = of_study(study).get("lora", {}).get("study")
     return optuna.load_study(study_name=name, storage=storage) if name in names else None
 
 
@@ -131,16 +133,16 @@ class _Report:
     def __init__(self, study: Study, lora: Study | None) -> None:
         self.study, self.lora_study = study, lora
         self.name = study.study_name
-        self.attributes: dict[str, Any] = study.user_attrs
+        recorded = of_study(study)
         self.trials = study.get_trials(deepcopy=False)
         self.higher = study.direction == StudyDirection.MAXIMIZE
-        self.settings: Mapping[str, Any] = self.attributes.get("settings", {})
-        self.space: Mapping[str, Any] = self.attributes.get("space", {})
-        self.task: Mapping[str, Any] = self.attributes.get("task", {})
-        self.lora: Mapping[str, Any] = self.attributes.get("lora", {})
-        self.confirmation: Sequence[Mapping[str, Any]] = self.attributes.get("confirmation", [])
-        self.final: Mapping[str, Any] = self.attributes.get("final", {})
-        self.is_search = bool(self.space or self.settings)
+        self.settings: Mapping[str, Any] = recorded.get("settings", {})
+        self.space: Mapping[str, Any] = recorded.get("space", {})
+        self.task: Mapping[str, Any] = recorded.get("task", {})
+        self.lora: Mapping[str, Any] = recorded.get("lora", {})
+        self.confirmation: Sequence[Mapping[str, Any]] = recorded.get("confirmation", [])
+        self.final: Mapping[str, Any] = recorded.get("final", {})
+        self.is_search = bool(self.space)
 
     # -- how far it is --
 
@@ -241,12 +243,13 @@ class _Report:
     # -- the trials --
 
     def row(self, trial: FrozenTrial) -> _Row:
+        recorded = of_trial(trial)
         return _Row(
             trial.number,
             trial.value if trial.values else None,
             in_words(trial),
-            trial.user_attrs.get("parameters"),
-            trial.user_attrs.get("seconds", trial.duration.total_seconds() if trial.duration else None),
+            recorded.get("parameters"),
+            recorded.get("seconds", trial.duration.total_seconds() if trial.duration else None),
             self._reason(trial),
         )
 
@@ -275,7 +278,7 @@ class _Report:
         if trial.state == TrialState.PRUNED:
             step = trial.last_step
             return "" if step is None else f"at step {step} with {number(trial.intermediate_values[step])}"
-        reason = trial.user_attrs.get("failure")
+        reason = of_trial(trial).get("failure")
         if trial.number in self.repeated:
             return f"{reason or DIED}; repeated as trial {self.repeated[trial.number]}"
         return reason or _FAILED_WITHOUT_REASON
@@ -404,11 +407,11 @@ class _Report:
         if self.final.get("winner"):
             return self.final["winner"]
         for trial in self.complete[:1]:
-            configuration = trial.user_attrs.get("configuration", {})
+            recorded = of_trial(trial)
             return {
                 "number": trial.number,
-                "configs": trial.user_attrs.get("configs", []),
-                "learning_rate": configuration.get("learning_rate"),
+                "configs": recorded.get("configs", []),
+                "learning_rate": recorded.get("configuration", {}).get("learning_rate"),
             }
         return {}
 
@@ -418,7 +421,7 @@ class _Report:
     def _strengths(self) -> dict[str, float]:
         """Primitives of the winner that learn at another rate than the rest."""
         chosen = [trial for trial in self.trials if trial.number == self.winner.get("number")]
-        slots = chosen[0].user_attrs.get("configuration", {}).get("slots", []) if chosen else []
+        slots = of_trial(chosen[0]).get("configuration", {}).get("slots", []) if chosen else []
         return {slot["primitive"]: slot["strength"] for slot in slots if slot.get("strength", 1) != 1}
 
     def as_json(self) -> str:
@@ -456,11 +459,5 @@ def _mean(scores: Sequence[float]) -> float | None:
 def _interval(effect: Any) -> str:
     """Estimate and bounds, of an effect or of a record of a difference."""
     if isinstance(effect, _Known):
-        return f"{effect.mean:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
-    return f"{effect['estimate']:+.2f} [{effect['low']:+.2f}, {effect['high']:+.2f}]"
-
-
-def _without_login(url: str) -> str:
-    """An address whose user and password nobody needs to read."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('//')[0]}//{tail}" if at else url
+        return f"{signed(effect.mean)} [{signed(effect.low)}, {signed(effect.high)}]"
+    return f"{signed(effect['estimate'])} [{signed(effect['low'])}, {signed(effect['high'])}]"

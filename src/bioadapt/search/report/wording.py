@@ -8,7 +8,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from ... import BioConfig, primitive_info
+from ... import BioConfig, list_primitives, primitive_info
+from ..study.optuna_private import ENQUEUED
+from .recorded import of_trial
 
 # What a record of a `BioConfig` says beyond what one would write.
 _RECORDED = {
@@ -19,9 +21,9 @@ _RECORDED = {
 
 def in_words(trial: FrozenTrial) -> str:
     """A trial's configuration on one line; its parameters, where it is none of our space."""
-    configuration = trial.user_attrs.get("configuration")
-    if not configuration or "slots" not in configuration:
-        chosen = configuration or trial.params or trial.system_attrs.get("fixed_params", {})
+    configuration = of_trial(trial).get("configuration")
+    if configuration is None:
+        chosen = trial.params or trial.system_attrs.get(ENQUEUED, {})
         return ", ".join(f"{name}={as_text(value)}" for name, value in chosen.items())
     slots = [
         f"{slot['primitive']} @ {slot['layers']} {slot['modules']}"
@@ -55,7 +57,10 @@ def as_code(
     if not configs:
         return ""
     calls = [_call(config) for config in configs]
-    lines = [
+    known = set(list_primitives())
+    absent = sorted({entry["name"] for config in configs for entry in config["primitives"]} - known)
+    lines = [f"# needs the package that registers {name!r}, which is not installed here" for name in absent]
+    lines += [
         "from peft import get_peft_model",
         "from bioadapt import BioConfig",
         "",
@@ -76,7 +81,7 @@ def as_code(
 
 
 def _call(config: Mapping[str, Any]) -> str:
-    default = BioConfig(primitives=config["primitives"]).to_dict()
+    default = BioConfig(primitives=list_primitives()[:1]).to_dict()
     chosen = {
         name: value
         for name, value in config.items()
@@ -89,8 +94,12 @@ def _call(config: Mapping[str, Any]) -> str:
 
 def _entry(entry: Mapping[str, Any]) -> str:
     """A primitive in a list: its name alone where its settings are the defaults."""
-    settings = primitive_info(entry["name"]).settings
-    chosen = {key: value for key, value in entry.items() if key == "name" or value != settings[key].default}
+    settings = primitive_info(entry["name"]).settings if entry["name"] in list_primitives() else {}
+    chosen = {
+        key: value
+        for key, value in entry.items()
+        if key == "name" or key not in settings or value != settings[key].default
+    }
     return json.dumps(entry["name"]) if len(chosen) == 1 else repr(chosen)
 
 
@@ -119,11 +128,16 @@ def number(value: float | None) -> str:
     return f"{value:,.2f}" if 1 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
+def signed(value: float) -> str:
+    """A difference: two decimals, or four significant digits where these would be very many."""
+    return f"{value:+.2f}" if abs(value) < 1e6 else f"{value:+.4g}"
+
+
 def short(value: float | None) -> str:
     """Two significant digits, or all before the point."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e15 else f"{value:.2g}"
 
 
 def count(amount: int, word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -422,10 +423,9 @@ def _observe(finished: Sequence[FrozenTrial], direction: StudyDirection) -> _Obs
     trials, values, errors = [], [], []
     for trial in finished:
         if trial.state == TrialState.COMPLETE:
-            stated = trial.user_attrs.get(STANDARD_ERROR)
             trials.append(trial)
             values.append(float(trial.value))
-            errors.append(math.nan if stated is None else float(stated))
+            errors.append(_stated_error(trial))
             continue
         step = trial.last_step
         if step is None or not math.isfinite(trial.intermediate_values[step]):
@@ -441,6 +441,20 @@ def _observe(finished: Sequence[FrozenTrial], direction: StudyDirection) -> _Obs
     sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
     scores, centre, unit = _standardised(sign * np.array(values))
     return _Observations(trials, scores, (np.array(errors) / unit) ** 2, sign * centre, sign * unit)
+
+
+def _stated_error(trial: FrozenTrial) -> float:
+    stated = trial.user_attrs.get(STANDARD_ERROR)
+    if stated is None:
+        return math.nan
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 <= stated < math.inf:
+        warnings.warn(
+            f"trial {trial.number}: its user attribute {STANDARD_ERROR}={stated!r} is no finite number of at least "
+            "zero, and is ignored",
+            stacklevel=2,
+        )
+        return math.nan
+    return float(stated)
 
 
 def _standardised(scores: Array) -> tuple[Array, float, float]:
