@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module as _import_module
 
+from ._version import __version__ as __version__
 from .registration import register as _register
 from .registration import register_when_imported as _register_when_imported
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from .tuner.learning import BioTrainerCallback as BioTrainerCallback
     from .tuner.learning import auxiliary_loss as auxiliary_loss
     from .tuner.selection import select_synapses as select_synapses
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "BioConfig": "config",

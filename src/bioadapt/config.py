@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
 import zlib
 from collections.abc import Callable
@@ -13,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.utils import PeftType
 
+from ._version import __version__
 from ._words import suggest
+from .checkpoint import check_trained_over, complete_saving, write_configuration
 from .registry import primitive_info
 
 COMPOSITIONS = ("staged", "serial", "parallel")
@@ -74,6 +74,8 @@ class BioConfig(PeftConfig):
         seed: fixes the frozen random matrices.
         trained_over: written on saving: name and fingerprint of what lay underneath.
         fingerprint: written on saving: hash of the adapter's tensors, checked on loading.
+        settings_fingerprint: written on saving: hash of the fields that change what the adapter computes, checked on
+            loading.
         bioadapt_version: written on saving.
 
     Raises:
@@ -101,6 +103,7 @@ class BioConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the frozen random matrices."})
     trained_over: dict[str, Any] | None = field(default=None, metadata={"help": "What lay underneath; set on saving."})
     fingerprint: str | None = field(default=None, metadata={"help": "Hash of the tensors; set on saving."})
+    settings_fingerprint: str | None = field(default=None, metadata={"help": "Hash of the fields; set on saving."})
     bioadapt_version: str | None = field(default=None, metadata={"help": "Version that wrote it; set on saving."})
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ class BioConfig(PeftConfig):
                         "use rank=None with it"
                     )
         self._check_feedforward_modules()
+        check_trained_over(self.trained_over)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, "
@@ -167,37 +171,22 @@ class BioConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` whole or not at all: a save that is cut off leaves the old file."""
-        from . import __version__
-
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_directory={save_directory!r} is a file, a folder is needed")
         self.bioadapt_version = __version__
-        folder.mkdir(parents=True, exist_ok=True)
         content = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             content["auto_mapping"] = kwargs["auto_mapping_dict"]
-        unfinished = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        try:
-            unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(unfinished, folder / CONFIG_NAME)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_configuration(folder, content)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> BioConfig:
-        """Load the configuration, and refuse a folder whose weights file is damaged before any model is touched."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        weights = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
-        if weights:
-            from .tuner.checkpoint import check_file
-
-            check_file(weights[0], config)
-        vars(config)["read_from_file"] = True  # so the tuner can take an adapter back whose weights turn out not to fit
-        return config
+        """Load the configuration."""
+        complete_saving(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
 def normalise_primitives(primitives: Any, to_scale: bool = True) -> list[dict[str, Any]]:

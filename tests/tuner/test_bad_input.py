@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -218,8 +219,9 @@ def _rewrite(folder, change, honest: bool = True) -> None:
 
 
 def _set(folder, **fields) -> None:
+    """Change the configuration in a folder, as a hand that knows what it does."""
     content = json.loads((folder / CONFIG_NAME).read_text())
-    (folder / CONFIG_NAME).write_text(json.dumps({**content, **fields}))
+    (folder / CONFIG_NAME).write_text(json.dumps({**content, "settings_fingerprint": None, **fields}))
 
 
 GATE = "base_model.model.lin0.nrn_circuit.homeostatic_scaling.gate"
@@ -486,21 +488,32 @@ def test_a_save_that_is_cut_off_before_the_tensors_leaves_the_old_adapter(tmp_pa
     assert close(output(loaded, inputs), wanted, 1e-6)
 
 
-def test_a_save_that_is_cut_off_between_tensors_and_configuration_is_told_on_loading(tmp_path, monkeypatch):
-    """PEFT writes the tensors itself, in place: the old ones are gone, and what is left must not pass for them."""
-    model = _saved(tmp_path)
-    step(model, base_and_inputs("mlp")[1])
-    monkeypatch.setattr(os, "replace", _raise)
-    with pytest.raises(CutOff):
+@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_save_that_is_cut_off_anywhere_leaves_one_adapter_whole(name, call, tmp_path, monkeypatch):
+    """Each file is put in its place by one `os.replace`; a process can be killed before any of them."""
+    base, inputs = base_and_inputs("mlp")
+    model = get_peft_model(base, awake("mergeable weight", TARGETS), name)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    old = output(model, inputs)
+    step(model, inputs)
+    new = output(model, inputs)
+    replace, calls = os.replace, iter(range(call))
+
+    def cut_off(*args):
+        return replace(*args) if next(calls, None) is not None else _raise()
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with contextlib.suppress(CutOff):
         model.save_pretrained(tmp_path)
     monkeypatch.undo()
-    base, _ = base_and_inputs("mlp")
-    with unchanged(base):
-        refused(
-            lambda: PeftModel.from_pretrained(base, tmp_path), ValueError, "does not hold the tensors", "fingerprint"
-        )
+    folder = tmp_path if name == "default" else tmp_path / name
+    found = output(PeftModel.from_pretrained(base_and_inputs("mlp")[0], folder), inputs)
+    assert close(found, old, 1e-6) != close(found, new, 1e-6)
+    assert close(found, new, 1e-6) == (call > 2)  # once everything is written, what is left to be moved is moved
     model.save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(base, tmp_path).peft_config
+    assert close(output(PeftModel.from_pretrained(base_and_inputs("mlp")[0], folder), inputs), new, 1e-6)
+    assert not list(tmp_path.rglob(".saving")) and not list(tmp_path.rglob(WEIGHTS_NAME))
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
-# No plausible adapter name is part of it: PEFT warns, and may re-initialise weights, when the name of an adapter is
-# contained in the prefix of its method.
-PREFIX = "nrn_"
-CONTAINER = f"{PREFIX}circuit"
+from ..checkpoint import PREFIX
+
 _KNOWN = "0.21 to 0.22"
 
 
@@ -19,15 +18,26 @@ def register() -> None:
     """
     import peft
     from peft.utils.peft_types import PeftType
+    from transformers import PreTrainedModel
+    from transformers.integrations.peft import PeftAdapterMixin
 
     try:
         if "BIO" not in PeftType.__members__:
             _extend(PeftType, "BIO")
         # Imported only now: the configuration class looks its type up.
         from ..config import BioConfig
+        from . import loading, saving
         from .model import BioModel
 
         _register_method(peft, PeftType, BioConfig, BioModel)
+        # Neither library has a hook around injecting an adapter and reading its tensors, or around writing tensors and
+        # configuration. Each of these can go once it has one.
+        _surround(peft.PeftModel, "from_pretrained", loading.from_pretrained)
+        _surround(peft.PeftModel, "load_adapter", loading.load_adapter)
+        _surround(peft.peft_model, "load_peft_weights", loading.read_weights)
+        _surround(PeftAdapterMixin, "load_adapter", loading.load_adapter_of_transformers)
+        _surround(peft.PeftModel, "save_pretrained", saving.save_pretrained)
+        _surround(PreTrainedModel, "save_pretrained", saving.save_pretrained_of_transformers)
     except (AttributeError, TypeError, ImportError) as error:
         raise ImportError(
             f"bioadapt knows PEFT {_KNOWN}, but PEFT {peft.__version__} is installed and cannot be taught the method: "
@@ -56,3 +66,18 @@ def _register_method(peft: Any, types: Any, config_cls: type, model_cls: type) -
     if known is not None:
         raise ImportError(f"another package has already registered the method BIO ({known.__module__})")
     register_peft_method(name="bio", config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+
+
+def _surround(owner: Any, name: str, around: Any) -> None:
+    """Have ``around`` called in the place of a function, with that function as its first argument."""
+    present = vars(owner)[name]
+    original = present.__func__ if isinstance(present, classmethod) else present
+    if hasattr(original, "surrounded_by_bioadapt"):
+        return
+
+    @wraps(original)
+    def surrounded(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    surrounded.surrounded_by_bioadapt = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(surrounded) if isinstance(present, classmethod) else surrounded)

@@ -79,7 +79,7 @@ def combined(
             settings[entry["name"]] = found
             states[layer.path].update({f"{entry['name']}.{key}": tensor for key, tensor in tensors.items()})
     primitives = [{"name": name, **found} for name, found in settings.items()]
-    fresh = {"fingerprint": None, "trained_over": None, "init_weights": True, "inference_mode": True}
+    fresh = {"trained_over": None, "init_weights": True, "inference_mode": True}
     return dataclasses.replace(first, primitives=primitives, **fresh), states
 
 

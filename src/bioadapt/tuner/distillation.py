@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import ROOT
+from ..checkpoint import ROOT
 from .layer import BioLayer
 from .tree import named_bio_layers
 

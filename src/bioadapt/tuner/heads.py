@@ -13,7 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..checkpoint import CONTAINER
 from .layer import BioLayer
+
+_NOT_BELOW = (".modules_to_save.", f".{CONTAINER}.")
 
 
 def heads(model: nn.Module, names: Iterable[str]) -> Iterator[AuxiliaryTrainingWrapper]:
@@ -83,9 +86,9 @@ def use_head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> None:
 
 
 def is_trained(model: nn.Module, adapter_name: str | None) -> bool:
-    """Whether the tensors of an adapter, apart from its modules to save, are trainable."""
+    """Whether the tensors of an adapter of another method, apart from its modules to save, are trainable."""
     return any(
-        parameter.requires_grad and f".{adapter_name}." in f"{key}." and ".modules_to_save." not in key
+        parameter.requires_grad and f".{adapter_name}." in f"{key}." and not any(part in key for part in _NOT_BELOW)
         for key, parameter in model.named_parameters()
     )
 

@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..checkpoint import CONTAINER
 from ..config import BioConfig
 from ..primitives.base import Context, Host, Primitive
 from ..registry import primitive_info
-from .bridge import CONTAINER
 from .circuit import Circuit
 from .learning import WithGradientOf
 from .merging import Merging, Original

@@ -20,19 +20,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._words import suggest
+from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
-from . import stack
-from .bridge import PREFIX
-from .checkpoint import without_adapter_name
 from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
-from .loading import guard_loading
 from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
-from .state_dict import adapter_fingerprint, circuit_tensors, hide_adapters, placed
+from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites
-from .tree import Before, bio_layers, forget_adapter, remove_adapter
+from .tree import bio_layers, forget_configs, remove_adapter, undone_on_failure
 
 ROUNDING = 0.01  # a merge that loses more of the changed weights than this is worth a warning
 
@@ -72,18 +69,18 @@ class BioModel(BaseTuner):
                 f"adapter_name={adapter_name!r} is taken on this model; choose another, for instance "
                 f"adapter_name={free_name(shared)!r}"
             )
-        if under is not None:
-            # The tuner below keeps its own table of configurations; ours starts empty.
-            plain.__dict__.pop("peft_config", None)
         try:
-            super().__init__(plain, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+            with undone_on_failure(plain):
+                if under is not None:
+                    # The tuner below keeps its own table of configurations; ours starts empty.
+                    plain.__dict__.pop("peft_config", None)
+                super().__init__(plain, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+                if under is not None and shared is not None:
+                    plain.__dict__["peft_config"] = shared
         except Exception:
             if under is None:
-                forget_adapter(plain, adapter_name, shared)
+                forget_configs(plain, shared)  # transformers has noted by now that there are adapters
             raise
-        finally:
-            if under is not None and shared is not None:
-                plain.__dict__["peft_config"] = shared
         self._under = (under,)  # in a tuple: not a submodule, or every parameter would be there twice
         self._hiding = None if under is None else under.register_state_dict_post_hook(hide_adapters)
 
@@ -100,24 +97,19 @@ class BioModel(BaseTuner):
     # -- injection --
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        before = Before.of(model)
         check_names(model, self.peft_config, adapter_name)
-        checked = self.peft_config[adapter_name].__dict__.pop("read_from_file", False)
-        if checked:
-            self.__dict__.setdefault("_awaiting", {})[adapter_name] = before
+        # What a file was known by says nothing of the adapter any more once that is trained.
+        config = dataclasses.replace(self.peft_config[adapter_name], fingerprint=None, settings_fingerprint=None)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._connect(model, adapter_name)
-        except Exception as error:
-            before.restore(model, adapter_name)
-            if isinstance(error, NoMatchingPeftModuleError):
-                raise with_suggestion(error, self.peft_config[adapter_name], model) from None
-            raise
-        if not checked:
-            guard_loading(model, self.peft_config[adapter_name], adapter_name, before)
-        take_over_heads(self.model, adapter_name)
-        if adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
+            with undone_on_failure(self):
+                self.peft_config[adapter_name] = config
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._connect(model, adapter_name)
+                take_over_heads(self.model, adapter_name)
+                if adapter_name in self.active_adapters:
+                    self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
+        except NoMatchingPeftModuleError as error:
+            raise with_suggestion(error, config, model) from None
 
     def _connect(self, model: nn.Module, adapter_name: str) -> None:
         """Let the primitives of an adapter meet themselves at the other sites."""
@@ -238,7 +230,6 @@ class BioModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        self.__dict__.pop("_awaiting", None)
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -376,7 +367,7 @@ class BioModel(BaseTuner):
         if self.under is None:
             for name in names:
                 del self.peft_config[name]
-            forget_adapter(self.model, None, self.peft_config or None)
+            forget_configs(self.model, self.peft_config)
             return self.model
         if self._hiding is not None:
             self._hiding.remove()
@@ -461,10 +452,7 @@ class BioModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        tensors = circuit_tensors(model, adapter_name, state_dict)
-        config.fingerprint = adapter_fingerprint(model, config, adapter_name, state_dict, tensors)
-        config.trained_over = _record(model)
-        return tensors
+        return circuit_tensors(model, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -475,34 +463,4 @@ class BioModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BioConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner = _tuner_of(model)
-        before = None if tuner is None else tuner.__dict__.get("_awaiting", {}).pop(adapter_name, None)
-        try:
-            tensors = placed(model, config, adapter_name, state_dict)
-        except ValueError:
-            if before is not None:
-                tuner._undo_loading(adapter_name, before)
-            raise
-        stack.warn_if_changed(config.trained_over, _record(model), adapter_name)
-        return tensors
-
-    def _undo_loading(self, adapter_name: str, before: Before) -> None:
-        """After a refused checkpoint: the model as it was before the adapter was injected for it."""
-        before.restore(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        if self.under is None:
-            forget_adapter(self.model, None, self.peft_config or None)
-        elif not self.peft_config and self._hiding is not None:
-            self._hiding.remove()
-
-
-def _tuner_of(model: nn.Module) -> BioModel | None:
-    """The tuner of a PeftModel; a model with injected adapters has none."""
-    tuner = getattr(model, "base_model", None)
-    return tuner if isinstance(tuner, BioModel) else None
-
-
-def _record(model: nn.Module) -> dict[str, Any]:
-    tuner = _tuner_of(model)
-    plain, under = (model, None) if tuner is None else (tuner.model, tuner.under)
-    return stack.record(plain, under, {layer.path: layer.get_base_layer() for layer in bio_layers(plain)})
+        return placed(model, adapter_name, state_dict)

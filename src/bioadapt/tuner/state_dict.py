@@ -8,9 +8,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..config import BioConfig
-from .bridge import CONTAINER
-from .checkpoint import ROOT, check_fingerprint, check_keys, fingerprint, own_tensors, without_adapter_name
+from ..checkpoint import CONTAINER, ROOT, bare, check_keys
 from .circuit import Circuit
 from .tree import named_bio_layers
 
@@ -28,43 +26,36 @@ def circuit_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str
     return found
 
 
-def adapter_fingerprint(
-    model: nn.Module, config: BioConfig, adapter_name: str, state_dict: Mapping[str, Tensor], tensors: dict[str, Tensor]
-) -> str:
-    """Of what the adapter's file will hold: its circuits' ``tensors``, and the copies of its modules to save."""
-    saved = {without_adapter_name(key, adapter_name): tensor for key, tensor in tensors.items()}
-    for name, wrapper in model.named_modules():
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
-            inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-            saved.update({f"{name}.{k}": v for k, v in wrapper.adapter_state_dict(adapter_name, inside).items()})
-    return fingerprint(own_tensors(saved, config.modules_to_save))
+def placed(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that they have in the model.
 
-
-def placed(
-    model: nn.Module, config: BioConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of a file under the names that they have in the model.
+    Besides the adapter's own they may be its copies of modules to save, which PEFT has already renamed, and the
+    embeddings of the base, which PEFT saves where they were resized or adapted.
 
     Raises:
-        ValueError: the file lacks part of the adapter, holds what has no place, or is not the one that was saved.
+        ValueError: the checkpoint lacks part of the adapter, or holds what has no place in it.
     """
     places, expected = {}, {}
     for name, circuit in _circuits(model, adapter_name):
         for rest, tensor in circuit.state_dict().items():
-            bare = f"{name.removeprefix(ROOT)}.{CONTAINER}.{rest}"
-            places[bare] = f"{name}.{CONTAINER}.{adapter_name}.{rest}"
-            expected[bare] = tensor
-    given = own_tensors(state_dict)
-    foreign = {key: value for key, value in state_dict.items() if key.removeprefix(ROOT) not in given}
-    here = model.state_dict()
-    lost = {key: v for key, v in foreign.items() if key not in here and key.removeprefix(ROOT) not in here}
-    check_keys({**given, **lost}, expected, adapter_name)
-    saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
-    check_fingerprint(own_tensors(saved, config.modules_to_save), config.fingerprint, "the checkpoint")
+            key = f"{name}.{CONTAINER}.{rest}".removeprefix(ROOT)
+            places[key], expected[key] = f"{name}.{CONTAINER}.{adapter_name}.{rest}", tensor
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            tensors = wrapper.state_dict()
+            for inner in wrapper.adapter_state_dict_load_map(adapter_name).values():
+                key = f"{name}.{inner}".removeprefix(ROOT)
+                places[key], expected[key] = f"{name}.{inner}", tensors[inner]
+    given = bare(state_dict)
+    for name, parameter in _embeddings(model):
+        key = name.removeprefix(ROOT)
+        if key in given:
+            places[key], expected[key] = name, parameter
+    check_keys(given, expected, adapter_name)
     for name, circuit in _circuits(model, adapter_name):
-        start = f"{name.removeprefix(ROOT)}.{CONTAINER}."
+        start = f"{name}.{CONTAINER}.".removeprefix(ROOT)
         circuit.check_loaded({key.removeprefix(start): v for key, v in given.items() if key.startswith(start)})
-    return {**{places[key]: value for key, value in given.items()}, **foreign}
+    return {places[key]: tensor for key, tensor in given.items()}
 
 
 def hide_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -87,3 +78,18 @@ def _circuits(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Circui
     for name, layer in named_bio_layers(model):
         if adapter_name in layer.circuits:
             yield name, layer.circuits[adapter_name]  # type: ignore[misc]
+
+
+def _embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base's input and output embeddings, by their names in the model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = set()
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(base, ask)()
+        except (AttributeError, NotImplementedError):  # no model of transformers, or one without
+            continue
+        found |= {id(parameter) for parameter in layer.parameters()} if layer is not None else set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in found and f".{CONTAINER}." not in f".{name}":
+            yield name, parameter

@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .bridge import CONTAINER
+from ..checkpoint import CONTAINER
 
 
 class Transparent(nn.Module):

@@ -1,15 +1,20 @@
-"""Walking over a model's bio layers, and taking them out again."""
+"""Walking over a model's bio layers, taking them out again, and a model as it was."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from copy import copy
 
+from peft import PeftModel
 from peft.config import PeftConfig
 from torch import nn
 
 from .heads import release_heads
 from .layer import BioLayer
+
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def bio_layers(model: nn.Module) -> Iterator[BioLayer]:
@@ -18,6 +23,13 @@ def bio_layers(model: nn.Module) -> Iterator[BioLayer]:
 
 def named_bio_layers(model: nn.Module) -> Iterator[tuple[str, BioLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, BioLayer))
+
+
+def stacked_over(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
+    """The plain model, and the PeftModel of another method that the bio adapters are stacked over, if there is one."""
+    tuner = getattr(model, "base_model", None)
+    under = getattr(tuner, "under", None)
+    return (tuner.model if isinstance(model, PeftModel) else model), under
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, keep_heads: bool = False) -> None:
@@ -37,33 +49,49 @@ def remove_adapter(model: nn.Module, adapter_name: str, keep_heads: bool = False
     release_heads(model, adapter_name, keep_heads)
 
 
-@dataclass(frozen=True)
-class Before:
-    """What an injection changes besides the adapter itself."""
-
-    trainable: list[tuple[nn.Parameter, bool]]
-    active: list[str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Before:
-        active: list[str] = next((layer.active_adapters for layer in bio_layers(model)), [])
-        return cls([(parameter, parameter.requires_grad) for parameter in model.parameters()], active)
-
-    def restore(self, model: nn.Module, adapter_name: str) -> None:
-        """Take the adapter out again and leave the rest as it was."""
-        remove_adapter(model, adapter_name)
-        for layer in bio_layers(model):
-            layer._active_adapter = self.active
-        for parameter, requires_grad in self.trainable:
-            parameter.requires_grad = requires_grad
-
-
-def forget_adapter(model: nn.Module, adapter_name: str | None, configs: dict[str, PeftConfig] | None) -> None:
-    """Leave ``configs`` without ``adapter_name`` as the model's table of adapters, or no table."""
-    if configs is not None:
-        configs.pop(adapter_name, None)
+def forget_configs(model: nn.Module, configs: dict[str, PeftConfig] | None) -> None:
+    """Leave ``configs`` as the model's table of adapters, or no table."""
+    if configs:
         model.__dict__["peft_config"] = configs
         return
     model.__dict__.pop("peft_config", None)
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever the block has put into the model is taken out of it again if the block fails, whatever the exception.
+
+    Modules, hooks, attributes and what is trainable are those of before. Values that were written into tensors of
+    before are not: a caller checks those first.
+    """
+    attributes = [
+        (
+            module,
+            dict(vars(module)),
+            {name: copy(held) for name, held in vars(module).items() if type(held) in _CONTAINERS},
+        )
+        for module in model.modules()
+    ]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    scopes = [(scope, list(scope.layers)) for module, *_ in attributes if (scope := vars(module).get("bio_scope"))]
+    try:
+        yield
+    except BaseException:
+        for module, before, contents in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+            for name, content in contents.items():
+                container = vars(module)[name]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        for scope, layers in scopes:
+            scope.layers[:] = layers
+        raise
+
+
+def _held(value: object) -> bool:
+    return type(value) in _CONTAINERS

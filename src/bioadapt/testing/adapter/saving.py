@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...tuner.bridge import PREFIX
+from ...checkpoint import PREFIX
 from ..compare import assert_equal_tensors, assert_identical
 from .subject import Adapted, Inside, bio_tensors, on, shaken
 

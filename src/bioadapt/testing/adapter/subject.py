@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from ...checkpoint import PREFIX
 from ...config import BioConfig
 from ...registry import PrimitiveInfo, primitive_info
-from ...tuner.bridge import PREFIX
 from ..compare import copied, random, seeded
 from ..hosts import HOSTS, TinyHost
 from ..mould import Mould

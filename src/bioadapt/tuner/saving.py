@@ -1,0 +1,120 @@
+"""Saving an adapter as one transaction: configuration, tensors and what trained along together, or nothing.
+
+As in `loading`, these functions stand around those of PEFT and transformers, which they get as their first argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..checkpoint import ALONG, seal, whole_or_not_at_all
+from . import provenance
+from .model import BioModel
+from .tree import bio_layers
+
+Original = Callable[..., Any]
+
+
+def save_pretrained(original: Original, self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """Around `PeftModel.save_pretrained`."""
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    options, folder = given.arguments, Path(given.arguments["save_directory"])
+    if not isinstance(self.base_model, BioModel) or folder.is_file():
+        return original(*given.args, **given.kwargs)
+    names, state_dict = options["selected_adapters"] or list(self.peft_config), options["kwargs"].get("state_dict")
+    record = provenance.record(self, state_dict)  # on every rank: it gathers what is sharded
+    main, under = options["is_main_process"], self.base_model.under
+    trained = provenance.trained_along(self)
+    if trained:
+        _say_what_trains_along(trained, saved=under is not None)
+    with whole_or_not_at_all(folder) if main else TemporaryDirectory() as stage:
+        options["save_directory"] = stage
+        original(*given.args, **given.kwargs)
+        for name in names:
+            own = Path(stage, name) if name != "default" else Path(stage)
+            along = {}
+            for below in trained if under is not None else ():
+                place = along[below] = f"{ALONG}/{below}"
+                under.save_pretrained(
+                    str(own / (place if below == "default" else ALONG)),  # PEFT adds any other name itself
+                    safe_serialization=options["safe_serialization"],
+                    selected_adapters=[below],
+                    is_main_process=main,
+                    state_dict=None if state_dict is None else provenance.without_ours(state_dict),
+                )
+            if main:
+                seal(own, _with_places(record, along))
+    return None
+
+
+def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Around `PreTrainedModel.save_pretrained`, for models that carry the adapters themselves."""
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    options, folder = given.arguments, Path(given.arguments["save_directory"])
+    name = _only_active_bio_adapter(self)
+    if name is None or folder.is_file():
+        return original(*given.args, **given.kwargs)
+    upload, options["push_to_hub"] = options["push_to_hub"], False
+    record = provenance.record(self, options["state_dict"])
+    here: Callable[[bool], bool] = getattr(self, "should_save_on_this_rank", bool)
+    main = here(options["is_main_process"])
+    along = {below: f"{ALONG}/{below}" for below in provenance.trained_along(self)}
+    if along:
+        _say_what_trains_along(list(along), saved=True)
+    with whole_or_not_at_all(folder) if main else TemporaryDirectory() as stage:
+        for adapter, place in {**along, name: ""}.items():
+            options["save_directory"] = str(Path(stage, place))
+            with _active_alone(self, adapter):
+                original(*given.args, **given.kwargs)
+        if main:
+            seal(Path(stage), _with_places(record, along))
+    if upload:
+        hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
+        self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)
+    return None
+
+
+def _say_what_trains_along(names: list[str], saved: bool) -> None:
+    which = f"the adapter {', '.join(map(repr, names))} of another method (such as a LoRA) trains along"
+    if saved:
+        warnings.warn(f"{which}: it is saved in the folder {ALONG} beside the bio adapter", stacklevel=4)
+    else:
+        warnings.warn(f"{which} and is not saved: it was put in without a PeftModel, so save it by itself", stacklevel=4)
+
+
+def _with_places(record: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    """The record of what lies underneath, with where in the folder that is which trained along."""
+    adapters = [
+        {**entry, "saved_in": places[entry["name"]]} if entry["name"] in places else entry
+        for entry in record["adapters"]
+    ]
+    return {**record, "adapters": adapters}
+
+
+def _only_active_bio_adapter(model: nn.Module) -> str | None:
+    """The one bio adapter that is active in a model that carries its adapters itself."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    active = {name for layer in bio_layers(model) for name in layer.active_adapters if name in layer.circuits}
+    return active.pop() if len(active) == 1 else None
+
+
+@contextmanager
+def _active_alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """transformers saves the adapter that the model names as active, and refuses to if it names more than one."""
+    model.__dict__["active_adapters"] = lambda: [adapter_name]
+    try:
+        yield
+    finally:
+        del model.__dict__["active_adapters"]
