@@ -162,7 +162,7 @@ def both_ways():
 
 
 def test_a_global_primitive_on_a_causal_model_is_refused_at_injection(both_ways):
-    words = ["mean_over_all", "h.0.attn.c_proj", "later tokens"]
+    words = ["mean_over_all", "h.0.attn.c_attn", "later tokens"]
     for base in (gpt2(), gpt2().transformer):
         with unchanged(base):
             refused(lambda b=base: get_peft_model(b, awake([both_ways])), ValueError, *words)

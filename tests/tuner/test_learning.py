@@ -70,7 +70,7 @@ def siamese_training(build, checkpointing):
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
         model.enable_input_require_grads()
-    optimizer = optimizer_of(model, lr=1e-3)  # large steps would make much of a rounding
+    optimizer = optimizer_of(model, lr=1e-4)  # large steps would make much of a rounding
     torch.manual_seed(2)
     for _ in range(3):
         optimizer.zero_grad()

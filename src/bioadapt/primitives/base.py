@@ -455,7 +455,8 @@ class Primitive(nn.Module):
                 if parameter is getattr(self, "gate", None):
                     parameter.copy_((0.5 + 0.1 * noise) / self.zero_scale)
                 elif torch.count_nonzero(parameter) == 0:
-                    parameter.copy_(0.3 * noise / max(parameter.shape[-1], 1) ** 0.5)
+                    scale = self.zero_scale if self.zero_at == "update" else 1.0
+                    parameter.copy_(0.3 * noise / scale / max(parameter.shape[-1], 1) ** 0.5)
                 else:
                     parameter.mul_(1 + 0.1 * noise)
 

@@ -90,7 +90,9 @@ def _say_what_trains_along(names: list[str], saved: bool) -> None:
     if saved:
         warnings.warn(f"{which}: it is saved in the folder {ALONG} beside the bio adapter", stacklevel=4)
     else:
-        warnings.warn(f"{which} and is not saved: it was put in without a PeftModel, so save it by itself", stacklevel=4)
+        warnings.warn(
+            f"{which} and is not saved: it was put in without a PeftModel, so save it by itself", stacklevel=4
+        )
 
 
 def _with_places(record: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
