@@ -233,6 +233,47 @@ def report(
     _console().print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="TOOL [ARGUMENTS]", help="A program, or a Python file.")],
+) -> None:
+    """Run another program with the method registered: `bioadapt run lm_eval --model hf ...`."""
+    from .environment import run as become
+
+    try:
+        become(command)
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def enable() -> None:
+    """Have every Python of this environment know the method, without `import bioadapt`."""
+    from . import environment
+
+    try:
+        path = environment.enable()
+    except OSError as error:
+        _fail(error)
+    _say(f"Enabled: {path} has PEFT taught the method wherever it is imported. `bioadapt disable` removes it.")
+
+
+@app.command()
+def disable() -> None:
+    """Take `bioadapt enable` back."""
+    from . import environment
+
+    try:
+        path = environment.disable()
+    except OSError as error:
+        _fail(error)
+    _say("It was not enabled." if path is None else f"Disabled: {path} is removed.")
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _fail(error: Exception) -> NoReturn:
     typer.echo(f"bioadapt: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(_USAGE_ERROR)

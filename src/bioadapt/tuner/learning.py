@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback
 
 from ..primitives.base import Primitive
 
@@ -118,42 +117,6 @@ class WithGradientOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full_like(ctx.like, ctx.factor), None
-
-
-class BioTrainerCallback(TrainerCallback):
-    """Brings the auxiliary terms into a `transformers.Trainer` (and whatever derives from it) by their gradient.
-
-    The reported loss stays the task's own. Under gradient accumulation and fp16 loss scaling the terms are scaled as
-    the task's loss is.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(args, kwargs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(args, kwargs)
-        terms = penalties(kwargs["model"])
-        if terms:  # once per step of the optimiser, whose gradients are still empty
-            (self._scale(kwargs) * torch.stack([term.to(terms[0].device) for term in terms]).sum()).backward()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Where the optimiser holds partitions instead of the parameters (ZeRO), its step does not tell whose they are.
-        for scope in scopes_of(kwargs["model"]):
-            commit(scope.layers)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for scope in scopes_of(kwargs["model"]):
-            scope.injected = None
-
-    def _set(self, args: Any, kwargs: dict[str, Any]) -> None:
-        for scope in scopes_of(kwargs["model"]):
-            scope.injected = self._scale(kwargs) / max(args.gradient_accumulation_steps, 1)
-
-    @staticmethod
-    def _scale(kwargs: dict[str, Any]) -> float:
-        """What fp16 training multiplies the loss by."""
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        return 1.0 if scaler is None else scaler.get_scale()
 
 
 register_optimizer_step_post_hook(_after_step)
