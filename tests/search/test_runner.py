@@ -18,6 +18,7 @@ pytest.importorskip("psutil")
 
 import optuna
 from optuna.trial import TrialState
+from search.conftest import until
 from search.fake_objective import FakeObjective, value_of
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
@@ -151,13 +152,6 @@ def test_the_same_call_goes_on_and_more_trials_are_added_to_what_is_there(tmp_pa
     prepare(storage, "whole", 5)
     whole = run_study(Job(storage, "whole", FakeObjective()))
     assert [trial.params for trial in whole.trials] == [trial.params for trial in study.trials]
-
-
-def until(condition, seconds=60):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
 
 
 def running(study):

@@ -290,6 +290,25 @@ def shrinkage(study: Study, space: SearchSpace, number: int) -> dict[str, float 
     return {"observed": observed, "posterior": mean, "sd": sd}
 
 
+def caveats(winners: int, trials: int, lora_trials: int | None) -> list[str]:
+    """What a verdict has to be read with, a sentence each, where trials were added to a search that had ended.
+
+    Args:
+        winners: how many configurations the test split has been opened for.
+        trials: of the search.
+        lora_trials: in which the LoRA was tuned; None if it was not.
+    """
+    sentences = []
+    if winners > 1:
+        sentences.append(
+            f"The test split has been opened for {winners} winners, one after the other as trials were added: whoever "
+            "went on because of a result has chosen by it."
+        )
+    if lora_trials is not None and lora_trials < trials:
+        sentences.append(f"The LoRA was tuned in {lora_trials} trials, while the search had {trials}.")
+    return sentences
+
+
 def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:
     """Whether the winner is better than every rival, worse than one, or neither, in one sentence.
 
