@@ -146,7 +146,9 @@ class Circuit(nn.Module):
         """The change of the layer's (weight, bias), exact unless ``approximate``; weight (d_out, n), in fp32 at least."""
         if self.at_input:
             features = next(self.values()).d_in
-            change, _ = self._population_change(torch.eye(features, dtype=weight.dtype, device=weight.device), None, approximate)
+            change, _ = self._population_change(
+                torch.eye(features, dtype=weight.dtype, device=weight.device), None, approximate
+            )
             kernel = weight.unflatten(1, (features, -1))
             return torch.einsum("oik,ij->ojk", kernel, change).flatten(1), None
         if self.scales_input:
