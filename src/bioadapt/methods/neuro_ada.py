@@ -368,8 +368,8 @@ class NeuroAda(Primitive):
         return first.settings() | {"k": index.shape[1]}, state
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        values = self.zero_scale * self.values.detach().float()
-        change = torch.zeros_like(weight, dtype=torch.float32)
+        values = self.zero_scale * self.values.detach().to(weight.dtype)
+        change = torch.zeros_like(weight)
         if self.rows is None:
             return change.scatter_(1, self.index.long(), values), None
         return change.index_put_((self.rows.long()[:, None], self.index.long()), values), None

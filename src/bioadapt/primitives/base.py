@@ -495,7 +495,8 @@ class Primitive(nn.Module):
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, y: tuple[Tensor, Tensor | None], approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The exact change of (weight, bias) that this primitive makes, gate included, all in fp32.
+        """The exact change of (weight, bias) that this primitive makes, gate included, in the dtype of ``weight``,
+        which is fp32 at least.
 
         ``weight``, ``bias``: the layer's own; ``y``: the (weight, bias) that produce what the primitive reads, which
         differs from the layer's own once an earlier primitive has been merged; ``approximate``: where there is no exact
@@ -504,12 +505,12 @@ class Primitive(nn.Module):
         Raises:
             ValueError: the primitive depends on its input.
         """
-        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate.detach().float()
+        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate.detach().to(weight.dtype)
         if self.merge == "weight" or (approximate and self.approximates):
             dw, db = self.weight_delta(weight, bias)
             return gate[:, None] * dw, None if db is None else gate * db
         if self.merge == "left":
-            m, (w, b) = self.left_matrix().detach().float(), y
+            m, (w, b) = self.left_matrix().detach().to(weight.dtype), y
             if m.dim() == 1:
                 return (gate * m)[:, None] * w, None if b is None else gate * m * b
             return gate[:, None] * (m @ w), None if b is None else gate * (m @ b)

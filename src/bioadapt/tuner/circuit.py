@@ -143,14 +143,16 @@ class Circuit(nn.Module):
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The change of the layer's (weight, bias) in fp32, exact unless ``approximate``; weight (d_out, n)."""
+        """The change of the layer's (weight, bias), exact unless ``approximate``; weight (d_out, n), in fp32 at least."""
         if self.at_input:
             features = next(self.values()).d_in
-            change, _ = self._population_change(torch.eye(features, device=weight.device), None, approximate)
+            change, _ = self._population_change(
+                torch.eye(features, dtype=weight.dtype, device=weight.device), None, approximate
+            )
             kernel = weight.unflatten(1, (features, -1))
             return torch.einsum("oik,ij->ojk", kernel, change).flatten(1), None
         if self.scales_input:
-            scale = self.input_scale().detach().float()
+            scale = self.input_scale().detach().to(weight.dtype)
             scale = scale.repeat_interleave(weight.shape[1] // len(scale))  # one per place of a kernel
             dw, db = self._merged_change(weight * scale, bias, approximate)
             return weight * (scale - 1) + dw, db
@@ -163,7 +165,7 @@ class Circuit(nn.Module):
         down, up = self.down, self.up
         if down is None or up is None:
             return self._merged_change(weight, bias, approximate)
-        down, up = down.detach().float(), up.detach().float()
+        down, up = down.detach().to(weight.dtype), up.detach().to(weight.dtype)
         w, b = down @ weight, None if bias is None else down @ bias
         dw, db = self._merged_change(w, b, approximate)
         return up @ (w + dw), None if b is None else up @ (b if db is None else b + db)

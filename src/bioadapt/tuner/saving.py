@@ -87,12 +87,9 @@ def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: 
 
 def _say_what_trains_along(names: list[str], saved: bool) -> None:
     which = f"the adapter {', '.join(map(repr, names))} of another method (such as a LoRA) trains along"
-    if saved:
-        warnings.warn(f"{which}: it is saved in the folder {ALONG} beside the bio adapter", stacklevel=4)
-    else:
-        warnings.warn(
-            f"{which} and is not saved: it was put in without a PeftModel, so save it by itself", stacklevel=4
-        )
+    where = f"it is saved in the folder {ALONG} beside the bio adapter"
+    nowhere = "it is not saved, since it was put into the model without a PeftModel: save it by itself"
+    warnings.warn(f"{which}: {where if saved else nowhere}", stacklevel=4)
 
 
 def _with_places(record: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
