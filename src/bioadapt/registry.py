@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ._words import suggest
-from .primitives.base import KINDS, MERGES, STAGES, ZEROS, Host, Primitive, Setting
+from .primitives.base import KINDS, MERGES, STAGES, ZEROS, Host, LocalRule, Primitive, Setting
 
 ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
@@ -107,7 +107,7 @@ def register_primitive(
         aliases: further spellings under which the primitive is found.
 
     Raises:
-        ValueError: a wrong field, or a docstring without the required paragraphs.
+        ValueError: a wrong field, a docstring without the required paragraphs, or a local rule without its class.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: a lower-case identifier is needed")
@@ -130,6 +130,8 @@ def register_primitive(
         }
         for field, value in fields.items():
             setattr(cls, field, value)
+        if learns and not issubclass(cls, LocalRule):
+            raise ValueError(f"primitive {name!r}: learns=True needs class {cls.__name__}(LocalRule, Primitive)")
         if name in _infos and _infos[name].factory.__qualname__ != cls.__qualname__:
             warnings.warn(f"primitive {name!r} is registered twice; {cls.__qualname__} replaces the earlier class")
         settings = MappingProxyType(cls.declared_settings())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Host, LocalRule, Primitive, setting
 from bioadapt.registry import register_primitive
 
 AVERAGING = 0.01  # share of the newest step in the running averages, once a hundred steps have been seen
@@ -131,7 +131,7 @@ def _units(values: Tensor, index: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 @register_primitive("fly_lora", stage="competition", kind="weight", zero_at="update", learns=True, needs_input=True)
-class FlyLora(Primitive):
+class FlyLora(LocalRule, Primitive):
     """A frozen sparse random projection; the k of its r units that answer most strongly write into the output.
 
     Biology: in the fly's mushroom body a few thousand Kenyon cells each read a random handful of olfactory inputs,
@@ -241,7 +241,7 @@ class FlyLora(Primitive):
         if mask is not None:
             y, won = y.masked_fill(~mask[..., None], 0.0), won.masked_fill(~mask[..., None], 0.0)
         y, won = y.flatten(0, -2), won.flatten(0, -2)
-        found = {"load": won.sum(0)}
+        found = {"load": won.sum(0) + 0.0 * y.sum(0)}  # no number where y is none
         if self.approximates:
             energy = y.square()
             every = max(1, math.ceil(len(y) / WITNESSES))

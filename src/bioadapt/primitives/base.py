@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from .._words import suggest
 from ._state import Recollection
+from .local_rule import LocalRule as LocalRule
+from .local_rule import Observation
 
 STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
 KINDS = ("pointwise", "causal", "weight", "global")
@@ -165,8 +167,9 @@ class Context:
     ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias. ``mask`` (B, T) bool: True at real
     tokens, None if all are. ``positions`` (B, T) int: place in the document. ``resets`` (B, T) bool: True at the first
     token of each packed document. ``state``: what earlier decoding steps left behind, None outside decoding.
-    ``bidirectional``: time may be read both ways. ``observing``: running statistics may be taken. ``grid``: the spatial
-    shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
+    ``bidirectional``: time may be read both ways. ``observing``: running statistics may be taken, and put among the
+    ``observations`` of the forward, or straight into the rule if that is None. ``grid``: the spatial shape behind the
+    token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
     """
 
     x_in: Tensor = None  # type: ignore[assignment]  # what declares needs_input is never run without it
@@ -177,6 +180,7 @@ class Context:
     state: Recollection | None = None
     bidirectional: bool = False
     observing: bool = True
+    observations: list[Observation] | None = field(default=None, repr=False)
     grid: tuple[int, ...] | None = None
     losses: list[Tensor] | None = field(default=None, repr=False)
 
@@ -245,7 +249,6 @@ class Primitive(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         for name, value in self.check_settings(settings).items():
             setattr(self, name, value)
-        self._statistics: tuple[str, ...] = ()
         self.build(host if host is not None else Host())
         if self.zero_at != "update":
             gate_shape = self.d_out if self.zero_at == "gate" else 1
@@ -357,10 +360,6 @@ class Primitive(nn.Module):
     def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise `ValueError` if tensors of a checkpoint, by their names here, belong to another primitive."""
 
-    def learn(self, fresh: Tensor) -> None:
-        """Apply the local rule to the buffers. ``fresh`` is 1 if something was observed since the last call, else 0:
-        multiply the rate by it, so that no branch on data is needed."""
-
     # -- what all primitives share --
 
     def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
@@ -459,36 +458,6 @@ class Primitive(nn.Module):
                     parameter.copy_(0.3 * noise / scale / max(parameter.shape[-1], 1) ** 0.5)
                 else:
                     parameter.mul_(1 + 0.1 * noise)
-
-    # -- local learning: observe in forward, commit after the optimiser's step --
-    #
-    # A buffer that changed between a forward and its recomputation under gradient checkpointing, or between two
-    # forwards that share a backward, would make gradients belong to another function than the loss.
-
-    def declare_statistics(self, **shapes: tuple[int, ...]) -> None:
-        """Reserve slots for statistics of the running step; call it in `build`."""
-        self._statistics = tuple(shapes)
-        self.register_buffer("forwards", torch.zeros(()), persistent=False)
-        for name, shape in shapes.items():
-            self.register_buffer(f"observed_{name}", torch.zeros(shape), persistent=False)
-
-    def observe(self, context: Context, **statistics: Tensor) -> None:
-        """Average a training forward into the slots; a no-op in eval, under no_grad and in recomputation."""
-        if not (self.training and context.observing):
-            return
-        with torch.no_grad():
-            self.forwards.add_(1.0)
-            for name, value in statistics.items():
-                slot = getattr(self, f"observed_{name}")
-                slot.add_((value - slot) / self.forwards)
-
-    def commit(self) -> None:
-        """Apply what was observed since the last call to the learned buffers, once."""
-        if self._statistics:
-            with torch.no_grad():
-                self.learn(self.forwards.clamp(max=1.0))
-                for name in ("forwards", *(f"observed_{name}" for name in self._statistics)):
-                    getattr(self, name).zero_()
 
     # -- merging --
 

@@ -118,6 +118,11 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(real, values, 0.0).sum((0, 1)) / mask.sum().clamp(min=1)
 
 
+def token_count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many real tokens there are, as a number on the device of x (B, T, ...)."""
+    return x.new_full((), x.shape[0] * x.shape[1]) if mask is None else mask.sum()
+
+
 def report_loss(context: Context, weight: float, penalty: Tensor) -> None:
     """Put ``weight`` times the mean of a penalty (B, T, ...) over real tokens among the losses, where asked for."""
     if weight and context.losses is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..checkpoint import CONTAINER
 from ..config import BioConfig
 from ..primitives.base import Context, Host, Primitive
+from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
 from .circuit import Circuit
-from .learning import WithGradientOf
 from .merging import Merging, Original
 from .scope import Scope, Surroundings
 from .sites import Layout, Site, describe
@@ -210,7 +210,8 @@ class BioLayer(Merging):
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
             changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
-        return self._with_terms(changed, context, around)
+        changed = with_evidence(changed, context.observations or ())
+        return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
     def _sum(
         self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
@@ -263,9 +264,10 @@ class BioLayer(Merging):
             positions=None if self.across else _fitting(around.positions, sequence, v),
             resets=None if self.across else _fitting(around.resets, sequence, v),
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
-            observing=around.live,
+            observing=torch.is_grad_enabled(),
+            observations=[],
             grid=layout.grid,
-            losses=[] if self.training and (around.live or torch.is_grad_enabled()) else None,
+            losses=[] if self.training else None,
         )
 
     def _constant(self, v: Tensor) -> Tensor | None:
@@ -275,15 +277,6 @@ class BioLayer(Merging):
             return bias
         with torch.no_grad():
             return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()
-
-    def _with_terms(self, changed: Tensor, context: Context, around: Surroundings) -> Tensor:
-        if not context.losses:
-            return changed
-        if self.scope.injected is None:
-            if around.live:
-                self.scope.terms.extend(context.losses)
-            return changed
-        return WithGradientOf.apply(changed, torch.stack(context.losses).sum(), self.scope.injected)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

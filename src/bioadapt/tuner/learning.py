@@ -1,122 +1,212 @@
-"""What learning needs beyond gradients of the user's loss: local rules and auxiliary terms."""
+"""Learning beyond the gradients of the user's loss: local rules after each step, and auxiliary terms."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..primitives.base import Primitive
+from ..primitives.local_rule import LocalRule, whole_parameters
+from .auxiliary import Number, Terms
 
 if TYPE_CHECKING:
     from .layer import BioLayer
-    from .scope import Scope
+
+_live: weakref.WeakSet[Learning] = weakref.WeakSet()
+_inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # what another optimiser steps within a step of its own
+_count = itertools.count()
 
 
-_live: weakref.WeakSet[Scope] = weakref.WeakSet()
+class Learning:
+    """What the layers of one stack learn.
+
+    Args:
+        layers: the stack's layers, a list that its owner keeps up to date.
+    """
+
+    def __init__(self, layers: list[BioLayer]) -> None:
+        self.layers, self.terms = layers, Terms()
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.number = next(_count)  # the same in all replicas, unlike the order of a set
+        self.wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self.committed: set[int] = set()  # ids of the rules that have learned from the running step
+        _live.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "terms": self.terms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copied or unpickled model learns like the original
+        self._enlist()
+
+    def rules(self) -> list[LocalRule]:
+        """The local rules of all adapters that are trained."""
+        return [rule for rule in self._all_rules() if any(p.requires_grad for p in rule.parameters())]
+
+    def _all_rules(self) -> Iterator[LocalRule]:
+        primitives = (primitive for layer in self.layers for primitive in layer.primitives())
+        return (primitive for primitive in primitives if isinstance(primitive, LocalRule))
+
+    def begin(self) -> None:
+        """A training forward of the stack begins."""
+        if torch.compiler.is_compiling():
+            return
+        for rule in self._all_rules():
+            _check_reachable(rule)
+            rule.sharded = [p for p in rule.parameters() if hasattr(p, "full_tensor")] or rule.sharded
+        if dist.is_available() and dist.is_initialized():
+            wrapper = DistributedDataParallel._active_ddp_module
+            self.wrapper = None if wrapper is None else weakref.ref(wrapper)
+        # Where an optimiser holds part of a rule's parameters alone, nothing but the next forward tells that it is time.
+        commit([(self, rule) for rule in self.rules() if rule.stepped and not rule.announced])
+
+    def replicas(self, rule: LocalRule) -> tuple[dist.ProcessGroup, ...]:
+        """The groups of processes over which a rule's primitive is replicated."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ()
+        parameter: Any = next(iter(rule.sharded or rule.parameters()))
+        if hasattr(parameter, "device_mesh"):
+            return tuple(parameter.device_mesh.get_all_groups())
+        if _kept_elsewhere(parameter):
+            return (dist.group.WORLD,)
+        wrapper = None if self.wrapper is None else self.wrapper()
+        return () if wrapper is None else (wrapper.process_group,)
 
 
-def follow(scope: Scope) -> None:
-    """Let the local rules beneath a scope run after every step of the optimiser that trains it."""
-    _live.add(scope)
+def _check_reachable(rule: LocalRule) -> None:
+    """Raise `ValueError` if a rule needs a parameter that is not where the model has it."""
+    if not any(parameter is not None for parameter in rule._parameters.values()):
+        raise ValueError(
+            f"{rule.name} has no parameters of its own any more, so that its local rule cannot follow the optimiser: "
+            "FullyShardedDataParallel needs use_orig_params=True"
+        )
+    for name in rule.governed:
+        if _kept_elsewhere(getattr(rule, name)):
+            raise ValueError(
+                f"the local rule of {rule.name} changes its parameter {name!r}, which FullyShardedDataParallel or "
+                "DeepSpeed keeps in a tensor of its own: shard the model with torch's fully_shard, or replicate it"
+            )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    learning = [scope for scope in list(_live) if any(p.learns for layer in scope.layers for p in layer.primitives())]
-    if not learning:
+def _kept_elsewhere(parameter: Tensor) -> bool:
+    """Whether the optimiser works on a copy or a part of the parameter (FullyShardedDataParallel, DeepSpeed's ZeRO)."""
+    return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "_hp_mapping", "ds_id"))
+
+
+# -- the steps of optimisers --
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _inner.update(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _inner:
         return
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for scope in learning:
-        if any(id(parameter) in trained for layer in scope.layers for parameter in layer.circuits.parameters()):
-            commit(scope.layers)
+    updated: set[int] = set()
+    skipped = getattr(optimizer, "found_inf", None)  # a fused optimiser is told to step, and skips by itself
+    ready: list[tuple[Learning, LocalRule]] = []
+    for learning in _in_order():
+        for rule in learning.rules():
+            updated = updated or _parameters_of(optimizer)
+            own = {id(parameter) for parameter in rule.parameters() if parameter.requires_grad}
+            if not own & updated:
+                continue
+            if skipped is not None and rule.evidence is not None:
+                rule.evidence = torch.where(skipped.to(rule.evidence.device) > 0, torch.nan, rule.evidence)
+            rule.stepped |= own & updated
+            if own <= rule.stepped:  # of several optimisers, the last one
+                ready.append((learning, rule))
+    commit(ready)
 
 
-def commit(layers: Iterable[BioLayer]) -> None:
-    """Let the local rules take in what the forwards since the last call observed; replicas agree on it first."""
-    for layer in layers:
-        for primitive in layer.primitives():
-            if primitive.learns:
-                _average_over_replicas(primitive)
-                primitive.commit()
+def _in_order() -> list[Learning]:
+    return sorted(_live, key=lambda learning: learning.number)
 
 
-def _average_over_replicas(primitive: Primitive) -> None:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    for name in ("forwards", *(f"observed_{statistic}" for statistic in primitive._statistics)):
-        buffer = getattr(primitive, name)
-        dist.all_reduce(buffer)
-        buffer.div_(dist.get_world_size())
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    groups = (group for each in (optimizer, *inner) for group in each.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def scopes_of(model: nn.Module) -> list[Scope]:
-    """The scopes of all bio layers of a model, each once."""
+def commit(rules: Iterable[tuple[Learning, LocalRule]]) -> None:
+    """Let rules take in what was observed; replicas put together first what they have."""
+    alone, shared = [], {}
+    for learning, rule in rules:
+        learning.committed.add(id(rule))
+        groups = learning.replicas(rule)
+        if groups:
+            shared.setdefault((groups, rule.slot.device), []).append(rule)
+        else:
+            alone.append(rule)
+    for (groups, device), replicated in shared.items():
+        evidence = [torch.zeros(r.size, device=device) if r.evidence is None else r.evidence for r in replicated]
+        everything = torch.cat(evidence)
+        for group in groups:
+            dist.all_reduce(everything, group=group)
+        for rule, part in zip(replicated, everything.split([rule.size for rule in replicated]), strict=True):
+            rule.evidence = part
+    for rule in (*alone, *(rule for replicated in shared.values() for rule in replicated)):
+        rule.commit()
+        rule.stepped.clear()
+
+
+def learning_of(model: nn.Module) -> list[Learning]:
+    """What the stacks of a model learn, each once."""
     from .layer import BioLayer
 
-    found = {id(m.scope): m.scope for m in model.modules() if isinstance(m, BioLayer) and m.scope is not None}
+    found = {id(m.scope): m.scope.learning for m in model.modules() if isinstance(m, BioLayer) and m.scope is not None}
     return list(found.values())
+
+
+# -- auxiliary terms --
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """Sum of the auxiliary terms: what the forwards since the last call left behind, and what depends on parameters.
 
-    A term of the second kind is the mean over the sites of its primitive. Without any term the sum is 0.
+    A term of the first kind is a mean over the real tokens of all these forwards, a term of the second kind one over
+    the sites of its primitive. Without any term the sum is 0.
 
-    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``. With
-    `transformers.Trainer` pass `BioTrainerCallback` instead. Weights are part of the terms: they are settings of the
-    primitives.
+    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``, in this
+    order. Micro-batches whose losses you weigh, weigh it likewise. With `transformers.Trainer` pass
+    `BioTrainerCallback` instead. Weights are part of the terms: they are settings of the primitives.
 
     Returns:
         A scalar on the device of the model, with a graph if there are terms.
-
-    Raises:
-        RuntimeError: the terms have no graph, as happens with re-entrant gradient checkpointing.
     """
-    terms: list[Tensor] = []
-    for scope in scopes_of(model):
-        terms.extend(scope.terms)
-        scope.terms.clear()
+    terms = [term for learning in learning_of(model) for term in learning.terms.collect()]
     terms.extend(penalties(model))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if not terms:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
-    if not all(term.requires_grad for term in terms):
-        raise RuntimeError(
-            "auxiliary terms without a graph: re-entrant gradient checkpointing computes the forward without one. "
-            "Use gradient_checkpointing_kwargs={'use_reentrant': False}, or train with BioTrainerCallback"
-        )
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return torch.stack([term.to(device) for term in terms]).sum()
 
 
 def penalties(model: nn.Module) -> list[Tensor]:
     """Terms that depend on parameters alone, each the mean over the sites where its primitive is active and trained."""
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for scope in scopes_of(model):
-        for layer in scope.layers:
+    for learning in learning_of(model):
+        for layer in learning.layers:
             for name in [] if layer.disable_adapters or layer.merged else layer.active_adapters:
                 for primitive in layer.circuits[name].values() if name in layer.circuits else ():
-                    term = primitive.penalty() if any(p.requires_grad for p in primitive.parameters()) else None
+                    trained = any(p.requires_grad for p in primitive.parameters())
+                    with whole_parameters(primitive, primitive._parameters):
+                        term = primitive.penalty() if trained else None
                     if term is not None:
                         found.setdefault((name, primitive.name), []).append(term)
     return [torch.stack([term.to(terms[0].device) for term in terms]).mean() for terms in found.values()]
 
 
-class WithGradientOf(torch.autograd.Function):
-    """Passes features through unchanged and adds ``factor * term`` to whatever loss is differentiated later."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, term: Tensor, factor: float) -> Tensor:
-        ctx.factor, ctx.like = factor, term
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full_like(ctx.like, ctx.factor), None
-
-
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

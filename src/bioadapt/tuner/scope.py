@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..primitives._state import Memory
 from .decoding import attach_memory, find_cache, memory_of
-from .learning import follow
+from .learning import Learning
 
 if TYPE_CHECKING:
     from .layer import BioLayer
@@ -43,6 +43,7 @@ class Surroundings:
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
     live: bool = False  # in a training forward, not in its recomputation
+    terms: Any = None  # what it adds to the loss
     awaited: bool = True  # the hooks have run, the forward that they belong to has not begun
 
 
@@ -55,19 +56,13 @@ class Scope:
         self.layers: list[BioLayer] = []
         self.running: list[Surroundings] = []
         self.adapter_names: list[str] | None = None
-        self.terms = Terms()
-        self.injected: float | None = None  # factor of auxiliary gradients; None: terms wait for `auxiliary_loss`
+        self.learning = Learning(self.layers)
         self.checkpointing = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.hooks = (
             stack.register_forward_pre_hook(self.enter, with_kwargs=True),
             stack.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
         stack.__dict__["forward"] = CalledByName(stack, self)
-        follow(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copied or unpickled model learns like the original
-        follow(self)
 
     @classmethod
     def of(cls, stack: nn.Module) -> Scope:
@@ -103,6 +98,7 @@ class Scope:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         found = Surroundings(live=stack.training and torch.is_grad_enabled())
         if found.live:
+            self.learning.begin()
             for module in self.checkpointing:
                 self._carry_through_recomputation(module)
         self._read_tokens(found, given)
@@ -236,16 +232,6 @@ class CarriedThroughRecomputation:
                 return run(*inputs)
 
         return self.function(run_within, *args, **kwargs)
-
-
-class Terms(list):
-    """Auxiliary losses of the last forwards. They belong to a graph: a copy of the model does not take them along."""
-
-    def __deepcopy__(self, memo: dict) -> Terms:
-        return Terms()
-
-    def __reduce__(self) -> tuple:
-        return (Terms, ())
 
 
 # -- which stack, and which way time runs --

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean, token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FLATTEST, STEEPEST = 0.05, 20.0
@@ -42,7 +42,7 @@ def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, 
 
 
 @register_primitive("intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", learns=True)
-class IntrinsicPlasticity(Primitive):
+class IntrinsicPlasticity(LocalRule, Primitive):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
     Biology: neurons change their ion channels until their rates over days have a mean they can afford; of all
@@ -78,8 +78,8 @@ class IntrinsicPlasticity(Primitive):
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
             if self.training and context.observing:
                 error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
-                statistics = {"error": masked_mean(error, context.mask)}
-                self.observe(context, **statistics, error_by_input=masked_mean(u.mul_(error), context.mask))
+                mean, by_input = masked_mean(error, context.mask), masked_mean(u.mul_(error), context.mask)
+                self.observe(context, tokens=token_count(x, context.mask), error=mean, error_by_input=by_input)
         return excess(x, scale, rate, self.slope.clone(), gate, self.target)
 
     def learn(self, fresh: Tensor) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
 
@@ -34,7 +34,7 @@ def _share(x: Tensor, turn: Tensor, level: Tensor) -> Tensor:
 
 
 @register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", learns=True)
-class BcmThreshold(Primitive):
+class BcmThreshold(LocalRule, Primitive):
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
     Biology: whether the synapses of a visual neuron strengthen or weaken depends on whether its activity lies above or
@@ -66,7 +66,8 @@ class BcmThreshold(Primitive):
         """``scale`` (d,) times the change."""
         if self.training and context.observing:
             with torch.no_grad():
-                self.observe(context, power=masked_mean(x.square(), context.mask) / self.level.square())
+                power = masked_mean(x.square(), context.mask) / self.level.square()
+                self.observe(context, tokens=token_count(x, context.mask), power=power)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
         return _Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale)
 

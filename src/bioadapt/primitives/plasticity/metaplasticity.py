@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -33,7 +33,7 @@ class _Binary(torch.autograd.Function):
     learns=True,
     needs_input=True,
 )
-class Metaplasticity(Primitive):
+class Metaplasticity(LocalRule, Primitive):
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
     Biology: how easily a synapse changes depends on its own history; one that has been potentiated again and again
@@ -49,6 +49,7 @@ class Metaplasticity(Primitive):
     nothing has to be kept for the law.
     """
 
+    governed = ("hidden",)
     rank: int = setting(8, low=1, high=256, meaning="number r of latents")
     hardness: float = setting(2.0, low=0.0, high=20.0, meaning="how fast resistance m grows with a hidden strength")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import mean_square, read_out
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import mean_square, read_out, token_count
 from bioadapt.registry import register_primitive
 
 
 @register_primitive("oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", merge="left", learns=True)
-class OjaSubspace(Primitive):
+class OjaSubspace(LocalRule, Primitive):
     """A local rule finds the principal components of the features; each gets one learned gain.
 
     Biology: Hebbian growth alone would run away; where every synapse also decays with the square of its neuron's
@@ -47,12 +47,13 @@ class OjaSubspace(Primitive):
         """What ``gains`` (1, rank) make of the components of x."""
         latent = x @ self.components.T
         if self.training and context.observing:
-            self.observe(context, correlation=self.correlation(x.detach(), latent.detach(), context))
+            correlation = self.correlation(x.detach(), latent.detach(), context)
+            self.observe(context, tokens=token_count(x, context.mask), correlation=correlation)
         return (gains * latent) @ self.components
 
     def correlation(self, x: Tensor, latent: Tensor, context: Context) -> Tensor:
         """E[y u^T] over real tokens, (rank, d)."""
-        count = x.shape[0] * x.shape[1] if context.mask is None else context.mask.sum().clamp(min=1)
+        count = token_count(x, context.mask).clamp(min=1)
         post = latent / (count * (mean_square(x) + 1e-6))
         if context.mask is not None:
             padding = ~context.mask[..., None]

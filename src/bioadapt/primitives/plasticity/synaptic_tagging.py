@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -26,7 +26,7 @@ STRONG = 0.2  # share of tagged synapses that sets off the synthesis of proteins
     learns=True,
     needs_input=True,
 )
-class SynapticTagging(Primitive):
+class SynapticTagging(LocalRule, Primitive):
     """Changes of the weights fade back to a late phase, which follows them only where tag and protein meet.
 
     Biology: a brief stimulus leaves a change that fades within hours, and a tag at the synapse; plasticity-related
@@ -44,6 +44,7 @@ class SynapticTagging(Primitive):
     """
 
     readout = "early"
+    governed = ("early",)
     rank: int = setting(8, low=1, high=256, meaning="number r of latents")
     threshold: float = setting(1e-3, low=0.0, high=1.0, meaning="smallest update that tags, about the learning rate")
 

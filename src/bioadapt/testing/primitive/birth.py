@@ -7,7 +7,7 @@ import torch
 from ...primitives.base import Context
 from ...registry import build_primitive
 from ..compare import assert_identical, assert_same, gradients, random, seeded
-from .subject import BOTH_WIDTHS, Bare, Subject
+from .subject import BOTH_WIDTHS, Bare, Subject, commit
 
 
 class Birth(Bare):
@@ -34,7 +34,7 @@ class Birth(Bare):
         silent = dict(primitive.named_parameters())
         with seeded(5):
             for step in range(4):
-                primitive.commit()  # as the tuner does before every training forward
+                commit(primitive)  # as the tuner does before every training forward
                 delta = primitive(subject.features(seed=50 + step), context)
                 (delta * random(*delta.shape, seed=60 + step)).mean().backward()
                 reached = [name for name, p in silent.items() if p.grad is not None and p.grad.count_nonzero()]
