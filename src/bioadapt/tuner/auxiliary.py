@@ -137,7 +137,7 @@ class Terms:
                 forward.together.take(forward, term)
             return features
         if forward.together.asked and forward.together.factor is None:
-            raise RuntimeError("call auxiliary_loss(model) after the loss, so that its gradient comes before the loss's")
+            raise RuntimeError("call auxiliary_loss(model) after the loss: its gradient has to come before the loss's")
         return features if forward.together.factor is None else _WithGradientOf.apply(features, term, forward)
 
     def _begin(self, around: Surroundings) -> Forward:

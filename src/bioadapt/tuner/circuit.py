@@ -143,7 +143,7 @@ class Circuit(nn.Module):
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The change of the layer's (weight, bias), exact unless ``approximate``; weight (d_out, n), in fp32 at least."""
+        """The change of (weight, bias), exact unless ``approximate``; weight (d_out, n), in fp32 at least."""
         if self.at_input:
             features = next(self.values()).d_in
             change, _ = self._population_change(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..primitives.local_rule import LocalRule, whole_parameters
-from .auxiliary import Number, Terms
+from .auxiliary import Terms
 
 if TYPE_CHECKING:
     from .layer import BioLayer
@@ -66,7 +66,7 @@ class Learning:
         if dist.is_available() and dist.is_initialized():
             wrapper = DistributedDataParallel._active_ddp_module
             self.wrapper = None if wrapper is None else weakref.ref(wrapper)
-        # Where an optimiser holds part of a rule's parameters alone, nothing but the next forward tells that it is time.
+        # Where an optimiser holds only part of a rule's parameters, the next forward alone tells that it is time.
         commit([(self, rule) for rule in self.rules() if rule.stepped and not rule.announced])
 
     def replicas(self, rule: LocalRule) -> tuple[dist.ProcessGroup, ...]:
