@@ -25,8 +25,8 @@ from .local_rule import Observation
 
 STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
 KINDS = ("pointwise", "causal", "weight", "global")
-# Which factor of the path is zero at birth, and how far it has to reach so that a LoRA's learning rate trains it: Adam
-# moves every number by about the same step, and a gain does with one number what a LoRA does with eight.
+# Which factor of the path is zero at birth, and what most primitives with a zero there multiply it by, so that a LoRA's
+# learning rate trains it: Adam moves every number by about one step, and a gain has one where a LoRA has eight.
 ZEROS = {"gate": 16.0, "scalar_gate": 16.0, "readout": 1.0, "update": 1.0}
 MERGES = ("weight", "left")
 

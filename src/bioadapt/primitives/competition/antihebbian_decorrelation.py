@@ -14,7 +14,13 @@ MOST_NEGATIVE = 0.9  # size of the smallest eigenvalue of the lateral synapses; 
 
 
 @register_primitive(
-    "antihebbian_decorrelation", stage="competition", kind="pointwise", zero_at="readout", merge="left", learns=True
+    "antihebbian_decorrelation",
+    stage="competition",
+    kind="pointwise",
+    zero_at="readout",
+    zero_scale=2.0,
+    merge="left",
+    learns=True,
 )
 class AntihebbianDecorrelation(LocalRule, Primitive):
     """Latents inhibit each other as much as they have been active together, until they no longer are.

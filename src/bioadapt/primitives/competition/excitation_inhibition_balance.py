@@ -54,7 +54,9 @@ def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, 
     return _TwoSidedGain.apply(x, common, signed, channels, with_x)
 
 
-@register_primitive("excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate")
+@register_primitive(
+    "excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate", zero_scale=32.0
+)
 class ExcitationInhibitionBalance(Primitive):
     """In each group of units the positive and the negative half are scaled towards their geometric mean.
 

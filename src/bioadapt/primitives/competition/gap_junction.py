@@ -69,7 +69,9 @@ def diffusion(x: Tensor, conductance: Tensor, order: Tensor, with_x: bool = Fals
     return _Diffusion.apply(x, conductance, order, with_x)
 
 
-@register_primitive("gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", merge="left")
+@register_primitive(
+    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=256.0, merge="left"
+)
 class GapJunction(Primitive):
     """Every unit moves towards its neighbours, who move towards it by the same amount.
 

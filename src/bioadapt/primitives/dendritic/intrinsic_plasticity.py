@@ -41,7 +41,9 @@ def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, 
     return _Excess.apply(x, scale, rate, slope, gate, target)
 
 
-@register_primitive("intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", learns=True)
+@register_primitive(
+    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=64.0, learns=True
+)
 class IntrinsicPlasticity(LocalRule, Primitive):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 

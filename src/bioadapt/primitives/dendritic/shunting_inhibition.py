@@ -58,7 +58,9 @@ def shunted(
     return _Shunt.apply(x, latent, spread, rest, level, gain, direct)
 
 
-@register_primitive("shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", needs_input=True)
+@register_primitive(
+    "shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=32.0, needs_input=True
+)
 class ShuntingInhibition(Primitive):
     """Each unit saturates with its own drive, and the layer's input divides it further.
 

@@ -43,7 +43,13 @@ def _change(weight: Tensor, left: Tensor, factor: Tensor, scale: Tensor) -> Tens
 
 
 @register_primitive(
-    "synaptic_pruning", stage="dendritic", kind="weight", zero_at="gate", merge="weight", needs_input=True
+    "synaptic_pruning",
+    stage="dendritic",
+    kind="weight",
+    zero_at="gate",
+    zero_scale=256.0,
+    merge="weight",
+    needs_input=True,
 )
 class SynapticPruning(Primitive):
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.

@@ -11,7 +11,13 @@ from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "heterosynaptic_scaling", stage="plasticity", kind="weight", zero_at="readout", merge="weight", needs_input=True
+    "heterosynaptic_scaling",
+    stage="plasticity",
+    kind="weight",
+    zero_at="readout",
+    zero_scale=4.0,
+    merge="weight",
+    needs_input=True,
 )
 class HeterosynapticScaling(Primitive):
     """A low-rank change of the weights that leaves the length of every neuron's weight vector as it was.

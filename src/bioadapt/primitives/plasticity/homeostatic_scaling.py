@@ -17,6 +17,7 @@ FAINTEST, STRONGEST = 0.25, 4.0
     stage="plasticity",
     kind="pointwise",
     zero_at="gate",
+    zero_scale=64.0,
     merge="left",
     learns=True,
     aliases=("synaptic_scaling",),

@@ -29,6 +29,7 @@ class _Binary(torch.autograd.Function):
     stage="plasticity",
     kind="weight",
     zero_at="readout",
+    zero_scale=4.0,
     merge="weight",
     learns=True,
     needs_input=True,

@@ -10,7 +10,9 @@ from bioadapt.primitives.frames import mean_square, read_out, token_count
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", merge="left", learns=True)
+@register_primitive(
+    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=64.0, merge="left", learns=True
+)
 class OjaSubspace(LocalRule, Primitive):
     """A local rule finds the principal components of the features; each gets one learned gain.
 

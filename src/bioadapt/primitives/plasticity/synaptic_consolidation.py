@@ -10,7 +10,13 @@ from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "synaptic_consolidation", stage="plasticity", kind="pointwise", zero_at="readout", merge="left", learns=True
+    "synaptic_consolidation",
+    stage="plasticity",
+    kind="pointwise",
+    zero_at="readout",
+    zero_scale=64.0,
+    merge="left",
+    learns=True,
 )
 class SynapticConsolidation(LocalRule, Primitive):
     """A gain per channel whose value flows, step by step, into a chain of hidden variables, each slower than the last.

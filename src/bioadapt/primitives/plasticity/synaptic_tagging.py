@@ -22,6 +22,7 @@ STRONG = 0.2  # share of tagged synapses that sets off the synthesis of proteins
     stage="plasticity",
     kind="weight",
     zero_at="readout",
+    zero_scale=4.0,
     merge="weight",
     learns=True,
     needs_input=True,
