@@ -183,6 +183,8 @@ class Search:
                     f"study {self.name!r} was begun with {name}={known.get(name)!r}, not {value!r}: go on with that, "
                     "or give another name with --study"
                 )
+        if study.user_attrs["space"] != json.loads(json.dumps(self.space.record())):
+            self.space = SearchSpace.from_record(study.user_attrs["space"])  # as it was when the search began
         return study
 
     @contextmanager

@@ -419,7 +419,9 @@ class _Report:
         return as_code(self.winner.get("configs", []), self.winner.get("learning_rate"), self._strengths())
 
     def _strengths(self) -> dict[str, float]:
-        """Primitives of the winner that learn at another rate than the rest."""
+        """Primitives of the winner that learn at another rate than the rest, where their settings do not say so."""
+        if any("zero_scale" in entry for config in self.winner.get("configs", []) for entry in config["primitives"]):
+            return {}
         chosen = [trial for trial in self.trials if trial.number == self.winner.get("number")]
         slots = of_trial(chosen[0]).get("configuration", {}).get("slots", []) if chosen else []
         return {slot["primitive"]: slot["strength"] for slot in slots if slot.get("strength", 1) != 1}
