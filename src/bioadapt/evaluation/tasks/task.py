@@ -183,6 +183,14 @@ class TableTask(Task):
         }
         return kept
 
+    def split_off(self, new: str, old: str, places: Sequence[int]) -> Self:
+        """The same task with some rows of one split as another split of their own."""
+        chosen = set(places)
+        rows, rest = self._splits[old], [place for place in range(self.sizes[old]) if place not in chosen]
+        changed = self.keep(old, rest)
+        changed._splits[new] = {column: [values[place] for place in places] for column, values in rows.items()}
+        return changed
+
     def without_test(self) -> Self:
         sealed = copy.copy(self)
         sealed._splits = {split: table for split, table in self._splits.items() if split != "test"}
