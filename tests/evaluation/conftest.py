@@ -5,7 +5,9 @@ import gzip
 import numpy as np
 import pytest
 
-WORDS = "cat dog bird fish runs sleeps eats sings red blue green old young house tree river stone cloud rain sun".split()
+WORDS = tuple(
+    "cat dog bird fish runs sleeps eats sings red blue green old young house tree river stone cloud rain sun".split()  # noqa: SIM905
+)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ def runs(ability, seeds=5, rows=300, task=0, metric="accuracy", spread=0.0):
 def results(**abilities):
     """By contender its abilities on the tasks."""
     count = len(next(iter(abilities.values())))
-    return {
-        f"task {n}": {name: runs(of[n], task=n) for name, of in abilities.items()} for n in range(count)
-    }, {f"task {n}": "accuracy" for n in range(count)}
+    return {f"task {n}": {name: runs(of[n], task=n) for name, of in abilities.items()} for n in range(count)}, {
+        f"task {n}": "accuracy" for n in range(count)
+    }
 
 
 def test_wins_losses_and_ties_are_told_apart():

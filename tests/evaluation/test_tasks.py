@@ -13,6 +13,7 @@ pytest.importorskip("sentence_transformers")
 
 from bioadapt.evaluation import ClassificationTask, list_tasks, load_task
 from bioadapt.evaluation.statistics import STATISTICS
+from bioadapt.evaluation.tasks import thinned
 from bioadapt.evaluation.tasks.api_search import (
     MAX_WORDS,
     MIN_WORDS,
@@ -24,7 +25,6 @@ from bioadapt.evaluation.tasks.api_search import (
     first_sentence,
     read_library,
 )
-from bioadapt.evaluation.tasks import thinned
 from bioadapt.evaluation.tasks.files import read_tsv
 from bioadapt.evaluation.training import load_encoder
 

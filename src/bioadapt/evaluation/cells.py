@@ -180,9 +180,11 @@ class SealedTest:
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     line = ",".join(_quoted(value) for value in record.values()) + "\n"
+    if not path.is_file():
+        line = ",".join(record) + "\n" + line
+    elif not path.read_bytes().endswith(b"\n"):  # what wrote the last line was ended within it
+        line = "\n" + line
     with path.open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            line = ",".join(record) + "\n" + line
         file.write(line)  # in one write, so that lines of several processes do not mix
 
 

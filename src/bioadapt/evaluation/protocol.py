@@ -223,7 +223,7 @@ class Evaluate:
             return
         prepared = self.prepare(name)
         if not fits(self.settings.model, prepared.test._task):
-            self._say(f"{name}: left out, it is for a {prepared.task.reads}.")
+            self._say(f"{name}: left out, it is for {prepared.task.reads}.")
             return
         for note in prepared.notes:
             self._say(f"{name}: {note}.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # heavy, and optional: imported where used
     from transformers import Trainer
 
 ENCODE_BATCH = 64
-SENTENCES, IMAGES, LANGUAGE = "sentence encoder", "image model", "causal language model"
+SENTENCES, IMAGES, LANGUAGE = "a sentence encoder", "an image model", "a causal language model"
 
 
 def embeddings(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
