@@ -112,12 +112,10 @@ def demo(
     model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
     output: Annotated[str, typer.Option(help="Where adapters, results and picture go.")] = "demo_output",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
-    epochs: Annotated[
-        float | None, typer.Option(help="Epochs of the LoRA and of the bio adapter each; the other LoRA gets both.")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs that every arm is trained for.")] = None,
     primitives: Annotated[str | None, typer.Option(help="Names of primitives, parted by commas.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of both LoRAs.")] = None,
-    bio_learning_rate: Annotated[float | None, typer.Option(help="Of the bio adapter.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the LoRAs; chosen if not given.")] = None,
+    bio_learning_rate: Annotated[float | None, typer.Option(help="Of LoRA + bio; chosen if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
     limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
@@ -170,7 +168,7 @@ def evaluate(
     layers: Annotated[int | None, typer.Option(help="Adapt so many upper blocks alone; all, if not given.")] = None,
     adapters: Annotated[
         str | None,
-        typer.Option(help="Folders of saved adapters to load first, parted by commas, the lowest one first."),
+        typer.Option(help="Folders of saved adapters to load first, parted by commas, the lowest first."),
     ] = None,
     rates: Annotated[
         str, typer.Option(help="Learning rates that each arm's is chosen from, parted by commas.")

@@ -130,8 +130,8 @@ class Recipe:
             ValueError: the adapter cannot act on this model.
         """
         arm, sites = ARMS[name], self.sites if ARMS[name].over or ARMS[name].sized_as else ()
-        torch.manual_seed(seed)
         encoder = self.fresh()
+        torch.manual_seed(seed)  # after loading, which may draw, too
         transformer_of(encoder).requires_grad_(False)
         if arm.sized_as:
             paths = [site.path for site in sites] if arm.at_bio_sites else self.lora_paths
