@@ -1,4 +1,4 @@
-"""The command ``bioadapt``: list and show primitives, run the demo, search, report.
+"""The command ``bioadapt``: list and show primitives, run the demo, evaluate, search, report.
 
 Everything heavy is imported by the command that needs it. A user's mistake is one line on stderr and exit code 2.
 """
@@ -112,12 +112,10 @@ def demo(
     model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
     output: Annotated[str, typer.Option(help="Where adapters, results and picture go.")] = "demo_output",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
-    epochs: Annotated[
-        float | None, typer.Option(help="Epochs of the LoRA and of the bio adapter each; the other LoRA gets both.")
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs that every arm is trained for.")] = None,
     primitives: Annotated[str | None, typer.Option(help="Names of primitives, parted by commas.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of both LoRAs.")] = None,
-    bio_learning_rate: Annotated[float | None, typer.Option(help="Of the bio adapter.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the LoRAs; chosen if not given.")] = None,
+    bio_learning_rate: Annotated[float | None, typer.Option(help="Of LoRA + bio; chosen if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
     limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
@@ -144,6 +142,74 @@ def demo(
     except ReloadError as error:
         typer.echo(f"bioadapt: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Option(help="Names of tasks, parted by commas, or all of --data-dir.")] = "api-search",
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder of NAME/{train,dev,test}.tsv.gz or .npz files; the hub, if not given.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="minilm, a name on the hub, a path, or small-vit, small-convnet, small-lm.")
+    ] = "minilm",
+    arms: Annotated[
+        str, typer.Option(help="What is compared, parted by commas.")
+    ] = "zero-shot,lora,lora-equal,lora+bio,lora+placebo",
+    seeds: Annotated[int, typer.Option(help="Seeds of training on which every arm is tested.")] = 5,
+    primitives: Annotated[
+        str, typer.Option(help="Of the bio adapter, parted by commas.")
+    ] = "lateral_inhibition,predictive_coding",
+    bio_rank: Annotated[int | None, typer.Option(help="Rank of its population; full width, if not given.")] = None,
+    bio_config: Annotated[
+        str | None, typer.Option(help="Folder of an adapter_config.json, in place of --primitives.")
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(help="Of the LoRA that is not of equal size.")] = 8,
+    layers: Annotated[int | None, typer.Option(help="Adapt so many upper blocks alone; all, if not given.")] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(help="Folders of saved adapters to load first, parted by commas, the lowest first."),
+    ] = None,
+    rates: Annotated[
+        str, typer.Option(help="Learning rates that each arm's is chosen from, parted by commas.")
+    ] = "5e-4,2e-3,8e-3",
+    epochs: Annotated[float, typer.Option(help="Passes through the training rows.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 32,
+    train_rows: Annotated[int | None, typer.Option(help="At most so many training rows.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="A set whose training and validation rows serve tasks that have none.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
+    output: Annotated[str, typer.Option(help="Where cells and results go.")] = "evaluation_output",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
+) -> None:
+    """Compare adapters fairly on tasks: same rows, steps, tuning and seeds for all. The same command goes on."""
+
+    def parts(text: str | None) -> tuple[str, ...]:
+        return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+    try:
+        from .evaluation.protocol import Evaluate, EvaluationSettings
+
+        job = Evaluate(
+            EvaluationSettings(
+                task=parts(task), data_dir=data_dir, model=model, arms=parts(arms), seeds=seeds,
+                primitives=parts(primitives), bio_rank=bio_rank, bio_config=bio_config, lora_rank=lora_rank,
+                layers=layers, adapters=parts(adapters), rates=tuple(map(float, parts(rates))), epochs=epochs,
+                batch_size=batch_size, train_rows=train_rows, train_on=train_on, limit=limit, output=output,
+                device=device,
+            ),
+            _console(),
+        )  # fmt: skip
+        job.run()
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    except RuntimeError as error:
+        typer.echo(f"bioadapt: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("bioadapt: stopped; what has ended is kept, and the same command goes on from there", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()

@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("sentence_transformers")
 
-from bioadapt.evaluation import list_tasks, load_task
+from bioadapt.evaluation import ClassificationTask, list_tasks, load_task
 from bioadapt.evaluation.statistics import STATISTICS
+from bioadapt.evaluation.tasks import thinned
 from bioadapt.evaluation.tasks.api_search import (
     MAX_WORDS,
     MIN_WORDS,
@@ -88,9 +89,9 @@ def test_queries_are_unique_short_and_no_signatures(corpus):
 def test_every_query_has_its_answer_among_the_documents(corpus):
     for search in (corpus.validation, corpus.test):
         assert len(search.answers) == len(search.queries)
-        assert max(search.answers) < len(search.documents)
+        assert max(max(answers) for answers in search.answers) < len(search.documents)
         assert len(set(search.documents)) == len(search.documents)
-    answers = {q: corpus.test.documents[a] for q, a in zip(corpus.test.queries, corpus.test.answers, strict=True)}
+    answers = {q: corpus.test.documents[a] for q, (a,) in zip(corpus.test.queries, corpus.test.answers, strict=True)}
     assert answers["Compute Area Under the Curve (AUC) using the trapezoidal rule."] == "sklearn metrics auc"
 
 
@@ -103,8 +104,8 @@ def test_a_limit_takes_part_of_the_same_rows(corpus):
     assert len(small.train) == len(small.test.queries) == len(small.validation.queries) == 30
     assert set(small.train) < set(corpus.train)
     assert set(small.test.queries) < set(corpus.test.queries)
-    answers = {q: corpus.test.documents[a] for q, a in zip(corpus.test.queries, corpus.test.answers, strict=True)}
-    for query, answer in zip(small.test.queries, small.test.answers, strict=True):
+    answers = {q: corpus.test.documents[a] for q, (a,) in zip(corpus.test.queries, corpus.test.answers, strict=True)}
+    for query, (answer,) in zip(small.test.queries, small.test.answers, strict=True):
         assert small.test.documents[answer] == answers[query]
 
 
@@ -241,7 +242,7 @@ def folder(tmp_path):
 def test_each_family_is_scored_row_by_row(folder, encoder, name, family, metric):
     task = load_task(name, folder)
     evaluation = task.evaluate(encoder)
-    assert (task.family, task.metrics) == (family, (metric,))
+    assert (task.family, task.metrics[0]) == (family, metric)
     assert 0 <= evaluation.scores[metric] <= 100
     assert len(evaluation.rows[metric]) == len(evaluation.gold) == task.sizes["test"]
     again = STATISTICS[metric](evaluation.rows[metric], evaluation.gold)
@@ -266,9 +267,10 @@ def test_each_family_trains_without_a_trace_on_disk(folder, encoder, tmp_path, m
 
 def test_a_limit_spreads_over_a_sorted_file():
     rows = {"text": [f"text {i}" for i in range(90)], "label": [str(i // 10) for i in range(90)]}
-    some = files.thinned(rows, 9)
+    task = ClassificationTask("sorted", {"train": rows})
+    some = thinned(task, 9).rows("train")
     assert some["label"] == [str(i) for i in range(9)] and some["text"] == [f"text {10 * i}" for i in range(9)]
-    assert files.thinned(rows, 100) is rows and files.thinned(rows, None) is rows
+    assert thinned(task, 100) is task
 
 
 def test_a_limit_takes_so_many_rows(folder):
@@ -276,8 +278,8 @@ def test_a_limit_takes_so_many_rows(folder):
 
 
 def test_names_of_a_folder(folder):
-    assert list_tasks(folder) == ["api-search", "groups", "mood", "same", "similar"]
-    assert list_tasks() == ["api-search", "stsb"]
+    assert list_tasks(folder) == ["api-search", "digits", "groups", "mood", "same", "similar"]
+    assert list_tasks() == ["api-search", "digits", "stsb"]
 
 
 def test_an_unknown_task_names_the_folder_and_what_it_holds(folder):

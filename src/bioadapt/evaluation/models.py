@@ -157,7 +157,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
     """
     name = NICKNAMES.get(name, name)
     if not fits(name, task):
-        raise ValueError(f"model {name!r} is a {kind_of(name)}, task {task.name!r} is for a {task.reads}")
+        raise ValueError(f"model {name!r} is {kind_of(name)}, task {task.name!r} is for {task.reads}")
     if task.reads == SENTENCES:
         return load_encoder(name, device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
