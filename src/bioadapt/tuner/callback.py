@@ -9,24 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .auxiliary import Number
 from .learning import commit, learning_of, penalties
+from .movement import warn_if_still
 
 
 class BioTrainerCallback(TrainerCallback):
     """Brings the auxiliary terms into a `transformers.Trainer` (and whatever derives from it) by their gradient.
 
     The reported loss stays the task's own. Under gradient accumulation and fp16 loss scaling the terms are scaled as
-    the task's loss is: by labels, where the Trainer counts those of a step, else every micro-batch alike.
+    the task's loss is: by labels, where the Trainer counts those of a step, else every micro-batch alike. At the end it
+    warns if the adapters have hardly moved what their layers put out, with a learning rate to try.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._watched = kwargs["model"].register_forward_pre_hook(
-            lambda module, given, named: self._weigh(args, kwargs, named), with_kwargs=True
-        )
+        self._batch: tuple[tuple, dict[str, Any]] | None = None
+
+        def watch(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+            self._batch = given, named
+            self._weigh(args, kwargs, named)
+
+        self._watched = kwargs["model"].register_forward_pre_hook(watch, with_kwargs=True)
         self._weigh(args, kwargs, {})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,6 +64,11 @@ class BioTrainerCallback(TrainerCallback):
             learning.terms.forget()
             for rule in learning.rules():
                 rule.announced = False
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            given, named = batch
+            model = kwargs["model"]
+            warn_if_still(model, lambda: model(*given, **named), args.learning_rate)
 
     def _weigh(self, args: Any, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
         weight = self._scale(kwargs) * _share_of_step(args, given)
