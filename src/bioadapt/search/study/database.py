@@ -97,7 +97,9 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in {*BaseStorage.__abstractmethods__, *DATABASE_METHODS, "record_heartbeat"} - vars(PatientStorage).keys():
+_OWN = {"remove_session", "set_trial_state_values"}
+_PUBLIC = {name for name in vars(BaseStorage).keys() & vars(RDBStorage).keys() if not name.startswith("_")} - _OWN
+for _name in (*_PUBLIC, *DATABASE_METHODS, "record_heartbeat"):
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
