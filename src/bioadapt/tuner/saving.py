@@ -63,6 +63,12 @@ def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: 
     given.apply_defaults()
     options, folder = given.arguments, Path(given.arguments["save_directory"])
     name = _only_active_bio_adapter(self)
+    if not getattr(self, "_hf_peft_config_loaded", False) and any(bio_layers(self)):
+        warnings.warn(
+            "this model carries the bio adapters of a PeftModel, and is saved with their layers in it, which nothing "
+            "can load: save the PeftModel instead, or call its unload() before",
+            stacklevel=3,
+        )
     if name is None or folder.is_file():
         return original(*given.args, **given.kwargs)
     upload, options["push_to_hub"] = options["push_to_hub"], False
