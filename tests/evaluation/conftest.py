@@ -15,7 +15,7 @@ def encoder_folder(tmp_path_factory):
     """A saved sentence encoder: BERT of two layers and 32 features with random weights, one token a word."""
     library = pytest.importorskip("sentence_transformers")
     import torch
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("encoder")

@@ -19,9 +19,10 @@ from bioadapt.evaluation.arms import (
     arms_named,
     lora_of_size,
     lora_paths,
+    rank_of_size,
     rivals_of_equal_size,
 )
-from bioadapt.evaluation.training import rank_of_size, trainable_parameters, transformer_of
+from bioadapt.evaluation.training import trainable_parameters, transformer_of
 
 
 class Held:

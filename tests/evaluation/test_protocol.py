@@ -86,11 +86,14 @@ def test_the_whole_protocol_is_resumed_where_it_was_ended(settings, tmp_path, mo
 
 
 def test_a_cell_is_the_same_whenever_it_is_computed(settings, tmp_path):
-    first = Evaluate(settings(arms=("lora+bio",), seeds=1, rates=(1e-2,)), quiet()).run()["cells"][0]
-    other = settings(arms=("lora+bio",), seeds=1, rates=(1e-2,), output=str(tmp_path / "other"))
-    again = Evaluate(other, quiet()).run()["cells"][0]
+    chosen = {"arms": ("zero-shot", "lora+bio"), "seeds": 1, "rates": (1e-2,)}
+    job = Evaluate(settings(**chosen), quiet())
+    _, first = job.run()["cells"]
+    _, again = Evaluate(settings(**chosen, output=str(tmp_path / "other")), quiet()).run()["cells"]
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     assert first["params"] > 0 and first["steps"] == 6 and first["rows"] == 43
+    frozen, trained = (job.cells.rows(cell).rows["spearman"] for cell in job.cells.done())
+    assert np.abs(frozen - trained).max() > 1e-3
 
 
 def test_training_rows_that_stand_in_any_test_set_are_dropped(settings, data_dir):

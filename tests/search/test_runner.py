@@ -307,17 +307,21 @@ def test_the_interval_covers_rows_and_seeds():
     def of(shift):
         return [result("x", seed, np.clip(rows[0] + shift[seed], 0, 1)) for seed in range(3)]
 
-    one = finale.difference(of([0, 0, 0])[:1], [result("y", 0, rows[1])], "accuracy")
+    def difference(first, second):
+        records = [{**r, "name": finale.WINNER} for r in first] + [{**r, "name": "rival"} for r in second]
+        (found,) = finale.summary(records, "accuracy")["differences"]
+        return found["estimate"], found["low"], found["high"]
+
+    estimate, *bounds = difference(of([0, 0, 0])[:1], [result("y", 0, rows[1])])
     a, b = (Evaluation({"accuracy": 100 * r.mean()}, {"accuracy": r.astype(float)}, np.zeros(200, int)) for r in rows)
     plain = paired_interval(a, b, "accuracy")
-    assert one.estimate == pytest.approx(plain.estimate)
-    assert (one.low, one.high) == pytest.approx((plain.low, plain.high), abs=1.0)
+    assert estimate == pytest.approx(plain.estimate)
+    assert bounds == pytest.approx([plain.low, plain.high], abs=1.0)
     # Seeds that differ much make it wider, rows that are the same do not.
     same, noisy = of([0, 0, 0]), of([0, 0.3, -0.3])
-    zero = finale.difference(same, same, "accuracy")
-    assert (zero.estimate, zero.low, zero.high) == (0, 0, 0)
-    wide = finale.difference(noisy, same, "accuracy")
-    assert wide.high - wide.low > 5 and wide.low <= wide.estimate <= wide.high
+    assert difference(same, same) == (0, 0, 0)
+    estimate, low, high = difference(noisy, same)
+    assert high - low > 5 and low <= estimate <= high
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     # Ended in the middle, as by Ctrl-C: the phases before are not repeated.
     with monkeypatch.context() as ended:
-        ended.setattr(finale, "RESAMPLES", 50)
         ended.setattr("bioadapt.search.contest.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr

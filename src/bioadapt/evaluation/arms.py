@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import BioConfig
 from .._words import suggest
-from .training import adapt, rank_of_size, trainable_parameters, transformer_of
+from .training import adapt, trainable_parameters, transformer_of
 
 ZERO_SHOT, LORA, STACK, BIO = "zero-shot", "lora", "lora+bio", "bio"
 LORA_EQUAL, LORA_BIO_SIZE = "lora-equal", "lora-bio-size"
@@ -216,12 +216,14 @@ def lora_paths(model: nn.Module) -> list[str]:
     return found
 
 
-def lora_config(paths: Sequence[str], rank: int) -> LoraConfig:
-    """A LoRA on modules by their full names; alpha is twice the rank."""
-    return LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=list(paths))
+def lora_config(paths: Sequence[str], rank: int, alpha_per_rank: int = ALPHA_PER_RANK) -> LoraConfig:
+    """A LoRA on modules by their full names."""
+    return LoraConfig(r=rank, lora_alpha=alpha_per_rank * rank, target_modules=list(paths))
 
 
-def lora_of_size(model: nn.Module, paths: Sequence[str], parameters: int) -> LoraConfig:
+def lora_of_size(
+    model: nn.Module, paths: Sequence[str], parameters: int, *, alpha_per_rank: int = ALPHA_PER_RANK
+) -> LoraConfig:
     """A LoRA on these modules with as nearly ``parameters`` numbers as ranks per module allow.
 
     The rank differs by at most one between modules, and so does no scale: alpha follows the rank. Where the numbers
@@ -231,15 +233,39 @@ def lora_of_size(model: nn.Module, paths: Sequence[str], parameters: int) -> Lor
         model: the plain model.
         paths: full names of the modules that it may sit on.
         parameters: how many trainable numbers there should be.
+        alpha_per_rank: the scale of what it adds.
     """
     modules = dict(model.named_modules())
     rank, raised = rank_of_size({path: _cost(modules[path]) for path in paths}, parameters)
     if not rank:
-        return lora_config(raised, 1)
-    config = lora_config(paths, rank)
+        return lora_config(raised, 1, alpha_per_rank)
+    config = lora_config(paths, rank, alpha_per_rank)
     config.rank_pattern = dict.fromkeys(raised, rank + 1)
-    config.alpha_pattern = dict.fromkeys(raised, ALPHA_PER_RANK * (rank + 1))
+    config.alpha_pattern = dict.fromkeys(raised, alpha_per_rank * (rank + 1))
     return config
+
+
+def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:
+    """The rank at which a LoRA has as nearly so many numbers as it can, and the modules that get one rank more.
+
+    The rank is 0 where the numbers do not suffice for one everywhere: only the raised modules then have a LoRA.
+
+    Args:
+        costs: what one rank costs at each module.
+        parameters: how many numbers it should have.
+    """
+    rank = parameters // sum(costs.values())
+    missing = parameters - rank * sum(costs.values())
+    raised = []
+    # Multiples of the golden ratio, taken modulo one, spread any first few over the whole.
+    for place in sorted(range(len(costs)), key=lambda place: place * 0.6180339887 % 1):
+        name = list(costs)[place]
+        if missing >= costs[name] / 2:
+            raised.append(name)
+            missing -= costs[name]
+    if not rank and not raised:
+        raised = [min(costs, key=costs.__getitem__)]
+    return rank, raised
 
 
 def _cost(module: nn.Module) -> int:

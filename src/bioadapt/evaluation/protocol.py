@@ -320,9 +320,10 @@ class Evaluate:
             record[part] = {"verdict": comparison.verdict, "differences": comparison.records()}
             self._say(f"On {part if part == 'all' else 'clean test'} rows: {comparison.verdict}", style="bold")
         path = self.cells.folder / "results.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
         self._say(f"Cells, tuning, test log and results.json are in {self.cells.folder}.")
-        return record
+        return json.loads(text)
 
     def comparison(
         self, *, clean: bool = True, candidate: str | None = None, resamples: int = 1000

@@ -137,29 +137,6 @@ def trainable_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:
-    """The rank at which a LoRA has as nearly so many numbers as it can, and the modules that get one rank more.
-
-    The rank is 0 where the numbers do not suffice for one everywhere: only the raised modules then have a LoRA.
-
-    Args:
-        costs: what one rank costs at each module.
-        parameters: how many numbers it should have.
-    """
-    rank = parameters // sum(costs.values())
-    missing = parameters - rank * sum(costs.values())
-    raised = []
-    # Multiples of the golden ratio, taken modulo one, spread any first few over the whole.
-    for place in sorted(range(len(costs)), key=lambda place: place * 0.6180339887 % 1):
-        name = list(costs)[place]
-        if missing >= costs[name] / 2:
-            raised.append(name)
-            missing -= costs[name]
-    if not rank and not raised:
-        raised = [min(costs, key=costs.__getitem__)]
-    return rank, raised
-
-
 def fit(
     encoder: SentenceTransformer,
     task: Task,
