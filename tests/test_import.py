@@ -49,7 +49,7 @@ def test_the_registry_does_without_peft():
         "import peft, bioadapt",
         # Transformers imports PEFT while its callbacks are half there.
         "import bioadapt; from transformers import Trainer",
-        "import bioadapt.config",
+        "import bioadapt.checkpoint",
         "import bioadapt.tuner.layer",
     ],
 )

@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # type checkers take it for True; importing it from typin
 if TYPE_CHECKING:
     from typing import Any
 
+    from . import catalogue as catalogue
     from .config import BioConfig as BioConfig
     from .ready import FlyLoraConfig as FlyLoraConfig
     from .ready import NeuroAdaConfig as NeuroAdaConfig

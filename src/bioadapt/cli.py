@@ -42,7 +42,7 @@ def list_command(
     from .registry import list_primitives, primitive_info
 
     try:
-        names = list_primitives(stage, kind)
+        names = list_primitives(stage=stage, kind=kind)
     except ValueError as error:
         _fail(error)
     table = Table(box=None, pad_edge=False)

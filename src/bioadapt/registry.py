@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType
@@ -148,17 +149,28 @@ def register_primitive(
     return decorate
 
 
-def list_primitives(stage: str | None = None, kind: str | None = None) -> list[str]:
-    """Sorted registry names, optionally of one stage or one kind.
+def list_primitives(pattern: str = "*", stage: str | None = None, kind: str | None = None) -> list[str]:
+    """Sorted registry names, optionally of one pattern, one stage or one kind.
+
+    Args:
+        pattern: a name with ``*`` for any letters and ``?`` for any one, such as ``"*lora*"``.
+        stage: one of the six stages.
+        kind: ``pointwise``, ``causal``, ``weight`` or ``global``.
 
     Raises:
-        ValueError: an unknown stage or kind.
+        ValueError: an unknown stage or kind, or one of them as the pattern.
     """
     for field, value, accepted in (("stage", stage, STAGES), ("kind", kind, KINDS)):
         if value is not None and value not in accepted:
             raise ValueError(f"unknown {field} {value!r}; {suggest(value, accepted)}")
+        if pattern in accepted:
+            raise ValueError(f"no primitive is called {pattern!r}, which is a {field}: {field}={pattern!r}")
     _load()
-    return sorted(name for name, info in _infos.items() if stage in (None, info.stage) and kind in (None, info.kind))
+    return sorted(
+        name
+        for name, info in _infos.items()
+        if fnmatchcase(name, pattern) and stage in (None, info.stage) and kind in (None, info.kind)
+    )
 
 
 def primitive_info(name: str) -> PrimitiveInfo:

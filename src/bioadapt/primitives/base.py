@@ -8,6 +8,8 @@ the world (padding, positions, the layer's input, what was said in earlier decod
 from __future__ import annotations
 
 import dataclasses
+import json
+import numbers
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._values import is_flag
 from .._words import suggest
 from ._state import Recollection
 from .local_rule import LocalRule as LocalRule
@@ -70,6 +73,18 @@ class Setting:
         return float if self.default is None else type(self.default)
 
     @property
+    def annotation(self) -> str:
+        """The type of the accepted values, as source text."""
+        words = [self.type.__name__]
+        if self.choices is not None:
+            words = ["Literal[" + ", ".join(json.dumps(choice) for choice in self.choices) + "]"]
+        if self.table:
+            words.append("dict[str, str]")
+        if self.derived is not None:
+            words.append("None")
+        return " | ".join(words)
+
+    @property
     def accepted(self) -> str:
         """The accepted values in words, for error messages and pages."""
         words = self._accepted
@@ -98,14 +113,16 @@ class Setting:
             if value not in self.choices:
                 raise refusal
             return value
-        if self.type is bool or isinstance(value, bool):
-            if self.type is not bool or not isinstance(value, bool):
+        if self.type is bool or is_flag(value):
+            if self.type is not bool or not is_flag(value):
                 raise refusal
-            return value
-        if not isinstance(value, (int, float)) or (self.type is int and value != int(value)):
+            return bool(value)
+        if not isinstance(value, numbers.Real):
             raise refusal
         assert self.low is not None and self.high is not None
         if not (self.low <= value <= self.high):  # also refuses NaN
+            raise refusal
+        if self.type is int and value != int(value):
             raise refusal
         return self.type(value)
 
@@ -260,7 +277,8 @@ class Primitive(nn.Module):
         found: dict[str, Setting] = {}
         for base in reversed(cls.__mro__):
             found.update({name: value for name, value in vars(base).items() if isinstance(value, Setting)})
-        return {**found, "zero_scale": found.pop("zero_scale")}  # what all share comes last
+        shared = found.pop("zero_scale", None)  # what all share comes last
+        return found if shared is None else {**found, "zero_scale": shared}
 
     @classmethod
     def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
