@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ._words import suggest
-from .primitives.base import KINDS, MERGES, STAGES, ZEROS, Host, LocalRule, Primitive, Setting
+from .primitives.base import Host, LocalRule, OnWeight, Primitive, Setting
+from .primitives.primitive import KINDS, MERGES, STAGES, ZEROS
 
 ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
@@ -108,7 +109,7 @@ def register_primitive(
         aliases: further spellings under which the primitive is found.
 
     Raises:
-        ValueError: a wrong field, a docstring without the required paragraphs, or a local rule without its class.
+        ValueError: a wrong field, a docstring without the required paragraphs, or an unfitting base class.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: a lower-case identifier is needed")
@@ -131,6 +132,9 @@ def register_primitive(
         }
         for field, value in fields.items():
             setattr(cls, field, value)
+        if (kind == "weight") != issubclass(cls, OnWeight):
+            base = "OnWeight" if kind == "weight" else "Primitive"
+            raise ValueError(f"primitive {name!r}: kind={kind!r} needs class {cls.__name__}({base})")
         if learns and not issubclass(cls, LocalRule):
             raise ValueError(f"primitive {name!r}: learns=True needs class {cls.__name__}(LocalRule, Primitive)")
         if name in _infos and _infos[name].factory.__qualname__ != cls.__qualname__:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from bioadapt.primitives.base import Blend, Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Host, LocalRule, OnWeight, Primitive, setting
 from bioadapt.registry import register_primitive
 
 AVERAGING = 0.01  # share of the newest step in the running averages, once a hundred steps have been seen
@@ -131,7 +131,7 @@ def _units(values: Tensor, index: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 @register_primitive("fly_lora", stage="competition", kind="weight", zero_at="update", learns=True, needs_input=True)
-class FlyLora(LocalRule, Primitive):
+class FlyLora(LocalRule, OnWeight):
     """A frozen sparse random projection; the k of its r units that answer most strongly write into the output.
 
     Biology: in the fly's mushroom body a few thousand Kenyon cells each read a random handful of olfactory inputs,

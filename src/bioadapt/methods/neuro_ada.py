@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
 from bioadapt.primitives.frames import base_weight
 from bioadapt.registry import register_primitive
 
@@ -353,7 +353,7 @@ def _looked_up(wanted: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 @register_primitive("neuro_ada", stage="dendritic", kind="weight", zero_at="update", merge="weight", needs_input=True)
-class NeuroAda(Primitive):
+class NeuroAda(OnWeight):
     """Every output neuron may change its k strongest input synapses, and no others.
 
     Biology: plasticity is not spread evenly over a neuron's thousands of synapses; the few large ones carry most of the

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .base import Context
+    from .context import Context
 
 Observation = tuple["LocalRule", Tensor]
 

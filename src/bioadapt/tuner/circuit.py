@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BioConfig
-from ..primitives.base import STAGES, Context, Host, Primitive, autocast_off
+from ..primitives.base import Context, Host, OnWeight, Primitive
 from ..primitives.frames import read_in, read_out
+from ..primitives.primitive import STAGES, autocast_off
 from ..registry import build_primitive
 from .sites import Site
 
@@ -61,6 +62,9 @@ class Circuit(nn.Module):
     def values(self) -> Iterator[Primitive]:
         return (primitive for _, primitive in self.items())
 
+    def on_weight(self) -> Iterator[OnWeight]:
+        return (primitive for primitive in self.values() if isinstance(primitive, OnWeight))
+
     def __contains__(self, name: str) -> bool:
         return name in self._modules and name != _PARAMETRISATIONS
 
@@ -88,7 +92,7 @@ class Circuit(nn.Module):
     def applied(self, y: Tensor, context: Context) -> Tensor:
         """y plus its change, in the dtype of y."""
         if not self.alone:
-            itself = y.view_as(y)  # see `Primitive.applied`; sums and products are nobody else's
+            itself = y.view_as(y)  # see `added`; sums and products are nobody else's
             return self(y, context).add_(itself).to(y.dtype)
         (primitive,) = self.values()
         return primitive(y.float() if self.in_fp32 else y, self._own(primitive.name, context), with_x=True).to(y.dtype)
@@ -116,16 +120,16 @@ class Circuit(nn.Module):
     @property
     def scales_input(self) -> bool:
         """Whether a primitive multiplies what the layer reads."""
-        return any(primitive.scales_input for primitive in self.values())
+        return any(primitive.scales_input for primitive in self.on_weight())
 
     def input_scale(self) -> Tensor:
         """What the layer's input is multiplied by before the layer reads it, (d_in,)."""
-        first, *others = [primitive.input_scale() for primitive in self.values() if primitive.scales_input]
+        first, *others = [primitive.input_scale() for primitive in self.on_weight() if primitive.scales_input]
         return math.prod(others, start=first)
 
     def check_loaded(self, tensors: dict[str, Tensor]) -> None:
         """Raise `ValueError` if a primitive's tensors of a checkpoint belong to another one."""
-        for name, primitive in self.items():
+        for name, primitive in ((primitive.name, primitive) for primitive in self.on_weight()):
             try:
                 start = f"{name}."
                 primitive.check_loaded({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
@@ -134,11 +138,8 @@ class Circuit(nn.Module):
 
     def unmergeable(self, approximate: bool = False) -> list[str]:
         """Names of the primitives that depend on their input, hence cannot become part of a weight."""
-        return [
-            name
-            for name, primitive in self.items()
-            if primitive.merge is None and not (approximate and primitive.approximates)
-        ]
+        approximated = [primitive.name for primitive in self.on_weight() if approximate and primitive.approximates]
+        return [name for name, primitive in self.items() if primitive.merge is None and name not in approximated]
 
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, approximate: bool = False

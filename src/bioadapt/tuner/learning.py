@@ -199,7 +199,7 @@ def penalties(model: nn.Module) -> list[Tensor]:
     for learning in learning_of(model):
         for layer in learning.layers:
             for name in [] if layer.disable_adapters or layer.merged else layer.active_adapters:
-                for primitive in layer.circuits[name].values() if name in layer.circuits else ():
+                for primitive in layer.circuits[name].on_weight() if name in layer.circuits else ():
                     trained = any(p.requires_grad for p in primitive.parameters())
                     with whole_parameters(primitive, primitive._parameters):
                         term = primitive.penalty() if trained else None

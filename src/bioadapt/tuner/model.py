@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .._words import suggest
 from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
+from ..registry import primitive_info
 from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
@@ -115,6 +116,8 @@ class BioModel(BaseTuner):
         """Let the primitives of an adapter meet themselves at the other sites."""
         layers = [layer for layer in bio_layers(model) if adapter_name in layer.circuits]
         for entry in self.peft_config[adapter_name].primitives:
+            if primitive_info(entry["name"]).kind != "weight":
+                continue
             siblings = {layer.path: layer.circuits[adapter_name][entry["name"]] for layer in layers}
             for path, primitive in siblings.items():
                 primitive.connect(path, siblings, self.get_model_config(model))
@@ -301,7 +304,7 @@ class BioModel(BaseTuner):
             for layer in self.layers()
             for name in (layer.active_adapters if adapter_names is None else adapter_names)
             if name in layer.circuits
-            for primitive in layer.circuits[name].values()
+            for primitive in layer.circuits[name].on_weight()
             if primitive.merge is None and primitive.approximates
         }
 

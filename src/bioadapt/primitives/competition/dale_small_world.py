@@ -111,11 +111,8 @@ class DaleSmallWorld(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return received(x, self.weights(), self.senders)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return received(x, scale[:, None] * self.weights(), self.senders, with_x)
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

@@ -85,11 +85,8 @@ class ExcitationInhibitionBalance(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return two_sided_gain(x, *self.gains(x), self.membership)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return two_sided_gain(x, *self.gains(x), scale[:, None] * self.membership, with_x)
 
     def gains(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""

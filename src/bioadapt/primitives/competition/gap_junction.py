@@ -98,11 +98,8 @@ class GapJunction(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return diffusion(x, self.coupling(), self.order)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.scaled_gate * self.coupling(), self.order)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.scaled_gate * self.coupling(), self.order, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return diffusion(x, scale * self.coupling(), self.order, with_x)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

@@ -78,8 +78,5 @@ class KWinnersTakeAll(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return silencing(x, self.winners, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.scaled_gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.scaled_gate, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return silencing(x, self.winners, scale, with_x)

@@ -86,11 +86,8 @@ class LateralInhibition(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return suppression(x, *self.connections(), x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.scaled_gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.scaled_gate, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return suppression(x, *self.connections(), scale, with_x)
 
     def connections(self) -> tuple[Tensor, Tensor]:
         """The non-negative pools P (d, r) and sources Q (r, d)."""

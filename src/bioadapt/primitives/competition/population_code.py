@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
@@ -106,5 +106,6 @@ class PopulationCode(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return voted(x, token_scale(x), self.votes)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return voted(x, token_scale(x), self.scaled_gate * self.votes)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(voted(x, token_scale(x), scale * self.votes), itself)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, read_in, read_out, token_scale
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -121,8 +121,9 @@ class ApicalBasal(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.burst(x, context, x.new_ones(1))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.burst(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.burst(x, context, scale), itself)
 
     def burst(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

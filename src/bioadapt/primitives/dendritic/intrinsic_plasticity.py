@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
 from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
@@ -69,8 +69,9 @@ class IntrinsicPlasticity(LocalRule, Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.excess(x, context, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.excess(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.excess(x, context, scale), itself)
 
     def excess(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -90,13 +90,8 @@ class ShuntingInhibition(Primitive):
         one = x.new_ones(self.d_out)
         return self.shunted(x, context, one, -one)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.shunted(x, context, gate, -gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.shunted(x, context, gate, 1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return self.shunted(x, context, scale, 1 - scale if with_x else -scale)
 
     def shunted(self, x: Tensor, context: Context, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, OnWeight, added, setting
 from bioadapt.primitives.frames import base_weight, positive
 from bioadapt.registry import register_primitive
 
@@ -51,7 +51,7 @@ def _change(weight: Tensor, left: Tensor, factor: Tensor, scale: Tensor) -> Tens
     merge="weight",
     needs_input=True,
 )
-class SynapticPruning(Primitive):
+class SynapticPruning(OnWeight):
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
     Biology: during development and sleep weak spines are lost while strong ones stay or grow, at rates that differ from
@@ -79,8 +79,9 @@ class SynapticPruning(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.pruning(context.x_in, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.pruning(context.x_in, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.pruning(context.x_in, scale), itself)
 
     def pruning(self, v: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

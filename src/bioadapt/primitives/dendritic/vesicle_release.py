@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -100,8 +100,9 @@ class VesicleRelease(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.transmitted(x, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.transmitted(x, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.transmitted(x, scale), itself)
 
     def transmitted(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

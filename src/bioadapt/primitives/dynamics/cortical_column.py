@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -158,8 +158,9 @@ class CorticalColumn(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.response(x, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.response(x, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.response(x, scale), itself)
 
     def response(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix
 from bioadapt.primitives.time import CHUNK, decay_of, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -129,8 +129,9 @@ class SpikeFrequencyAdaptation(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.adapted(x, context, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.adapted(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.adapted(x, context, scale), itself)
 
     def adapted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -107,8 +107,9 @@ class CerebellarGranule(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.corrected(x, context, x.new_ones(1))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.corrected(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.corrected(x, context, scale), itself)
 
     def corrected(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, pooling_matrix, positive
 from bioadapt.primitives.modulation import modulated
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
@@ -79,8 +79,9 @@ class PrecisionWeightedError(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.weighted(x, context, self.membership)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.weighted(x, context, self.scaled_gate[:, None] * self.membership)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.weighted(x, context, scale[:, None] * self.membership), itself)
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
 from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
@@ -59,8 +59,9 @@ class BcmThreshold(LocalRule, Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.judged(x, context, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.judged(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.judged(x, context, scale), itself)
 
     def judged(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

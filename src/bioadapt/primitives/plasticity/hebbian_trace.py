@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, setting
 from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
 from bioadapt.registry import register_primitive
 
@@ -19,7 +19,7 @@ from bioadapt.registry import register_primitive
     learns=True,
     needs_input=True,
 )
-class HebbianTrace(LocalRule, Primitive):
+class HebbianTrace(LocalRule, OnWeight):
     """A low-rank path whose core is a running correlation of what goes in and what comes out.
 
     Biology: cells that fire together wire together; the plasticity of each connection is itself under genetic, here

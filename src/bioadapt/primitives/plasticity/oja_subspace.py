@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
 from bioadapt.primitives.frames import mean_square, read_out, token_count
 from bioadapt.registry import register_primitive
 
@@ -42,8 +42,9 @@ class OjaSubspace(LocalRule, Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.amplified(x, context, self.gains)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.amplified(x, context, self.scaled_gate * self.gains)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.amplified(x, context, scale * self.gains), itself)
 
     def amplified(self, x: Tensor, context: Context, gains: Tensor) -> Tensor:
         """What ``gains`` (1, rank) make of the components of x."""

@@ -44,15 +44,13 @@ class SynapticConsolidation(LocalRule, Primitive):
         self.declare_statistics()
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.scaled(x, context, self.efficacy)
-
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.scaled(x, context, self.scaled_gate * self.efficacy)
-
-    def scaled(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """x times ``scale`` (d,)."""
         self.observe(context)
-        return x * scale
+        return self.efficacy * x
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        self.observe(context)
+        gain = scale * self.efficacy
+        return x * (1 + gain) if with_x else x * gain
 
     def learn(self, fresh: Tensor) -> None:
         chain = torch.cat([self.efficacy.float()[None], self.hidden])

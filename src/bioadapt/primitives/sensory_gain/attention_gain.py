@@ -104,13 +104,8 @@ class AttentionGain(Primitive):
         one = x.new_ones(self.d_out)
         return self.attended(x, one, -one)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.attended(x, gate, -gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.attended(x, gate, 1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return self.attended(x, scale, 1 - scale if with_x else -scale)
 
     def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

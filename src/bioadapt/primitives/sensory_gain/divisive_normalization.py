@@ -102,13 +102,8 @@ class DivisiveNormalization(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return normalized(x, *self.shape(), direct=-1.0)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return normalized(x, *self.shape(), scale=gate, direct=-gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return normalized(x, *self.shape(), scale=gate, direct=1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return normalized(x, *self.shape(), scale=scale, direct=1 - scale if with_x else -scale)
 
     def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
         """Level, semi-saturation, pool weights, self weight and exponent."""
