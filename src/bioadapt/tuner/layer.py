@@ -18,6 +18,7 @@ from ..registry import primitive_info
 from .circuit import Circuit
 from .merging import Merging, Original
 from .scope import Scope, Surroundings
+from .sharding import check_whole, refusal_of_shards
 from .sites import Layout, Site, describe
 
 
@@ -80,7 +81,8 @@ class BioLayer(Merging):
         site = self.site.at_input() if at_input else self.site
         for entry in config.primitives:
             info = primitive_info(entry["name"])
-            refusal = site.serves(info)
+            weight = getattr(self.get_base_layer(), "weight", None)
+            refusal = site.serves(info) or refusal_of_shards(weight, self.site, info, at_input)
             if at_input and info.kind == "weight":
                 refusal = "it acts on a weight, and feedforward_modules asks for a change of the module's input"
             elif at_input and not site.reads_features:
@@ -204,6 +206,7 @@ class BioLayer(Merging):
         context = self._context(layout, v, around, circuits, site)
         contexts = {name: self._remembering(context, name, around) for name in circuits}
         features = layout.to_sequence(y)
+        check_whole(features, site, self.path)
         if len(circuits) == 1 and not apart and self.scope.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
             changed = layout.restore(circuit.applied(features, contexts[name]))

@@ -27,6 +27,7 @@ from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
 from .refusals import base_of, check_names, free_name, with_suggestion
+from .reference import complete_copy
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
 from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites
@@ -107,6 +108,7 @@ class BioModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._connect(model, adapter_name)
                 take_over_heads(self.model, adapter_name)
+                self.__dict__.setdefault("_unused", set()).add(adapter_name)
                 if adapter_name in self.active_adapters:
                     self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
         except NoMatchingPeftModuleError as error:
@@ -195,6 +197,9 @@ class BioModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in self.__dict__.get("_unused", set()).intersection(names):
+            complete_copy(self.layers(), name)
+            self._unused.discard(name)
         for wrapper in heads(self.model, self.own_names):
             ours = [name for name in names if name in wrapper._adapters]
             if len(ours) > 1:
