@@ -96,6 +96,11 @@ class Cells:
             found.setdefault((trial.task, trial.arm, trial.rate), trial)
         return list(found.values())
 
+    def opened(self) -> int:
+        """How often test rows have been opened."""
+        path = self.folder / TEST_LOG
+        return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+
     def add(self, record: Cell | Trial) -> None:
         """Append a line; other processes may do so at the same time."""
         values = {

@@ -28,6 +28,7 @@ from .arms import LORA, LORA_EQUAL, STACK, ZERO_SHOT, Recipe, arms_named, rivals
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
+from .report import write_report
 from .statistics import Evaluation, better
 from .tasks import DEFAULT_TASK, DIGITS, Overlap, Task, list_tasks, load_task
 from .tasks.files import read_overlap
@@ -120,7 +121,7 @@ class Evaluate:
     ) -> None:
         self.settings, self.console = settings, console or Console()
         _check(settings)
-        for module in ("sentence_transformers", "datasets", "scipy", "sklearn"):
+        for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "matplotlib"):
             require(module)
         self.arms = arms_named(settings.arms)
         if settings.adapters and set(self.arms) - {ZERO_SHOT, "bio", "placebo", "linear"}:
@@ -332,10 +333,19 @@ class Evaluate:
                 continue
             record[part] = {"verdict": comparison.verdict, "differences": comparison.records()}
             self._say(f"On {part if part == 'all' else 'clean test'} rows: {comparison.verdict}", style="bold")
+            if part == "clean" or "clean" not in record:
+                opened = {"test rows": part, "times opened": self.cells.opened()}
+                facts = {**record["settings"], **record["machine"], **opened}
+                    **record["settings"],
+                    **record["machine"],
+                    "test rows": part,
+                    "times opened": self.cells.opened(),
+                }
+                write_report(self.cells.folder / "report.html", comparison, record["cells"], facts)
         path = self.cells.folder / "results.json"
         text = json.dumps(record, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
-        self._say(f"Cells, tuning, test log and results.json are in {self.cells.folder}.")
+        self._say(f"Cells, tuning, test log, results.json and report.html are in {self.cells.folder}.")
         return json.loads(text)
 
     def comparison(
