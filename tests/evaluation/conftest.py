@@ -19,15 +19,14 @@ def encoder_folder(tmp_path_factory):
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder / "bert")
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(folder / "bert")
     transformer = Transformer(str(folder / "bert"))
     encoder = library.SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
     encoder.save(str(folder / "encoder"))

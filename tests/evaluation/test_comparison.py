@@ -115,3 +115,22 @@ def test_many_tasks_without_an_effect_give_no_wins():
     }
     (rivalry,) = compare(tasks, dict.fromkeys(tasks, "accuracy"), "bio", resamples=500).rivalries
     assert rivalry.count(TIE) >= 19
+
+
+def test_the_report_shows_every_comparison_and_needs_nothing_else(tmp_path):
+    import re
+
+    from bioadapt.evaluation.report import write_report
+
+    pytest.importorskip("matplotlib")
+    found = compare(*results(bio=[0.8, 0.5, 0.6], lora=[0.5, 0.8, 0.6]), "bio", resamples=200)
+    cells = [
+        {"task": "task 0", "arm": "bio<1>", "metric": "accuracy", "params": 1234, "rate": 0.002, "dev": 1.0,
+         "test": 2.0, "test_clean": 3.0, "seconds": 4.0},
+    ]  # fmt: skip
+    write_report(tmp_path / "report.html", found, cells, {"seeds": 5})
+    page = (tmp_path / "report.html").read_text()
+    for word in (">win<", ">loss<", ">tie<", "bio&lt;1&gt;", "1,234", "over lora: mean of 3 tasks"):
+        assert word in page
+    assert page.count("<svg") == 1
+    assert not re.findall(r'(?:src|href)="(?!#)', page)

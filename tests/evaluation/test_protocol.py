@@ -83,6 +83,7 @@ def test_the_whole_protocol_is_resumed_where_it_was_ended(settings, tmp_path, mo
         "zero-shot", "lora", "lora-equal", "lora+placebo"
     }  # fmt: skip
     assert results["clean"]["verdict"] and json.loads((folder / "results.json").read_text()) == results
+    assert "<td>times opened</td><td>11</td>" in (folder / "report.html").read_text()
 
 
 def test_a_cell_is_the_same_whenever_it_is_computed(settings, tmp_path):

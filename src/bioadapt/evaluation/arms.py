@@ -129,15 +129,19 @@ class Recipe:
         Raises:
             ValueError: the adapter cannot act on this model.
         """
-        arm, sites = ARMS[name], self.sites if ARMS[name].over or ARMS[name].sized_as else ()
+        arm = ARMS[name]
+        # What is asked about fresh models comes first: to load one may draw random numbers.
+        sites = self.sites if arm.over or arm.sized_as else ()
+        paths = [site.path for site in sites] if arm.at_bio_sites else self.lora_paths
+        size = self.size_of(arm.sized_as) if arm.sized_as else 0
         encoder = self.fresh()
-        torch.manual_seed(seed)  # after loading, which may draw, too
-        transformer_of(encoder).requires_grad_(False)
+        model = transformer_of(encoder)
+        model.requires_grad_(False)
+        torch.manual_seed(seed)
         if arm.sized_as:
-            paths = [site.path for site in sites] if arm.at_bio_sites else self.lora_paths
-            self._put(encoder, lora_of_size(transformer_of(encoder), paths, self.size_of(arm.sized_as)))
+            self._put(encoder, lora_of_size(model, paths, size))
         elif arm.lora:
-            self._put(encoder, lora_config(self.lora_paths, self.lora_rank))
+            self._put(encoder, lora_config(paths, self.lora_rank))
         if arm.over == BIO:
             self._put(encoder, self.bio_config(seed))
         elif arm.over:

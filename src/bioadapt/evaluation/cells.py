@@ -24,6 +24,7 @@ from .tasks import Task
 
 CELLS, TUNING, TEST_LOG = "cells.csv", "tuning.csv", "test_log.csv"
 _ROWS, _CLAIMS = "rows", "claims"
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,18 @@ class Cells:
             found.setdefault((trial.task, trial.arm, trial.rate), trial)
         return list(found.values())
 
+    def opened(self) -> int:
+        """How often test rows have been opened."""
+        path = self.folder / TEST_LOG
+        return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.is_file() else 0
+
     def add(self, record: Cell | Trial) -> None:
         """Append a line; other processes may do so at the same time."""
-        _append(self.folder / (CELLS if isinstance(record, Cell) else TUNING), asdict(record))
+        values = {
+            name: round(value, _DIGITS) if isinstance(value, float) and name != "rate" else value
+            for name, value in asdict(record).items()
+        }
+        _append(self.folder / (CELLS if isinstance(record, Cell) else TUNING), values)
 
     def keep_rows(self, cell: Cell, evaluation: Evaluation, clean: list[int]) -> None:
         """Write what each test row contributed to a cell's scores, for intervals."""
@@ -189,7 +199,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _quoted(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = str(value)
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\n') else text
 
 

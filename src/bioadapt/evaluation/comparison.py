@@ -100,9 +100,14 @@ class Comparison:
     rivalries: tuple[Rivalry, ...]
 
     @property
+    def sentences(self) -> list[str]:
+        """The verdict on each rival, a plain sentence for each."""
+        return [_sentence(self.candidate, rivalry) for rivalry in self.rivalries]
+
+    @property
     def verdict(self) -> str:
-        """One plain sentence on each rival."""
-        return " ".join(_sentence(self.candidate, rivalry) for rivalry in self.rivalries)
+        """The verdict on all rivals."""
+        return " ".join(self.sentences)
 
     def records(self) -> list[dict[str, Any]]:
         """Every difference as JSON or a CSV can hold it."""

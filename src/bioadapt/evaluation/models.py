@@ -187,7 +187,8 @@ def kind_of(name: str) -> str | None:
         return None
     if type(config) in AutoModelForImageClassification._model_mapping:
         return IMAGES
-    return LANGUAGE if any("CausalLM" in kind for kind in config.architectures or ()) else SENTENCES
+    causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+    return LANGUAGE if causal else SENTENCES
 
 
 def fits(name: str, task: Task) -> bool:

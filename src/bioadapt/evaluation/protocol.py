@@ -28,6 +28,7 @@ from .arms import LORA, LORA_EQUAL, STACK, ZERO_SHOT, Recipe, arms_named, rivals
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
+from .report import write_report
 from .statistics import Evaluation, better
 from .tasks import DEFAULT_TASK, DIGITS, Overlap, Task, list_tasks, load_task
 from .tasks.files import read_overlap
@@ -81,7 +82,9 @@ class EvaluationSettings:
 
 
 # What another call on the same folder may change: it adds cells, and makes none of the old ones something else.
-_FREE = frozenset({"task", "arms", "seeds", "output", "device", "data_dir"})
+_FREE = frozenset({"task", "arms", "seeds", "output", "device"})
+# Seconds between two looks at what another process is at.
+_PATIENCE = 2.0
 
 
 @dataclass
@@ -118,7 +121,7 @@ class Evaluate:
     ) -> None:
         self.settings, self.console = settings, console or Console()
         _check(settings)
-        for module in ("sentence_transformers", "datasets", "scipy", "sklearn"):
+        for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "matplotlib"):
             require(module)
         self.arms = arms_named(settings.arms)
         if settings.adapters and set(self.arms) - {ZERO_SHOT, "bio", "placebo", "linear"}:
@@ -234,7 +237,8 @@ class Evaluate:
         for arm, seed in left:
             try:
                 with self.cells.claimed(name, arm, seed):
-                    self._run_cell(prepared, recipe, arm, seed)
+                    if all((cell.task, cell.arm, cell.seed) != (name, arm, seed) for cell in self.cells.done()):
+                        self._run_cell(prepared, recipe, arm, seed)
             except TakenElsewhere:
                 self._say(f"{name}: {arm}, seed {seed}: another process is at it.")
 
@@ -279,19 +283,29 @@ class Evaluate:
         rates, task = sorted(self.settings.rates), prepared.task
         if len(rates) == 1:
             return rates[0]
-        known = {trial.rate: trial.dev for trial in self.cells.trials() if (trial.task, trial.arm) == (task.name, arm)}
         for rate in rates:
-            if rate not in known:
-                started = time.perf_counter()
-                params = 0
+            while rate not in self._tried(task, arm):
                 try:
-                    _, params, _, dev = self._trained(task, recipe, arm, rate, _TUNING_SEED)
-                except Diverged:
-                    dev = -better(task.metrics[0]) * math.inf
-                self.cells.add(Trial(task.name, arm, rate, params, dev, time.perf_counter() - started))
-                known[rate] = dev
-                self._say(f"{task.name}: {arm}, rate {rate:g}: dev {dev:.2f}")
+                    with self.cells.claimed(task.name, arm, f"rate {rate:g}"):
+                        if rate not in self._tried(task, arm):
+                            self._try(task, recipe, arm, rate)
+                except TakenElsewhere:
+                    time.sleep(_PATIENCE)
+        known = self._tried(task, arm)
         return max(rates, key=lambda rate: better(task.metrics[0]) * known[rate])
+
+    def _tried(self, task: Task, arm: str) -> dict[float, float]:
+        """Scores on the validation rows by learning rate."""
+        return {trial.rate: trial.dev for trial in self.cells.trials() if (trial.task, trial.arm) == (task.name, arm)}
+
+    def _try(self, task: Task, recipe: Recipe, arm: str, rate: float) -> None:
+        started, params = time.perf_counter(), 0
+        try:
+            _, params, _, dev = self._trained(task, recipe, arm, rate, _TUNING_SEED)
+        except Diverged:
+            dev = -better(task.metrics[0]) * math.inf
+        self.cells.add(Trial(task.name, arm, rate, params, dev, time.perf_counter() - started))
+        self._say(f"{task.name}: {arm}, rate {rate:g}: dev {dev:.2f}")
 
     # -- what came out --
 
@@ -319,10 +333,19 @@ class Evaluate:
                 continue
             record[part] = {"verdict": comparison.verdict, "differences": comparison.records()}
             self._say(f"On {part if part == 'all' else 'clean test'} rows: {comparison.verdict}", style="bold")
+            if part == "clean" or "clean" not in record:
+                opened = {"test rows": part, "times opened": self.cells.opened()}
+                facts = {**record["settings"], **record["machine"], **opened}
+                    **record["settings"],
+                    **record["machine"],
+                    "test rows": part,
+                    "times opened": self.cells.opened(),
+                }
+                write_report(self.cells.folder / "report.html", comparison, record["cells"], facts)
         path = self.cells.folder / "results.json"
         text = json.dumps(record, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
-        self._say(f"Cells, tuning, test log and results.json are in {self.cells.folder}.")
+        self._say(f"Cells, tuning, test log, results.json and report.html are in {self.cells.folder}.")
         return json.loads(text)
 
     def comparison(
@@ -442,7 +465,7 @@ def _short(name: str) -> str:
 
 def _blocks(model: torch.nn.Module) -> int:
     """How many numbered blocks a model has."""
-    numbers = [int(part) for name, _ in model.named_modules() for part in name.split(".") if part.isdigit()]
+    numbers = [next((int(part) for part in name.split(".") if part.isdigit()), -1) for name, _ in model.named_modules()]
     return max(numbers, default=-1) + 1
 
 
