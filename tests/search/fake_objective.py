@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import optuna
+
 LEVELS = {"a": 4, "b": 4, "c": 3}
+RETURNED = {"text": "very good", "number as text": "0.5", "nothing": None}
 BEST = 2.0 + 1.0 + 3.0
 
 
@@ -23,8 +27,9 @@ class FakeObjective:
 
     Args:
         seconds: how long a trial takes.
-        faults: what goes wrong where ``a`` has this value: ``raise``, ``nan``, ``kill``, ``hang``, ``memory``, or
-            ``exit``.
+        faults: what goes wrong where ``a`` has this value: ``raise``, ``nan``, ``kill``, ``hang``, ``memory``,
+            ``exit``, ``text``, ``number as text``, ``nothing``, ``lock``, ``prunes itself``; ``suggest`` and
+            ``describe`` go wrong in the worker, and ``worker`` kills that, once if there is a log.
         log: folder in which every started trial leaves a file ``PID-TIME``.
     """
 
@@ -34,9 +39,20 @@ class FakeObjective:
     features = None
 
     def suggest(self, trial):
-        return {name: trial.suggest_categorical(name, list(range(levels))) for name, levels in LEVELS.items()}
+        params = {name: trial.suggest_categorical(name, list(range(levels))) for name, levels in LEVELS.items()}
+        fault = (self.faults or {}).get(params["a"])
+        if fault == "suggest":
+            raise KeyError("no such parameter")
+        if fault == "worker":
+            once = Path(self.log, "worker")
+            if not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return params
 
     def describe(self, params):
+        if (self.faults or {}).get(params["a"]) == "describe":
+            return {"parameters": threading.Lock()}
         return {"parameters": 10 * params["a"], "configuration": {"slots": []}}
 
     def run(self, params, report):
@@ -56,6 +72,12 @@ class FakeObjective:
             raise MemoryError
         if fault == "exit":
             os._exit(3)
+        if fault in RETURNED:
+            return RETURNED[fault]
+        if fault == "lock":
+            return threading.Lock()
+        if fault == "prunes itself":
+            raise optuna.TrialPruned
         report(1, value_of(params) / 2)
         time.sleep(self.seconds / 2)
         return value_of(params)
