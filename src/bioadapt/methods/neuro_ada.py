@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
-from bioadapt.primitives.frames import base_weight
+from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
 BYTES = 2**22  # of any one transient: tokens and rows are taken in pieces of about that size
@@ -332,6 +332,9 @@ class NeuroAda(Primitive):
                 "select_synapses(model, batches) before training"
             )
         self._unsure = False  # the buffer is asked once: on an accelerator that waits for all that is under way
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, index=self.d_in, rows=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         if self._unsure and self.training and self.path is not None:
