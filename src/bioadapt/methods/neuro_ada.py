@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
-from bioadapt.primitives.frames import base_weight
+from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
 BYTES = 2**22  # of any one transient: tokens and rows are taken in pieces of about that size
@@ -433,6 +433,9 @@ class NeuroAda(OnWeight):
         if self._sorted is None or self._sorted[0] is not self.index or self._sorted[1] != self.index._version:
             self._sorted = self.index, self.index._version, by_column(self.index, self.d_in)
         return self._sorted[2]
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, index=self.d_in, rows=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         if self._unsure and self.training and self.path is not None:

@@ -69,19 +69,6 @@ class OnWeight(Primitive):
         """
         raise NotImplementedError(f"{cls.__name__} declares combinations but defines no combine")
 
-    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise `ValueError` if tensors of a checkpoint, by their names here, belong to another primitive."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        try:
-            self.check_loaded(given)
-        except ValueError as error:
-            error_messages: list[str] = args[-1]
-            error_messages.append(f"{prefix.rstrip('.')}: {error}")
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, y: tuple[Tensor, Tensor | None], approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:

@@ -146,6 +146,9 @@ class Primitive(nn.Module):
         """The values of the declared settings, as in a configuration."""
         return {name: getattr(self, name) for name in self.declared_settings()}
 
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` if tensors of a checkpoint, by their names here, belong to another primitive."""
+
     # -- what all primitives share --
 
     def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
@@ -210,6 +213,16 @@ class Primitive(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        try:
+            self.check_loaded(given)
+        except ValueError as error:
+            error_messages: list[str] = args[-1]
+            error_messages.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def scaled_gate(self) -> Tensor:

@@ -129,7 +129,7 @@ class Circuit(nn.Module):
 
     def check_loaded(self, tensors: dict[str, Tensor]) -> None:
         """Raise `ValueError` if a primitive's tensors of a checkpoint belong to another one."""
-        for name, primitive in ((primitive.name, primitive) for primitive in self.on_weight()):
+        for name, primitive in self.items():
             try:
                 start = f"{name}."
                 primitive.check_loaded({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})

@@ -26,8 +26,8 @@ from ..registry import primitive_info
 from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
-from .refusals import base_of, check_names, free_name, with_suggestion
 from .reference import complete_copy
+from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
 from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites

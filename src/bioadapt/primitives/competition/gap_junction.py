@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.frames import check_indices
 from bioadapt.registry import register_primitive
 
 
@@ -94,6 +96,9 @@ class GapJunction(Primitive):
         self.reach = min(self.reach, max(1, (self.d_out - 1) // 2))  # nobody is a neighbour from both sides
         self.conductance = nn.Parameter(torch.zeros(self.reach, self.d_out))
         self.register_buffer("order", host.normal("order of the ring", self.d_out).argsort())
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, order=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return diffusion(x, self.coupling(), self.order)

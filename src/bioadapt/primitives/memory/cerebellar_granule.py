@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
-from bioadapt.primitives.frames import positive, read_out, token_scale
+from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -103,6 +104,9 @@ class CerebellarGranule(Primitive):
         self.threshold = positive(1.28, 1)
         self.purkinje = nn.Parameter(torch.randn(self.rank, self.cells) / (self.cells / 4) ** 0.5)
         self.writer = read_out(self.d_out, self.rank)
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, wiring=self.d_in)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.corrected(x, context, x.new_ones(1))
