@@ -1,4 +1,4 @@
-"""All that a primitive of your own imports, in one line: ``from bioadapt.primitives.base import Primitive, setting``."""
+"""What a primitive of your own imports, in one line: ``from bioadapt.primitives.base import Primitive, setting``."""
 
 from .context import Context, Host
 from .local_rule import LocalRule

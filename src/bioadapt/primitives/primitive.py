@@ -7,6 +7,7 @@ the world (padding, positions, the layer's input, what was said in earlier decod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
