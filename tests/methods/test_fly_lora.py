@@ -286,7 +286,7 @@ class TestBalance:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         module.commit()
         module(x, context.replace(mask=torch.zeros(2, 7, dtype=torch.bool)))
-        assert module.forwards == 1
+        assert module.evidence is not None and not module.observed_load.any()
         module.commit()
         assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
@@ -310,9 +310,7 @@ class TestBalance:
         x, context = given(4, 7)
         whole, one, other = built(), built(), built()
         whole(x, context), one(x[:2], Context(x_in=context.x_in[:2])), other(x[2:], Context(x_in=context.x_in[2:]))
-        slots = [key for key, _ in one.named_buffers() if key.startswith("observed_") or key == "forwards"]
-        for key in slots:
-            getattr(one, key).add_(getattr(other, key)).div_(2)
+        one.evidence = one.evidence + other.evidence  # as replicas agree: `tuner.learning`
         whole.commit(), one.commit()
         assert torch.equal(one.d, whole.d) and torch.count_nonzero(one.d) > 0
         torch.testing.assert_close(one.energy_chosen / one.energy, whole.energy_chosen / whole.energy)
@@ -514,8 +512,10 @@ def test_nothing_is_observed_in_eval_under_no_grad_or_while_disabled(name):
     optimiser(model).step()
     after = state(model, name)
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    run(model)
-    assert not all(torch.equal(state(model, name)[key], value) for key, value in before.items())
+    run(model).backward()
+    optimiser(model).step()
+    after = state(model, name)
+    assert not all(torch.equal(after[key], value) for key, value in before.items() if key.endswith(" d"))
 
 
 @BOTH
@@ -565,7 +565,7 @@ def test_round_trip_is_exact(name, saved, low, tmp_path):
 def reseeded(folder, **changes) -> None:
     """Edit a saved configuration."""
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings_fingerprint": None, **changes}))
 
 
 @BOTH
@@ -631,7 +631,7 @@ def test_merging_is_refused_with_the_reason(name):
 def test_approximate_merging_puts_the_surrogate_there_and_tells_its_error(build):
     model = adapted(base=build())
     for seed in (1, 2, 3):
-        model(**tokens(seed=seed))
+        model(**tokens(seed=seed))[0].sum().backward()
         optimiser(model).step()
     layer = bio_layers(model)[0]
     primitive, weight = layer.circuits["default"]["fly_lora"], layer.site.matrix(layer.get_base_weight())
