@@ -9,7 +9,9 @@ import torch
 
 import bioadapt
 from bioadapt import build_primitive, list_primitives, primitive_info, register_primitive, registry
-from bioadapt.primitives.base import KINDS, MERGES, STAGES, ZEROS, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.names import KINDS, STAGES
+from bioadapt.primitives.primitive import MERGES, ZEROS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any, Literal
 def acetylcholine_balance(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Features move towards their own recent past as far as that has been predicting them well.
 
@@ -21,7 +21,7 @@ def antihebbian_decorrelation(
     *,
     rank: int = 8,
     rate: float = 0.1,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Latents inhibit each other as much as they have been active together, until they no longer are.
 
@@ -34,7 +34,7 @@ def antihebbian_decorrelation(
 def apical_basal(
     *,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A unit bursts if its own drive of now and a prediction from the past are both above threshold.
 
@@ -47,7 +47,7 @@ def astrocyte_gain(
     *,
     groups: int = 16,
     tau: float = 64.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """Activity summed over a territory and many tokens raises or lowers the gain of everything in it.
 
@@ -90,7 +90,7 @@ def basal_ganglia_gate(
 def bcm_threshold(
     *,
     rate: float = 0.05,
-    zero_scale: float = 16.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
@@ -103,7 +103,7 @@ def bump_attractor(
     *,
     planes: int = 2,
     units: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A vector in the plane is moved by what comes in, and a ring of cells shows its direction, not its length.
 
@@ -116,7 +116,7 @@ def bump_attractor(
 def ca1_comparator(
     *,
     rank: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """The gain falls with the similarity between the present token and those before it.
 
@@ -130,7 +130,7 @@ def cerebellar_granule(
     cells: int = 256,
     claws: int = 4,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
@@ -158,7 +158,7 @@ def complementary_fast_weights(
 def contrast_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Each group of channels is divided by how much it has been varying.
 
@@ -170,7 +170,7 @@ def contrast_adaptation(
 def cortical_column(
     *,
     width: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 
@@ -197,7 +197,7 @@ def dentate_separation(
     *,
     rank: int = 8,
     blocks: int = 16,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A latent is expanded onto many granule cells, of which only one in each block fires.
 
@@ -250,7 +250,7 @@ def efference_copy(
 def excitation_inhibition_balance(
     *,
     groups: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """In each group of units the positive and the negative half are scaled towards their geometric mean.
 
@@ -306,7 +306,7 @@ def gain_field(
 def gap_junction(
     *,
     reach: int = 2,
-    zero_scale: float = 16.0,
+    zero_scale: float = 256.0,
 ) -> dict[str, Any]:
     """Every unit moves towards its neighbours, who move towards it by the same amount.
 
@@ -318,7 +318,7 @@ def gap_junction(
 def grid_cell_code(
     *,
     scales: int = 4,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Features are steps on a plane; where their sum has led is told by grids of several scales.
 
@@ -344,7 +344,7 @@ def hebbian_trace(
 def heterosynaptic_scaling(
     *,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A low-rank change of the weights that leaves the length of every neuron's weight vector as it was.
 
@@ -356,7 +356,7 @@ def heterosynaptic_scaling(
 def homeostatic_scaling(
     *,
     rate: float = 0.05,
-    zero_scale: float = 16.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """A slow gain per channel brings every channel to the mean rate of all.
 
@@ -383,7 +383,7 @@ def intrinsic_plasticity(
     *,
     target: float = 0.2,
     rate: float = 0.02,
-    zero_scale: float = 16.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
@@ -408,7 +408,7 @@ def k_winners_take_all(
 def kv_lif(
     *,
     steps: int = 6,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 
@@ -420,7 +420,7 @@ def kv_lif(
 def lateral_inhibition(
     *,
     rank: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Each unit is reduced by a weighted sum of its neighbours' activity, down to silence.
 
@@ -446,7 +446,7 @@ def leaky_integrate_fire(
 def leaky_integrator(
     *,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Latents are averaged over the past, each with a time constant of its own.
 
@@ -471,7 +471,7 @@ def metaplasticity(
     *,
     rank: int = 8,
     hardness: float = 2.0,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
@@ -541,7 +541,7 @@ def neuro_lora(
 def nmda_branches(
     *,
     branches: int = 16,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Input synapses sit on separate dendritic branches, each with a local spike of its own.
 
@@ -566,7 +566,7 @@ def oja_subspace(
     *,
     rank: int = 8,
     rate: float = 0.05,
-    zero_scale: float = 1.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """A local rule finds the principal components of the features; each gets one learned gain.
 
@@ -599,7 +599,7 @@ def oscillatory_gating(
 def phase_coding(
     *,
     rank: int = 4,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """What drives a latent moves its phase against a clock; its amplitude never changes.
 
@@ -612,7 +612,7 @@ def place_fields(
     *,
     fields: int = 16,
     dimensions: int = 3,
-    zero_scale: float = 1.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Features are read as a place on a map, and only the cells whose field lies there answer.
 
@@ -625,7 +625,7 @@ def place_fields(
 def population_code(
     *,
     centres: int = 6,
-    zero_scale: float = 1.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 
@@ -639,7 +639,7 @@ def precision_weighted_error(
     groups: int = 16,
     tau: float = 8.0,
     tau_variance: float = 32.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """The deviation from each channel's own past is divided by how much its group has been deviating.
 
@@ -654,7 +654,7 @@ def predictive_coding(
     *,
     rank: int = 8,
     auxiliary: float = 0.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A latent trace of the past predicts the present token; what remains is the error.
 
@@ -681,7 +681,7 @@ def quadratic_dendrite(
 def resonate_and_fire(
     *,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Damped oscillators ring at periods of their own, and what rises above a threshold is passed on.
 
@@ -696,7 +696,7 @@ def san_scaling(
     mode: Literal["both", "nt", "sp"] = "both",
     propagate_detached: bool = False,
     wiring: Literal["residual", "official_vit"] | dict[str, str] = "residual",
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 
@@ -712,7 +712,7 @@ def san_scaling(
 def serotonin_horizon(
     *,
     rank: int = 4,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A bank of traces from fast to slow is read at the time constant that a slow level of the features points to.
 
@@ -725,7 +725,7 @@ def short_term_depression(
     *,
     groups: int = 32,
     tau: float = 11.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A synapse answers less and less while it is used, and recovers in silence.
 
@@ -752,7 +752,7 @@ def short_term_facilitation(
 def shunting_inhibition(
     *,
     rank: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Each unit saturates with its own drive, and the layer's input divides it further.
 
@@ -780,7 +780,7 @@ def sparse_coding(
 def spike_frequency_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 
@@ -792,7 +792,7 @@ def spike_frequency_adaptation(
 def stdp_trace(
     *,
     rank: int = 6,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """An antisymmetric memory of which latent followed which, read by the latents of the present.
 
@@ -804,7 +804,7 @@ def stdp_trace(
 def surround_suppression(
     *,
     groups: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 
@@ -817,7 +817,7 @@ def synaptic_consolidation(
     *,
     levels: int = 6,
     exchange: float = 0.25,
-    zero_scale: float = 1.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """A gain per channel whose value flows, step by step, into a chain of hidden variables, each slower than the last.
 
@@ -830,7 +830,7 @@ def synaptic_consolidation(
 def synaptic_pruning(
     *,
     threshold: float = 0.2,
-    zero_scale: float = 16.0,
+    zero_scale: float = 256.0,
 ) -> dict[str, Any]:
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
@@ -843,7 +843,7 @@ def synaptic_tagging(
     *,
     rank: int = 8,
     threshold: float = 0.001,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Changes of the weights fade back to a late phase, which follows them only where tag and protein meet.
 
@@ -856,7 +856,7 @@ def synaptic_tagging(
 def thalamic_relay(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
@@ -882,7 +882,7 @@ def travelling_wave(
 def trn_searchlight(
     *,
     groups: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Groups of channels compete, and what one of them gains in amplification the others lose.
 

@@ -31,7 +31,7 @@ _RATE = (
 )
 _DROPOUT = "no primitive shares one; fly_lora has a setting of that name"
 ELSEWHERE = {
-    "r": "the size of the population that the primitives run on is called rank; fly_lora and neuro_lora have a setting r",
+    "r": "the size of the population that primitives run on is called rank; fly_lora and neuro_lora have a setting r",
     "lora_alpha": _SCALE,
     "alpha": _SCALE,
     "use_rslora": _SCALE,
@@ -193,7 +193,7 @@ class BioConfig(PeftConfig):
             raise ValueError(f"composition={self.composition!r}: {suggest(self.composition, COMPOSITIONS)}")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(
-                f"target_modules={self.target_modules!r} names no module; None is for the sites that suit the primitives"
+                f"target_modules={self.target_modules!r} names no module; None is for sites that suit the primitives"
             )
         for entry in self.primitives if self.rank is not None else ():
             if primitive_info(entry["name"]).kind == "weight":
@@ -242,11 +242,9 @@ class BioConfig(PeftConfig):
 
     def _repr_html_(self) -> str:
         """The same as a table, for notebooks."""
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(repr(value))}</td></tr>"
-            for name, value in self._given()
-        )
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+        rows = (f"<tr><th>{name}</th><td>{html.escape(repr(value))}</td></tr>" for name, value in self._given())
+        table = f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
+        return f"<div style='text-align: left'>{table}</div>"
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         """The primitives, and each field that differs from its default, in order."""

@@ -34,9 +34,10 @@ from .evaluation import Evaluation, Interval, Task, compare, load_task, paired_i
 from .evaluation.arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .evaluation.picture import draw
 from .evaluation.protocol import DEFAULT_ARMS
-from .evaluation.tasks import DEFAULT_TASK, Overlap
+from .evaluation.tasks import Overlap
 from .evaluation.tasks.api_search import VALIDATION_LIBRARIES
-from .evaluation.training import DEFAULT_MODEL, History, Schedule, fit, load_encoder, load_stack, transformer_of
+from .evaluation.training import History, Schedule, fit, load_encoder, load_stack, transformer_of
+from .settings import DEFAULT_TASK, PRIMITIVES, DemoSettings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,31 +52,7 @@ _FOLDERS = {
     if ARMS[name].over in ("", "bio")
 }
 
-# Chosen by the score on the validation library of the API search (networkx), never on the test library: the primitives
-# among single ones and groups of them, which hardly differed. To compare others, give them on the command line and read
-# "validation" in results.json.
-PRIMITIVES = ("lateral_inhibition", "predictive_coding")
-EPOCHS = 1.0
 LEARNING_RATES = (1e-3, 3e-3)
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What to run. ``learning_rate`` is that of the LoRAs, ``bio_learning_rate`` that of the arms with something over
-    or beside a LoRA; what is not given is chosen from `LEARNING_RATES` by the validation rows, for each arm."""
-
-    task: str = DEFAULT_TASK
-    data_dir: str | None = None
-    model: str = DEFAULT_MODEL
-    output: str = "demo_output"
-    seed: int = 0
-    epochs: float = EPOCHS
-    learning_rate: float | None = None
-    bio_learning_rate: float | None = None
-    batch_size: int = 64
-    primitives: tuple[str, ...] = PRIMITIVES
-    limit: int | None = None
-    device: str | None = None
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The published methods as ready configurations, in the shape that PEFT's users know.
 
 Each function returns a plain `BioConfig` with one primitive, saves as such and loads as such. It takes every setting of
-the primitive and every other field of `BioConfig` by keyword; for editors and type checkers they stand in ``ready.pyi``,
-which ``make stubs`` writes.
+the primitive and every other field of `BioConfig` by keyword. For editors and type checkers they stand in
+``ready.pyi``, which ``make stubs`` writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Targets = list[str] | set[str] | str | None
 
 
 def _with_settings_of(name: str) -> Callable[[F], F]:
-    """Give a function's signature the settings of a primitive and the fields of `BioConfig` that ``more`` stands for."""
+    """Show in a function's signature what ``more`` stands for: a primitive's settings and the fields of `BioConfig`."""
 
     def decorate(function: F) -> F:
         own = list(inspect.signature(function).parameters.values())[:-1]

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from ._words import suggest
 from .primitives.base import Host, LocalRule, OnWeight, Primitive, Setting
-from .primitives.primitive import KINDS, MERGES, STAGES, ZEROS
+from .primitives.names import KINDS, STAGES, check_filter
+from .primitives.primitive import MERGES, ZEROS
 
 ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
@@ -164,11 +165,7 @@ def list_primitives(pattern: str = "*", stage: str | None = None, kind: str | No
     Raises:
         ValueError: an unknown stage or kind, or one of them as the pattern.
     """
-    for field, value, accepted in (("stage", stage, STAGES), ("kind", kind, KINDS)):
-        if value is not None and value not in accepted:
-            raise ValueError(f"unknown {field} {value!r}; {suggest(value, accepted)}")
-        if pattern in accepted:
-            raise ValueError(f"no primitive is called {pattern!r}, which is a {field}: {field}={pattern!r}")
+    check_filter(pattern, stage, kind)
     _load()
     return sorted(
         name

@@ -24,61 +24,21 @@ from rich.table import Table
 from .. import BioConfig
 from .._extras import require
 from .._words import suggest
-from .arms import LORA, LORA_EQUAL, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
+from ..settings import DEFAULT_TASK, EvaluationSettings
+from .arms import STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
 from .report import write_report
 from .statistics import Evaluation, better
-from .tasks import DEFAULT_TASK, DIGITS, Overlap, Task, list_tasks, load_task
+from .tasks import DIGITS, Overlap, Task, list_tasks, load_task
 from .tasks.files import read_overlap
 from .training import Diverged, History, Schedule, calm, fit, load_stack, transformer_of
 
 ALL = "all"
-DEFAULT_ARMS = (ZERO_SHOT, LORA, LORA_EQUAL, STACK, "lora+placebo")
 _VALIDATION_SHARE, _MOST_VALIDATION = 0.1, 500
 _TUNING_SEED = 0
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to evaluate, and how; every field is an option of ``bioadapt evaluate``."""
-
-    task: tuple[str, ...] = field(default=(DEFAULT_TASK,), metadata={"help": "Names of tasks, or all of --data-dir."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of NAME/{train,dev,test}.tsv.gz or .npz files; the hub, if not given."}
-    )
-    model: str = field(
-        default="minilm",
-        metadata={"help": "minilm, a name on the hub, a path, or small-vit, small-convnet, small-lm."},
-    )
-    arms: tuple[str, ...] = field(default=DEFAULT_ARMS, metadata={"help": "What is compared."})
-    seeds: int = field(default=5, metadata={"help": "Seeds of training on which every arm is tested."})
-    primitives: tuple[str, ...] = field(
-        default=("lateral_inhibition", "predictive_coding"), metadata={"help": "Of the bio adapter."}
-    )
-    bio_rank: int | None = field(default=None, metadata={"help": "Rank of its population; full width, if not given."})
-    bio_config: str | None = field(
-        default=None, metadata={"help": "Folder or file of an adapter_config.json, in place of --primitives."}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Of the LoRA that is not of equal size."})
-    layers: int | None = field(default=None, metadata={"help": "Adapt so many upper blocks alone; all, if not given."})
-    adapters: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "Folders of saved adapters to load first, the lowest one first; they stay frozen."},
-    )
-    rates: tuple[float, ...] = field(
-        default=(5e-4, 2e-3, 8e-3), metadata={"help": "Learning rates that each arm's is chosen from."}
-    )
-    epochs: float = field(default=1.0, metadata={"help": "Passes through the training rows."})
-    batch_size: int = field(default=32, metadata={"help": "Rows per training step."})
-    train_rows: int | None = field(default=None, metadata={"help": "At most so many training rows."})
-    train_on: str | None = field(
-        default=None, metadata={"help": "A set whose training and validation rows serve tasks that have none."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "About so many rows per split, for a quick look."})
-    output: str = field(default="evaluation_output", metadata={"help": "Where cells and results go."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, mps; the fastest there is, if not given."})
 
 
 # What another call on the same folder may change: it adds cells, and makes none of the old ones something else.

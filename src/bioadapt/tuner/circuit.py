@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..config import BioConfig
 from ..primitives.base import Context, Host, OnWeight, Primitive
 from ..primitives.frames import read_in, read_out
-from ..primitives.primitive import STAGES, autocast_off
+from ..primitives.names import STAGES
+from ..primitives.primitive import autocast_off
 from ..registry import build_primitive
 from .sites import Site
 
