@@ -15,7 +15,8 @@ def adapted(*primitives):
     torch.manual_seed(0)
     model = BertModel(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SIZES))
     targets = ["0.output.dense", "0.attention.output.dense"]
-    return get_peft_model(model, BioConfig(primitives=list(primitives), target_modules=targets, init_weights=False)).train()
+    config = BioConfig(primitives=list(primitives), target_modules=targets, init_weights=False)
+    return get_peft_model(model, config).train()
 
 
 def state(model):
@@ -66,7 +67,7 @@ def trained(skipping, bad):
     model = adapted(*LOCAL)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for x in [GOOD[0], *([] if bad is None else [bad]), GOOD[1]]:
-        skipping(model, optimizer, model(inputs_embeds=x).last_hidden_state.square().mean(), x is bad)
+        skipping(model, optimizer, model(inputs_embeds=x).last_hidden_state.pow(3).mean(), x is bad)
     return state(model)
 
 
@@ -94,7 +95,7 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(fused):
         model = adapted(*LOCAL)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
         for x, skip in [(GOOD[0], False), *([] if bad is None else [(bad, True)]), (GOOD[1], False)]:
-            loss = model(inputs_embeds=x).last_hidden_state.square().mean()
+            loss = model(inputs_embeds=x).last_hidden_state.pow(3).mean()
             scaler.scale(loss * torch.inf if skip else loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -154,7 +155,7 @@ def test_the_callback_does_not_commit_a_step_that_was_skipped(tmp_path, callback
             self.model = model
 
         def forward(self, inputs_embeds):
-            return {"loss": self.model(inputs_embeds=inputs_embeds).last_hidden_state.square().mean()}
+            return {"loss": self.model(inputs_embeds=inputs_embeds).last_hidden_state.pow(3).mean()}
 
     found = []
     for skip in (1, None):
@@ -165,7 +166,7 @@ def test_the_callback_does_not_commit_a_step_that_was_skipped(tmp_path, callback
             save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.0,
         )  # fmt: skip
         trainer = Trainer(WithLoss(model), args, train_dataset=[{"inputs_embeds": x} for x in batches])
-        trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        trainer._get_train_sampler = lambda rows: torch.utils.data.SequentialSampler(rows)
         trainer.add_callback(SkipsTheStep(skip))
         if callback:
             trainer.add_callback(BioTrainerCallback())

@@ -26,12 +26,13 @@ class Together:
         factor: what multiplies the gradients of their terms, once that is known.
         begun: whether gradients have come, so that a later forward belongs to others.
         asked: whether the value of their terms is part of a loss, so that the factor will come with its gradient.
+        assumed: whether they ran again before that, so that 1 had to be taken for it.
     """
 
     def __init__(self) -> None:
         self.forwards: list[weakref.ref[Forward]] = []
         self.factor: Number | None = None
-        self.begun = self.asked = False
+        self.begun = self.asked = self.assumed = False
 
     def alive(self) -> list[Forward]:
         return [forward for ref in self.forwards if (forward := ref()) is not None]
@@ -71,11 +72,9 @@ class Forward:
 
     def __init__(self, tokens: Number, together: Together) -> None:
         self.tokens, self.together = tokens, together
-        self.terms: list[Tensor] = []
+        self.terms: list[weakref.ref[Tensor]] = []  # their graphs lead back to here
         self.values: list[Tensor] = []
 
-    def take(self, term: Tensor) -> None:
-        (self.terms if term.requires_grad else self.values).append(term)
 
     def share(self) -> Number:
         return self.tokens / self.together.tokens()
@@ -87,7 +86,7 @@ class Forward:
 
     def collected(self) -> list[Tensor]:
         """What its terms add to the loss."""
-        terms = [self.share() * term for term in self.terms]
+        terms = [self.share() * term for ref in self.terms if (term := ref()) is not None]
         return [*terms, *(self.together.promised(self.share() * value) for value in self.values)]
 
 
@@ -114,6 +113,7 @@ class Terms:
         self._together = Together()
         self._foreseen: Foreseen | None = None
         self._compiled: list[Tensor] = []
+        self._latest: list[Tensor] = []
 
     def brought_in(self, features: Tensor, losses: list[Tensor] | None, around: Surroundings) -> Tensor:
         """The same features; with their gradient come those of the terms, unless these wait to be collected."""
@@ -130,15 +130,23 @@ class Terms:
         if forward is None:
             forward = around.terms = self._begin(around)
         if around.live and not (isinstance(forward.together, Foreseen) or self.factor is not None):
-            forward.take(term)
-            return _Keeping.apply(features, forward) if torch.is_grad_enabled() else features
+            return self._kept(features, term, forward)
         if not torch.is_grad_enabled():
             if isinstance(forward.together, Foreseen):
                 forward.together.take(forward, term)
             return features
         if forward.together.asked and forward.together.factor is None:
-            raise RuntimeError("call auxiliary_loss(model) after the loss: its gradient has to come before the loss's")
+            forward.together.factor, forward.together.assumed = 1.0, True
         return features if forward.together.factor is None else _WithGradientOf.apply(features, term, forward)
+
+    def _kept(self, features: Tensor, term: Tensor, forward: Forward) -> Tensor:
+        """The same features, whose graph keeps the term for `collect`; of the last forward, so does this object."""
+        if not term.requires_grad:
+            forward.values.append(term)
+            return features
+        forward.terms.append(weakref.ref(term))
+        self._latest.append(term)
+        return _Keeping.apply(features, (forward, term), weakref.ref(self))
 
     def _begin(self, around: Surroundings) -> Forward:
         tokens: Number = 1.0
@@ -158,6 +166,7 @@ class Terms:
         if self._together.begun:
             self._together = Together()
         self._foreseen, self._together.factor = None, self.factor
+        self._latest = []
         forward = Forward(tokens, self._together)
         self._together.forwards = [weakref.ref(other) for other in (*self._together.alive(), forward)]
         return forward
@@ -169,20 +178,24 @@ class Terms:
         terms = [term for forward in together.alive() for term in forward.collected()]
         if not terms and self._foreseen is not None and not self._foreseen.begun:
             terms = [self._foreseen.promised(self._foreseen.value())]
+        self._latest = []
         return compiled + terms
 
 
 class _Keeping(torch.autograd.Function):
-    """Passes features through; the forward lives as long as their graph."""
+    """Passes features through; what is kept lives as long as their graph."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, forward: Forward) -> Tensor:
-        ctx.forward_of_stack = forward
+    def forward(ctx: Any, features: Tensor, kept: Any, owner: weakref.ref[Terms]) -> Tensor:
+        ctx.kept, ctx.owner = kept, owner
         return features.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        owner = ctx.owner()
+        if owner is not None:
+            owner._latest = []
+        return grad, None, None
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -209,5 +222,10 @@ class _Promise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        if ctx.together.assumed and grad.item() != 1.0:
+            raise RuntimeError(
+                f"the loss takes auxiliary_loss(model) times {grad.item():.4g}, but under gradient caching that came "
+                "too late to be heeded: add it to the loss as it is, or train with BioTrainerCallback"
+            )
         ctx.together.factor = grad
         return None, None, None

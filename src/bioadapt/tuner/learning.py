@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .layer import BioLayer
 
 _live: weakref.WeakSet[Learning] = weakref.WeakSet()
-_inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # what another optimiser steps within a step of its own
 _count = itertools.count()
 
 
@@ -60,13 +60,14 @@ class Learning:
         """A training forward of the stack begins."""
         if torch.compiler.is_compiling():
             return
+        _steps.running.clear()  # of steps that have failed
         for rule in self._all_rules():
             _check_reachable(rule)
             rule.sharded = [p for p in rule.parameters() if hasattr(p, "full_tensor")] or rule.sharded
         if dist.is_available() and dist.is_initialized():
             wrapper = DistributedDataParallel._active_ddp_module
             self.wrapper = None if wrapper is None else weakref.ref(wrapper)
-        # Where an optimiser holds only part of a rule's parameters, the next forward alone tells that it is time.
+        # Where the optimiser holds but a part of a rule's parameters, only the next forward tells that it is time.
         commit([(self, rule) for rule in self.rules() if rule.stepped and not rule.announced])
 
     def replicas(self, rule: LocalRule) -> tuple[dist.ProcessGroup, ...]:
@@ -105,38 +106,38 @@ def _kept_elsewhere(parameter: Tensor) -> bool:
 # -- the steps of optimisers --
 
 
+class _Steps(threading.local):
+    """The optimisers whose steps are running, the outer before the inner one."""
+
+    def __init__(self) -> None:
+        self.running: list[int] = []
+
+
+_steps = _Steps()
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _inner.update(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    _steps.running.append(id(optimizer))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _inner:
-        return
+    running = _steps.running
+    while running and running.pop() != id(optimizer):
+        pass
     updated: set[int] = set()
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimiser is told to step, and skips by itself
     ready: list[tuple[Learning, LocalRule]] = []
-    for learning in _in_order():
+    for learning in sorted(_live, key=lambda learning: learning.number):
         for rule in learning.rules():
-            updated = updated or _parameters_of(optimizer)
+            updated = updated or {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             own = {id(parameter) for parameter in rule.parameters() if parameter.requires_grad}
-            if not own & updated:
-                continue
-            if skipped is not None and rule.evidence is not None:
-                rule.evidence = torch.where(skipped.to(rule.evidence.device) > 0, torch.nan, rule.evidence)
-            rule.stepped |= own & updated
-            if own <= rule.stepped:  # of several optimisers, the last one
+            if own & updated:
+                rule.stepped |= own & updated
+                if skipped is not None and rule.evidence is not None:
+                    rule.evidence = torch.where(skipped.to(rule.evidence.device) > 0, torch.nan, rule.evidence)
+            if own <= rule.stepped and not running:  # after the last of several optimisers, the outer of nested ones
                 ready.append((learning, rule))
     commit(ready)
-
-
-def _in_order() -> list[Learning]:
-    return sorted(_live, key=lambda learning: learning.number)
-
-
-def _parameters_of(optimizer: Optimizer) -> set[int]:
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
-    groups = (group for each in (optimizer, *inner) for group in each.param_groups)
-    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def commit(rules: Iterable[tuple[Learning, LocalRule]]) -> None:
@@ -178,9 +179,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     A term of the first kind is a mean over the real tokens of all these forwards, a term of the second kind one over
     the sites of its primitive. Without any term the sum is 0.
 
-    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``, in this
-    order. Micro-batches whose losses you weigh, weigh it likewise. With `transformers.Trainer` pass
-    `BioTrainerCallback` instead. Weights are part of the terms: they are settings of the primitives.
+    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``.
+    Micro-batches whose losses you weigh, weigh it likewise. With `transformers.Trainer` pass `BioTrainerCallback`
+    instead. Weights are part of the terms: they are settings of the primitives.
 
     Returns:
         A scalar on the device of the model, with a graph if there are terms.
