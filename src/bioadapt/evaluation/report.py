@@ -40,8 +40,9 @@ def write_report(
         f"<h1>{_text(comparison.candidate)}, compared fairly</h1>",
         *(f'<p class="verdict">{_text(sentence)}</p>' for sentence in comparison.sentences),
         forest(comparison),
-        "<p>Dots are means over seeds, bars 95 % intervals over seeds and test rows (of the mean over tasks: over "
-        "tasks, too). Green and red are wins and losses after Holm's correction for the number of tasks; grey is a tie.</p>",
+        "<p>Dots are means over seeds, bars 95 % intervals over seeds and test rows, and for a mean over tasks "
+        "over those, too. Green and red are wins and losses after Holm's correction for the number of tasks; grey is "
+        "a tie.</p>",
         *(_differences(comparison.candidate, rivalry) for rivalry in comparison.rivalries),
         "<h2>Every arm</h2>",
         _arms(cells),
