@@ -1,4 +1,4 @@
-"""Objectives without any training, for the tests of what runs a study; importable, so that fresh processes can."""
+"""Objectives without any training, and what else fresh processes run in the tests; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import optuna
@@ -81,3 +83,70 @@ class FakeObjective:
         report(1, value_of(params) / 2)
         time.sleep(self.seconds / 2)
         return value_of(params)
+
+
+class Unusable(FakeObjective):
+    """Loads everywhere; no worker can begin with it."""
+
+    @property
+    def features(self):
+        raise LookupError("no features")
+
+
+class Holding(FakeObjective):
+    """Has what cannot be copied into another process."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Nowhere(FakeObjective):
+    """Loads in no other process."""
+
+    def __reduce__(self):
+        return (import_module, ("nowhere",))
+
+
+def echo(argument, report):
+    """What a child runs here: the argument says what."""
+    if argument == "raise":
+        raise ValueError("no  such\nthing")
+    if argument == "memory":
+        raise MemoryError
+    if argument == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if argument == "exit":
+        os.write(2, b"the last words\n")
+        os._exit(3)
+    if argument == "hang":
+        time.sleep(600)
+    if argument == "report":
+        for step in range(100):
+            report(step, step / 2)
+    return os.getpid()
+
+
+class Unimportable:
+    """A target that no other process can load."""
+
+    def __call__(self, argument, report):
+        return argument
+
+    def __reduce__(self):
+        return (import_module, ("nowhere",))
+
+
+def tidy_up_later(path, report):
+    """Leaves a file when its process ends in order."""
+    Finalize(None, path.touch, exitpriority=0)
+
+
+def work_or_end(wanted):
+    """As the runner's own worker processes: SIGTERM is an orderly end."""
+    from bioadapt.search.study.isolation import packed, processes
+    from bioadapt.search.study.runner import _worker
+
+    here, there = processes().Pipe()
+    with here, there:
+        _worker(packed(wanted), there)

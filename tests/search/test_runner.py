@@ -6,11 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from importlib import import_module
-from multiprocessing.util import Finalize
 
 import numpy as np
 import pytest
@@ -22,34 +18,25 @@ pytest.importorskip("psutil")
 import optuna
 from optuna.trial import TrialState
 from search.conftest import until
-from search.fake_objective import FakeObjective, value_of
+from search.fake_objective import (
+    FakeObjective,
+    Holding,
+    Nowhere,
+    Unimportable,
+    Unusable,
+    echo,
+    tidy_up_later,
+    value_of,
+    work_or_end,
+)
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
 from bioadapt.search.contest import finale
 from bioadapt.search.settings import budget
 from bioadapt.search.study import Child, Failed, Job, NotFound, Stopped, prepare, run_study, runner
-from bioadapt.search.study.isolation import packed, processes
+from bioadapt.search.study.isolation import processes
 from bioadapt.search.study.progress import progress
 from bioadapt.search.study.tickets import DIED, count_tickets
-
-
-def echo(argument, report):
-    """What a child runs here: the argument says what."""
-    if argument == "raise":
-        raise ValueError("no  such\nthing")
-    if argument == "memory":
-        raise MemoryError
-    if argument == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if argument == "exit":
-        os.write(2, b"the last words\n")
-        os._exit(3)
-    if argument == "hang":
-        time.sleep(600)
-    if argument == "report":
-        for step in range(100):
-            report(step, step / 2)
-    return os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +60,6 @@ def test_whatever_happens_in_the_child_is_a_reason_in_words(child, argument, sai
     with pytest.raises(Failed, match=said):
         child.call(argument, timeout=0.2 if argument == "hang" else 60)
     assert (child.call("pid") == before) == survives
-
-
-class Unimportable:
-    """A target that no other process can load."""
-
-    def __call__(self, argument, report):
-        return argument
-
-    def __reduce__(self):
-        return (import_module, ("nowhere",))
-
-
-def tidy_up_later(path, report):
-    Finalize(None, path.touch, exitpriority=0)
 
 
 def test_an_idle_child_tidies_up(tmp_path):
@@ -175,14 +148,6 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
     assert again.state == TrialState.COMPLETE and again.params == {"a": 0, "b": 2, "c": 1}
 
 
-class Unusable(FakeObjective):
-    """Loads everywhere; no worker can begin with it."""
-
-    @property
-    def features(self):
-        raise LookupError("no features")
-
-
 def test_workers_that_all_die_are_not_replaced_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_PAUSE", 0.01)
     monkeypatch.setattr(runner, "DEATHS", 1)
@@ -223,18 +188,12 @@ def test_what_a_notebook_defines_travels_by_value(tmp_path):
     assert done.stdout.splitlines() == ["['COMPLETE', 'COMPLETE', 'COMPLETE'] True"] * 2, done.stderr
 
 
-class Holding(FakeObjective):
-    def __init__(self):
-        super().__init__()
-        self.lock = threading.Lock()
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("objective", "error", "said"),
     [
         (Holding, ValueError, "cannot be sent to another process: cannot pickle '_thread.lock'.*has to make itself"),
-        (lambda: Nowhere(), RuntimeError, "does not load in another process: ModuleNotFoundError: .*nowhere"),
+        (Nowhere, RuntimeError, "does not load in another process: ModuleNotFoundError: .*nowhere"),
     ],
     ids=["cannot be sent", "does not load"],
 )
@@ -243,11 +202,6 @@ def test_an_objective_that_cannot_travel_is_refused_before_any_trial(tmp_path, w
     with pytest.raises(error, match=said):
         run_study(job(tmp_path, objective()), workers)
     assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 2
-
-
-class Nowhere(FakeObjective):
-    def __reduce__(self):
-        return (import_module, ("nowhere",))
 
 
 def test_a_full_disk_ends_a_study_in_a_line(tmp_path, monkeypatch):
@@ -305,15 +259,6 @@ def test_a_worker_that_dies_in_mid_trial_loses_that_trial_alone(tmp_path, sign):
     assert failed.user_attrs["failure"] == ("worker died" if sign == signal.SIGKILL else "interrupted")
     (again,) = [trial for trial in study.trials if trial.system_attrs.get("retry_history")]
     assert again.params == failed.params == {"a": 3, "b": 2, "c": 1}
-
-
-def work_or_end(wanted):
-    """As the runner's own worker processes: SIGTERM is an orderly end."""
-    from bioadapt.search.study.runner import _worker
-
-    here, there = processes().Pipe()
-    with here, there:
-        _worker(packed(wanted), there)
 
 
 def alive(pid):
