@@ -16,13 +16,13 @@ from ..primitives.base import Context, Host, Primitive
 from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
 from .circuit import Circuit
-from .merging import Merging, Original
+from .merging import MergeableLayer, Original
 from .scope import Scope, Surroundings
 from .sharding import check_whole, refusal_of_shards
 from .sites import Layout, Site, describe
 
 
-class BioLayer(Merging):
+class BioLayer(MergeableLayer):
     """Wraps a layer, plain or already adapted by another PEFT method, and adds the change its circuits compute.
 
     Args:

@@ -30,7 +30,7 @@ class Original:
     state: Any  # of a quantised layer: what its forward computes with, beside the weight
 
 
-class Merging(Transparent, BaseTunerLayer):
+class MergeableLayer(Transparent, BaseTunerLayer):
     """What a layer with circuits knows about its weight.
 
     A subclass sets the attributes below; ``circuits`` are its adapters by name.
