@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -109,6 +110,72 @@ def test_gradients_are_those_of_the_change(name):
         return torch.func.functional_call(module, replaced, (x, Context(x_in=v)))
 
     assert torch.autograd.gradcheck(change, (v, *parameters.values()))
+
+
+@BOTH
+def test_half_precision_chooses_what_full_precision_chooses(name):
+    """A layer in bf16 without autocast: what comes in is rounded, scores are not."""
+    module = built(name, n=256, r=32, k=8)
+    v = torch.randn(64, 32, 256).bfloat16()
+    module.d.normal_(std=1e-3)
+    seen = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        own = copy.deepcopy(module).to(dtype)
+        own.winners = lambda y, context, dtype=dtype, choose=own.winners: seen.setdefault(dtype, choose(y, context))
+        x = v.to(dtype).requires_grad_()
+        own(torch.zeros(64, 32, M, dtype=dtype), Context(x_in=x)).float().square().sum().backward()
+        seen[dtype] = seen[dtype].sort(-1).values, own.B.grad.double()
+    (half, on_b), (full, expected), (exact, _) = (seen[d] for d in (torch.bfloat16, torch.float32, torch.float64))
+    if name == "fly_lora":  # the other one's gain comes from a matrix that is in half precision itself
+        assert torch.equal(half, full)
+        assert (on_b - expected).norm() < 8e-3 * expected.norm()
+    assert (full == exact).float().mean() > 0.999
+
+
+class TestPerForward:
+    def test_every_training_forward_moves_the_excitability_once(self):
+        module, once = built(per_forward=True), built()
+        for _ in range(3):
+            x, context = given(4, 16)
+            load, before = counts(module, context.x_in), module.d.clone()
+            module(x, context)
+            torch.testing.assert_close(module.d - before, 1e-3 * torch.sign(load.mean() - load))
+            module(x, context).sum().backward()
+        moved = module.d.clone()
+        module.commit()
+        assert torch.equal(module.d, moved)
+        x, context = given(4, 16)
+        once(x, context)
+        assert not once.d.any()
+
+    def test_neither_eval_nor_unobserved_forwards_move_it(self):
+        module, (x, context) = built(per_forward=True), given(4, 16)
+        module.eval()(x, context)
+        with torch.no_grad():
+            module.train()(x, context.replace(observing=False))
+        module.requires_grad_(False)(x, context)
+        assert not module.d.any()
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_is_refused(self, reentrant):
+        model = get_peft_model(bert(), awake([{"name": "fly_lora", "per_forward": True}])).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        with pytest.raises(RuntimeError, match="per_forward=True.*without gradient checkpointing"):
+            model(**tokens()).last_hidden_state.sum().backward()
+
+    def test_it_balances_the_load_as_fast_as_a_rate_that_is_as_many_times_larger(self):
+        """Four forwards a step move the excitability four times; about as far goes a rate four times as large."""
+        v, distance = torch.randn(1, N) + 0.5 * torch.randn(64, N), {}
+        for name, settings in (("each", {"per_forward": True}), ("step", {}), ("larger", {"rate": 4e-3})):
+            module = built(**settings)
+            for _ in range(10):
+                for part in v.split(16):
+                    module(torch.zeros(1, 16, M), Context(x_in=part[None])).sum().backward()
+                module.commit()
+            distance[name] = module.d.norm().item()
+        assert distance["each"] > 2 * distance["step"]
+        assert distance["each"] == pytest.approx(distance["larger"], rel=0.4)
 
 
 class TestProjection:

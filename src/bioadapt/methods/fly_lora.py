@@ -34,6 +34,22 @@ class _Linear(torch.autograd.Function):
         return on_x, on_matrix
 
 
+class _Projection(torch.autograd.Function):
+    """Keeps the matrix alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        ctx.dtype = x.dtype
+        full = in_full(x)
+        return full @ matrix.to(full.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        return (grad @ matrix.to(grad.dtype)).to(ctx.dtype), None
+
+
 class _Chosen(torch.autograd.Function):
     """Keeps the indices alone, in as few bytes as they come."""
 
@@ -74,6 +90,14 @@ class _Readout(torch.autograd.Function):
 def linear(x: Tensor, matrix: Tensor) -> Tensor:
     """x matrix^T in the dtype of x: x (..., n), matrix (r, n) of any dtype -> (..., r)."""
     return _Linear.apply(x, matrix)
+
+
+def projection(x: Tensor, matrix: Tensor) -> Tensor:
+    """x matrix^T in fp32 at least: x (..., n), frozen matrix (r, n) -> (..., r).
+
+    In half precision a few of a hundred tokens would choose other units.
+    """
+    return _Projection.apply(x, matrix)
 
 
 def chosen(y: Tensor, index: Tensor | None) -> Tensor:
@@ -151,10 +175,13 @@ class FlyLora(LocalRule, OnWeight):
 
     Deviations: the paper's equation ranks the signed y + d, its text magnitudes; the text is followed, and
     ``score="signed"`` is the equation. The gradient reaches v through the adapter, which the authors' code cuts off
-    (``detach_input=True`` does as well). d moves once per step of the optimiser, not in every forward. With k < r the
-    map is not linear, so merging B A is not exact; what an approximate merge puts in its place scales each unit by the
-    share of its energy that was chosen, pi_i = E[1(i in S) y_i^2] / E[y_i^2], which for uncorrelated y_i is the linear
-    map of least squared error.
+    (``detach_input=True`` does as well). d moves by ``rate`` once per step of the optimiser. The authors' code moves it
+    in every forward, also where checkpointing repeats one: in their recipe, 16 batches of 8 samples a step, each run
+    twice, 32 times a step, so that ``rate=0.032`` lets it go as far here. ``per_forward=True`` moves it in every
+    training forward, each replica its own, and refuses gradient checkpointing. With k < r the map is not linear, so
+    merging B A is not exact; what an approximate merge puts in its place scales each unit by the share of its energy
+    that was chosen, pi_i = E[1(i in S) y_i^2] / E[y_i^2], which for uncorrelated y_i is the linear map of least squared
+    error.
     """
 
     any_dtype: ClassVar[bool] = True
@@ -170,6 +197,7 @@ class FlyLora(LocalRule, OnWeight):
     score: str = setting("magnitude", choices=("magnitude", "signed"), meaning="what units compete by: |y| or y")
     projection: str = setting("gaussian", choices=("gaussian", "rademacher"), meaning="the entries of A")
     rate: float = setting(1e-3, low=0.0, high=1.0, meaning="step of the excitability d that balances the load")
+    per_forward: bool = setting(False, meaning="whether d moves in every training forward, not once per optimiser step")
     dropout: float = setting(0.0, low=0.0, high=0.9, meaning="dropout of the layer's input, in training")
     detach_input: bool = setting(False, meaning="whether no gradient reaches the layer's input through the adapter")
     save_projection: bool = setting(False, meaning="whether A is saved, instead of being drawn again from the seed")
@@ -210,11 +238,11 @@ class FlyLora(LocalRule, OnWeight):
         v = context.x_in.detach() if self.detach_input else context.x_in
         if self.dropout and self.training:
             v = dropout(v, self.dropout)
-        values, index = self.compete(v, linear(v, self.A), context)
-        return readout(values, index, self.B, self.scale)
+        values, index = self.compete(v, projection(v, self.A), context)
+        return readout(values.to(v.dtype), index, self.B, self.scale)
 
     def compete(self, v: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Input v (B, T, n), projection y (B, T, blocks r) -> values (B, T, blocks, k) and their indices.
+        """Input v (B, T, n), projection y (B, T, blocks r) in fp32 -> values (B, T, blocks, k) and their indices.
 
         The indices are None, and the values (B, T, r), where all units write.
         """
@@ -225,15 +253,33 @@ class FlyLora(LocalRule, OnWeight):
         """Local indices of the k units of each block that write, (B, T, blocks, k), observed for the local rules."""
         if self.k == self.r:
             return None
-        y = in_full(y)
         score = (y.abs() if self.score == "magnitude" else y) + self.d
         # Indices, not a comparison with the k-th score, so that ties cannot change k.
         index = score.unflatten(-1, (self.blocks, self.r)).topk(self.k, dim=-1, sorted=False).indices
         if self.training and context.observing:
-            self.observe(context, **self.statistics(y, index, context.mask))
+            statistics = self.statistics(y, index, context.mask)
+            self.observe(context, **statistics)
+            if self.per_forward and self._is_trained():
+                self._refuse_repetition()
+                self.balance(statistics["load"])
         return index.to(torch.uint8 if self.r <= 256 else torch.int16)
 
     # -- local rules --
+
+    def _refuse_repetition(self) -> None:
+        if torch._C._current_graph_task_id() >= 0:  # a forward within a backward
+            raise RuntimeError(
+                f"{self.name} with per_forward=True has moved its excitability since the forward that gradient "
+                "checkpointing repeats here, which would now choose other units: use per_forward=False, or train "
+                "without gradient checkpointing"
+            )
+
+    def balance(self, load: Tensor) -> None:
+        """Make units that were chosen less often than the mean more excitable, and the others less.
+
+        Loads that are alike, as those of no token, or no numbers, move nothing.
+        """
+        self.d.add_(self.rate * torch.sign(load.mean() - load).nan_to_num(0.0))
 
     def statistics(self, y: Tensor, index: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Of the real tokens: how many chose each unit, and what `weight_delta` needs to know."""
@@ -263,7 +309,8 @@ class FlyLora(LocalRule, OnWeight):
     def learn(self, fresh: Tensor) -> None:
         load = self.observed_load
         fresh = fresh * (load.sum() > 0)
-        self.d.add_(fresh * self.rate * torch.sign(load.mean() - load))
+        if not self.per_forward:
+            self.balance(load)
         if self.approximates:
             self.steps.add_(fresh)
             newest = fresh * (1 / self.steps.clamp(min=1)).clamp(min=AVERAGING)

@@ -64,7 +64,9 @@ class SynapticPruning(OnWeight):
     dendritic integration, arXiv:2508.21566.
 
     Shapes: v (B, T, n) -> (B, T, d); t and a are (d,). A copy of the layer's weight in fp32 is kept, though not saved:
-    the weight itself may be quantised, or hold for a while what an adapter beneath was merged into.
+    the weight itself may be quantised, or hold for a while what an adapter beneath was merged into. What is weak goes
+    by the weight of the plain layer at the time of injection: over a base into which a LoRA has been merged, that
+    weight holds the LoRA, and the same thresholds make another function than over the base with the LoRA beside it.
     """
 
     threshold: float = setting(0.2, low=0.001, high=10.0, meaning="threshold at birth, in means of |W| of its row")

@@ -135,7 +135,9 @@ class CorticalColumn(Primitive):
 
     Equation: in two sweeps from g = 0, l4 = [W_4 u]_+ / (1 + g); e = [W_23 l4]_+;
     l23 = e^2 / (e + 2 kappa mean(e) + 1e-4); l5 = [W_5 l23 + k l4]_+; g = w_6 l5; delta = s W_o l5, with each
-    W = I + 0.3 N / sqrt(w), w_6 = 0.5 / w positive, kappa = 1 positive and k = 0.5 at birth.
+    W = I + 0.3 N / sqrt(w), w_6 = 0.5 / w positive, kappa = 1 positive and k = 0.5 at birth. All steps are homogeneous
+    but for the 1e-4, so that the second sweep is the first one divided by 1 + g to within that: what the loop adds is
+    the divisive gain of layer 6, and no other winners.
 
     Reference: Douglas and Martin 2004, Neuronal circuits of the neocortex, Annu Rev Neurosci; Bastos et al. 2012,
     Canonical microcircuits for predictive coding, Neuron.

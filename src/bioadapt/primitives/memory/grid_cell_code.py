@@ -29,7 +29,8 @@ class GridCellCode(Latent):
     4 offsets; delta = s U g. At birth lambda_m = 4 1.42^m and the orientations divide 60 degrees evenly.
 
     Reference: Hafting et al. 2005, Microstructure of a spatial map in the entorhinal cortex, Nature; Burak and Fiete
-    2009, Accurate path integration in continuous attractor network models of grid cells, PLoS Comput Biol.
+    2009, Accurate path integration in continuous attractor network models of grid cells, PLoS Comput Biol; the ratio
+    1.42: Stensola et al. 2012, The entorhinal grid map is discretized, Nature.
 
     Shapes: x (B, T, d) -> (B, T, d); the place is (B, T, 2), the code (B, T, scales, 4).
     """

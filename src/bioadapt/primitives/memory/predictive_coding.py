@@ -28,6 +28,10 @@ class PredictiveCoding(Primitive):
     coding, Neuron.
 
     Shapes: x (B, T, d) -> (B, T, d); the trace is (B, T, rank).
+
+    As it comes, with ``auxiliary=0``, only the task's loss trains the predictor: it learns what to take away of the
+    past for the task's sake, and need not predict, so that the error may grow beyond x. With ``auxiliary`` above 0 the
+    squared error, in units of the token's own size, is one of the losses, and the predictor learns to predict.
     """
 
     reads_both_ways = True

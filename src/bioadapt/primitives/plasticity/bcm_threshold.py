@@ -44,7 +44,9 @@ class BcmThreshold(LocalRule, Primitive):
     follows theta <- theta + eta (E[c^2] - theta). The level rho is that of the layer at birth and does not change.
 
     Reference: Bienenstock, Cooper and Munro 1982, Theory for the development of neuron selectivity: orientation
-    specificity and binocular interaction in visual cortex, J Neurosci.
+    specificity and binocular interaction in visual cortex, J Neurosci; the threshold E[c^2]: Intrator and Cooper 1992,
+    Objective function formulation of the BCM theory of visual cortical plasticity: statistical connections, stability
+    conditions, Neural Networks.
 
     Shapes: x (B, T, d) -> (B, T, d); theta is (d,).
     """

@@ -22,7 +22,7 @@ class OjaSubspace(LocalRule, Primitive):
     Equation: delta = Q^T (gamma * Q x), with gamma = 0 at birth; Q starts with orthonormal rows and, with y = Q u,
     follows Q <- Q + eta (E[y u^T] - tril(E[y y^T]) Q) / max(1, tr E[y y^T] / r).
 
-    Reference: Oja 1982, A simplified neuron model as a principal component analyzer, J Math Biol; Sanger 1989, Optimal
+    Reference: Oja 1982, Simplified neuron model as a principal component analyzer, J Math Biol; Sanger 1989, Optimal
     unsupervised learning in a single-layer linear feedforward neural network, Neural Networks.
 
     Shapes: x (B, T, d) -> (B, T, d); Q is (rank, d), gamma (rank,).
