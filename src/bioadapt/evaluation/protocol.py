@@ -296,11 +296,6 @@ class Evaluate:
             if part == "clean" or "clean" not in record:
                 opened = {"test rows": part, "times opened": self.cells.opened()}
                 facts = {**record["settings"], **record["machine"], **opened}
-                    **record["settings"],
-                    **record["machine"],
-                    "test rows": part,
-                    "times opened": self.cells.opened(),
-                }
                 write_report(self.cells.folder / "report.html", comparison, record["cells"], facts)
         path = self.cells.folder / "results.json"
         text = json.dumps(record, indent=1)
