@@ -17,7 +17,12 @@ def host():
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, num_labels=2
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            vocab_size=50,
+            num_labels=2,
         )
     ).eval()
 
