@@ -113,7 +113,7 @@ class DaleSmallWorld(Primitive):
         check_indices(tensors, senders=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.weights(), self.senders)
+        return (self.weights() * torch.relu(x)[..., self.senders]).sum(-1)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         return received(x, scale[:, None] * self.weights(), self.senders, with_x)

@@ -83,7 +83,8 @@ class ExcitationInhibitionBalance(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.membership)
+        common, signed = (gain @ self.membership.T for gain in self.gains(x))
+        return x * common + x.abs() * signed
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         return two_sided_gain(x, *self.gains(x), scale[:, None] * self.membership, with_x)

@@ -101,7 +101,12 @@ class GapJunction(Primitive):
         check_indices(tensors, order=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.coupling(), self.order)
+        ring = x[..., self.order]
+        received = torch.zeros_like(ring)
+        for offset, coupling in enumerate(self.coupling(), start=1):
+            current = coupling * (ring.roll(-offset, -1) - ring)  # from the unit ``offset`` places on
+            received = received + current - current.roll(offset, -1)
+        return received[..., self.order.argsort()]
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         return diffusion(x, scale * self.coupling(), self.order, with_x)

@@ -84,7 +84,10 @@ class LateralInhibition(Primitive):
         self.sources = nn.Parameter(inverse_softplus(1.0) + 0.1 * torch.randn(r, d))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), x.new_ones(self.d_out))
+        pools, sources = self.connections()
+        rate = x.abs()
+        inhibition = rate @ sources.T @ pools.T - (pools * sources.T).sum(-1) * rate
+        return x.sign() * torch.relu(rate - inhibition) - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         return suppression(x, *self.connections(), scale, with_x)

@@ -104,7 +104,12 @@ class PopulationCode(Primitive):
         self.votes = nn.Parameter(torch.zeros(self.centres, self.d_out))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return voted(x, token_scale(x), self.votes)
+        scale = token_scale(x)
+        preferred = torch.linspace(-EDGE, EDGE, self.centres, device=x.device)
+        width = EDGE / (self.centres - 1)  # half the distance of neighbours
+        distance = (x / scale).clamp(-EDGE, EDGE)[..., None] - preferred
+        tuning = torch.softmax(-(distance**2) / (2 * width**2), dim=-1)
+        return scale * (tuning * self.votes.T).sum(-1)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

@@ -85,7 +85,8 @@ class VipDisinhibition(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, g), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return microcircuit(x, *self.interneurons(x, context), x.new_ones(self.d_out), self.membership)
+        subtracted, gain = (each @ self.membership.T for each in self.interneurons(x, context))
+        return gain * x.sign() * torch.relu(x.abs() - subtracted) - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

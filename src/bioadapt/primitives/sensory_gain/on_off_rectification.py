@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added
-from bioadapt.primitives.frames import positive
+from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -71,7 +71,9 @@ class OnOffRectification(Primitive):
         self.off_threshold = positive(0.3, self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return half_waves(x, self.on_gain, self.off_gain, *self.thresholds())
+        scale, (high, low) = token_scale(x), self.thresholds()
+        u = x / scale
+        return scale * (self.on_gain * torch.relu(u - high) - self.off_gain * torch.relu(-u - low))
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
