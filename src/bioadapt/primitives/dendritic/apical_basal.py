@@ -119,7 +119,12 @@ class ApicalBasal(Primitive):
         self.steepness = positive(4.0, 1)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.burst(x, context, x.new_ones(1))
+        softplus, frame = nn.functional.softplus, token_scale(x)
+        basal = x.sign() * torch.relu(x.abs() - frame * softplus(self.basal_threshold))
+        prediction = readings(self.past, (x @ self.reader.T) / frame, context) @ self.apical.T
+        steepness, threshold = softplus(self.steepness), softplus(self.apical_threshold)
+        apical = torch.sigmoid(steepness * (prediction - threshold)) - torch.sigmoid(-steepness * threshold)
+        return basal * apical.mean(0)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

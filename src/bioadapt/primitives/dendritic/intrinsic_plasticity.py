@@ -67,23 +67,26 @@ class IntrinsicPlasticity(LocalRule, Primitive):
         self.declare_statistics(error=(self.d_out,), error_by_input=(self.d_out,))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.excess(x, context, x.new_ones(self.d_out))
+        frame = token_scale(x)
+        rate = torch.sigmoid(self.slope.clone() * (x / frame) + self.offset)
+        self.watch(x / frame, rate, context)
+        return frame * (rate - self.target)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.excess(x, context, scale), itself)
-
-    def excess(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
-        """``gate`` times the change."""
-        scale = token_scale(x)
+        itself, frame = x.view_as(x) if with_x else None, token_scale(x)
         with torch.no_grad():
-            u = x / scale
+            u = x / frame
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
-            if self.training and context.observing:
-                error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
-                mean, by_input = masked_mean(error, context.mask), masked_mean(u.mul_(error), context.mask)
-                self.observe(context, tokens=token_count(x, context.mask), error=mean, error_by_input=by_input)
-        return excess(x, scale, rate, self.slope.clone(), gate, self.target)
+        self.watch(u, rate, context)
+        return added(excess(x, frame, rate, self.slope.clone(), scale, self.target), itself)
+
+    @torch.no_grad()
+    def watch(self, u: Tensor, rate: Tensor, context: Context) -> None:
+        """Observe how far the rates are from their target, and how that goes with the input."""
+        if self.training and context.observing:
+            error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
+            mean, by_input = masked_mean(error, context.mask), masked_mean(u * error, context.mask)
+            self.observe(context, tokens=token_count(u, context.mask), error=mean, error_by_input=by_input)
 
     def learn(self, fresh: Tensor) -> None:
         pace = fresh * self.rate

@@ -87,8 +87,9 @@ class ShuntingInhibition(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        one = x.new_ones(self.d_out)
-        return self.shunted(x, context, one, -one)
+        softplus, v, level = nn.functional.softplus, context.x_in, self.log_level.exp()
+        conductance = softplus((v / token_scale(v)) @ self.inhibitors.T @ self.spread.T + self.rest)
+        return softplus(self.reversal) * x / (1 + x.abs() / level + conductance) - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         return self.shunted(x, context, scale, 1 - scale if with_x else -scale)

@@ -79,7 +79,9 @@ class SynapticPruning(OnWeight):
         self.log_factor = nn.Parameter(torch.zeros(self.d_out))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.pruning(context.x_in, x.new_ones(self.d_out))
+        weight = self.synapses
+        left = weight.sign() * torch.relu(weight.abs() - self.thresholds()[:, None])
+        return context.x_in @ (self.log_factor.exp()[:, None] * left - weight).T
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

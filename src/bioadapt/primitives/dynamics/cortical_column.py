@@ -158,7 +158,17 @@ class CorticalColumn(Primitive):
         self.bypass = nn.Parameter(torch.full((1,), 0.5))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.response(x, x.new_ones(self.d_out))
+        wiring, scale = self.wiring(), token_scale(x)
+        u = nn.functional.pad(x / scale, (0, -self.d_out % self.width)).unflatten(-1, (-1, self.width))
+        gain = torch.zeros_like(u[..., :1])
+        for _ in range(2):
+            layer4 = torch.relu(u @ wiring.layer4.T) / (1 + gain)
+            excitation = torch.relu(layer4 @ wiring.layer23.T)
+            pool = excitation.mean(-1, keepdim=True)
+            layer23 = excitation.square() / (excitation + 2 * wiring.kappa * pool + FLOOR)
+            layer5 = torch.relu(layer23 @ wiring.layer5.T + wiring.bypass * layer4)
+            gain = (layer5 @ wiring.feedback)[..., None]
+        return scale * (layer5 @ wiring.output.T).flatten(-2)[..., : self.d_out]
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

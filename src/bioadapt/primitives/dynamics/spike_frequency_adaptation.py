@@ -127,7 +127,12 @@ class SpikeFrequencyAdaptation(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.adapted(x, context, x.new_ones(self.d_out))
+        def one_way(series: Tensor, around: Context) -> Tensor:
+            drive = torch.sigmoid(self.strength) * series.abs()
+            current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, around)
+            return series.sign() * torch.relu(series.abs() - current) - series
+
+        return readings(one_way, x, context).mean(0)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

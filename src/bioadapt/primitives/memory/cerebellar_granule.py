@@ -109,17 +109,15 @@ class CerebellarGranule(Primitive):
         check_indices(tensors, wiring=self.d_in)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.corrected(x, context, x.new_ones(1))
+        return -token_scale(x) * (self.purkinje_cells(context.x_in) @ self.writer.T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.corrected(x, context, scale), itself)
+        return added((-scale * token_scale(x) * self.purkinje_cells(context.x_in)) @ self.writer.mT, itself)
 
-    def corrected(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
-        """``gate`` times the change."""
-        threshold = nn.functional.softplus(self.threshold)
-        output = _GranuleLayer.apply(context.x_in, threshold, self.purkinje, self.wiring)
-        return (-gate * token_scale(x) * output) @ self.writer.mT
+    def purkinje_cells(self, v: Tensor) -> Tensor:
+        """P gamma, (B, T, n) -> (B, T, rank), whose error comes back by climbing fibres."""
+        return _GranuleLayer.apply(v, nn.functional.softplus(self.threshold), self.purkinje, self.wiring)
 
     def granules(self, v: Tensor) -> Tensor:
         """The code of an input: (..., n) -> (..., cells)."""

@@ -77,7 +77,11 @@ class PrecisionWeightedError(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.weighted(x, context, self.membership)
+        def one_way(series: Tensor, around: Context) -> Tensor:
+            error = series - past_trace("mean", series, decay_of(self.log_tau) @ self.membership.T, around)
+            return error * (self.precision(error.square() @ self.pooling, around) @ self.membership.T)
+
+        return readings(one_way, x, context).mean(0)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None

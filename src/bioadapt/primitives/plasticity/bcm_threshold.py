@@ -59,20 +59,22 @@ class BcmThreshold(LocalRule, Primitive):
         self.declare_statistics(power=(self.d_out,))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.judged(x, context, x.new_ones(self.d_out))
+        self.watch(x, context)
+        activity = x.abs() / self.level
+        return self.level * x.sign() * activity * (activity - self.threshold) / (1 + activity)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.judged(x, context, scale), itself)
-
-    def judged(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
-        if self.training and context.observing:
-            with torch.no_grad():
-                power = masked_mean(x.square(), context.mask) / self.level.square()
-                self.observe(context, tokens=token_count(x, context.mask), power=power)
+        self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
-        return _Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale)
+        return added(_Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale), itself)
+
+    @torch.no_grad()
+    def watch(self, x: Tensor, context: Context) -> None:
+        """Observe E[c^2]."""
+        if self.training and context.observing:
+            power = masked_mean(x.square(), context.mask) / self.level.square()
+            self.observe(context, tokens=token_count(x, context.mask), power=power)
 
     def learn(self, fresh: Tensor) -> None:
         self.threshold.add_(fresh * self.rate * (self.observed_power - self.threshold))
