@@ -158,14 +158,12 @@ def test_the_trainer_weighs_micro_batches_as_it_weighs_their_losses(tmp_path):
         ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
         return dict(input_ids=ids, attention_mask=(ids > 0).long(), labels=torch.where(ids > 0, ids, -100))
 
-    found = []
+    found, rows = [], [dict(input_ids=list(range(3, 3 + n))) for n in (9, 9, 3, 3)]
+    config = BioConfig(primitives=[{"name": "predictive_coding", "auxiliary": 10.0}], init_weights=False)
     for size, accumulation in ((4, 1), (2, 2)):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, max_position_embeddings=64, **SIZES))
-        model = get_peft_model(
-            model, BioConfig(primitives=[{"name": "predictive_coding", "auxiliary": 10.0}], init_weights=False)
-        )
-        rows = [dict(input_ids=list(range(3, 3 + n))) for n in (9, 9, 3, 3)]
+        model = get_peft_model(model, config)
         args = TrainingArguments(
             str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1,
             learning_rate=1.0, optim="sgd", report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
@@ -175,5 +173,12 @@ def test_the_trainer_weighs_micro_batches_as_it_weighs_their_losses(tmp_path):
         trainer._get_train_sampler = lambda rows: torch.utils.data.SequentialSampler(rows)
         trainer.train()
         found.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, max_position_embeddings=64, **SIZES))
+    model = get_peft_model(model, config).train()
+    (model(**collated(rows)).loss + auxiliary_loss(model)).backward()  # and both as a loop of one's own does
+    found.append({name: (p - p.grad).detach() for name, p in model.named_parameters() if p.requires_grad})
     for name, parameter in found[0].items():
-        torch.testing.assert_close(found[1][name], parameter, atol=1e-4, rtol=1e-4, msg=name)
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], parameter, atol=1e-4, rtol=1e-4, msg=name)

@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5Model
 
-from bioadapt import BioConfig, list_primitives, primitive_info
+from bioadapt import BioConfig, build_primitive, list_primitives, primitive_info
 from bioadapt.tuner.learning import penalties
 
 # The three whose rules change parameters, one with a penalty on parameters, and one of each other sort.
@@ -189,6 +189,13 @@ def test_flat_shards_save_as_one_process_does_or_are_refused(found):
     expected = trained(model, adamw(model), ROWS)
     for saved in found(flat_shards):
         assert_close(saved, expected)
+
+
+@pytest.mark.parametrize("name", list_primitives())
+def test_every_parameter_can_be_sharded(name):
+    """`fully_shard` takes contiguous ones alone."""
+    parameters = build_primitive(name, 12, 16).named_parameters()
+    assert [key for key, parameter in parameters if not parameter.is_contiguous()] == []
 
 
 def test_layers_that_are_divided_are_refused_by_name_or_compute_the_same(found):

@@ -75,7 +75,6 @@ class Forward:
         self.terms: list[weakref.ref[Tensor]] = []  # their graphs lead back to here
         self.values: list[Tensor] = []
 
-
     def share(self) -> Number:
         return self.tokens / self.together.tokens()
 

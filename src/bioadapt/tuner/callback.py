@@ -71,7 +71,7 @@ class BioTrainerCallback(TrainerCallback):
             warn_if_still(model, lambda: model(*given, **named), args.learning_rate)
 
     def _weigh(self, args: Any, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-        weight = self._scale(kwargs) * _share_of_step(args, given)
+        weight = self._scale(kwargs) * _share_of_step(kwargs["model"], args, given)
         for learning in learning_of(kwargs["model"]):
             learning.terms.factor = weight
 
@@ -82,10 +82,13 @@ class BioTrainerCallback(TrainerCallback):
         return 1.0 if scaler is None else scaler.get_scale()
 
 
-def _share_of_step(args: Any, given: dict[str, Any]) -> Number:
+def _share_of_step(model: Any, args: Any, given: dict[str, Any]) -> Number:
     """What part of a step's loss a micro-batch is, as the Trainer has it."""
-    labels, counted = given.get("labels"), given.get("num_items_in_batch")
+    labels, counted = given.get("shift_labels", given.get("labels")), given.get("num_items_in_batch")
     if not isinstance(labels, Tensor) or counted is None:
         return 1.0 / max(args.gradient_accumulation_steps, 1)
+    whole_sequence = "shift_labels" in given or getattr(model.config, "is_encoder_decoder", False)
+    if getattr(model, "loss_type", None) == "ForCausalLM" and not whole_sequence:
+        labels = labels[..., 1:]  # the first token of a sequence is predicted from nothing
     replicas = args.world_size if getattr(args, "average_tokens_across_devices", False) else 1
     return labels.ne(-100).sum() * replicas / counted

@@ -41,7 +41,7 @@ class PredictiveCoding(Primitive):
     def build(self, host: Host) -> None:
         self.rank = min(self.rank, self.d_out)
         self.causes = nn.Parameter(nn.init.orthogonal_(torch.empty(self.rank, self.d_out)))
-        self.predictor = nn.Parameter(self.causes.detach().T.clone())
+        self.predictor = nn.Parameter(self.causes.detach().T.clone(memory_format=torch.contiguous_format))
         self.log_tau = nn.Parameter(torch.linspace(math.log(2), math.log(16), self.rank))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
