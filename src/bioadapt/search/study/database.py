@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from ..._extras import require
-from .address import ACCEPTED, DRIVERS, hidden
+from .address import DRIVERS, hidden, parsed
 from .optuna_private import DATABASE_METHODS
 
 # Seconds for which a study waits for a database that it had before.
@@ -111,13 +111,9 @@ def open_database(
     on_stale: Callable[..., None],
 ) -> PatientStorage:
     """The storage in a database; its tables are made if they are missing. See `open_storage`."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, DBAPIError
+    from sqlalchemy.exc import DBAPIError
 
-    try:
-        url = make_url(address)
-    except (ArgumentError, ValueError):
-        raise ValueError(f"storage {hidden(address)!r}: not an address; accepted: {ACCEPTED}") from None
+    url = parsed(address)
     kind, _, driver = url.drivername.partition("+")
     if kind == "sqlite":
         if url.database in (None, "", ":memory:"):
