@@ -18,8 +18,10 @@ pytest.importorskip("matplotlib")
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
+from typer.testing import CliRunner
 
 from bioadapt import BioConfig
+from bioadapt.cli import app
 from bioadapt.search.report import render, write_report
 from bioadapt.search.report.wording import as_code, in_words
 from bioadapt.search.space import describe
@@ -348,6 +350,20 @@ def test_from_a_storage_to_a_file(space, tmp_path):
     assert "Tuned in 30 trials" in page.text and "LoRA: best so far" in page.text
     with pytest.raises(ValueError, match="study 'minilm-stbs' is not in .*did you mean 'minilm-stsb"):
         write_report("minilm-stbs", url, tmp_path / "report.html")
+
+
+def test_the_study_as_json(space, tmp_path):
+    url = f"{tmp_path}/s.journal"
+    study = searched(space, storage=open_storage(url), trials=4)
+    done = CliRunner().invoke(app, ["report", "minilm-stsb", "--storage", url, "--json"])
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.output)
+    assert (record["study"], record["direction"]) == ("minilm-stsb", "MAXIMIZE")
+    assert [trial["number"] for trial in record["trials"]] == [trial.number for trial in study.trials]
+    for told, trial in zip(record["trials"], study.trials, strict=True):
+        assert (told["state"], told["params"]) == (trial.state.name, trial.params)
+        assert told["value"] == trial.value
+    assert not list(tmp_path.glob("*.html"))
 
 
 def test_what_cannot_be_reported_is_refused_and_nothing_is_made(tmp_path):

@@ -143,6 +143,31 @@ def test_a_target_that_matches_nothing_names_the_nearest():
         refused(lambda: model.add_adapter("other", awake("pointwise", ["lim0"])), ValueError, "lim0", "'lin0'")
 
 
+@pytest.mark.parametrize("targets", [["output.dense"], None])
+def test_a_layer_that_is_not_there_names_those_that_are(targets):
+    base = bert()
+    there = len(base.encoder.layer)
+    said = ", ".join(map(str, range(there)))
+    for asked, absent in (([0, there], f"no layer {there} "), (99, "no layer 99 "), (range(98, 100), "98, 99")):
+        config = awake("pointwise", targets, layers_to_transform=asked)
+        with unchanged(base):
+            refused(lambda c=config: get_peft_model(base, c), ValueError, "layers_to_transform=", absent, said)
+    model = get_peft_model(base, awake("pointwise", targets, layers_to_transform=[0, there - 1]))
+    reached = {int(layer.path.split(".")[2]) for layer in model.base_model.layers()}
+    assert reached == {0, there - 1}
+
+
+def test_a_population_is_no_larger_than_what_it_serves():
+    base, _ = base_and_inputs("mlp")
+    width = base.lin0.out_features
+    with unchanged(base):
+        refused(
+            lambda: get_peft_model(base, awake("pointwise", ["lin0"], rank=width + 1)), ValueError, f"rank={width + 1}",
+            f"{width} features", "lin0",
+        )  # fmt: skip
+    assert get_peft_model(base, awake("pointwise", ["lin0"], rank=width)).peft_config["default"].rank == width
+
+
 def test_a_target_that_a_primitive_cannot_serve_is_refused_on_every_path():
     def config() -> BioConfig:
         return awake(["neuro_ada"], ["query", "word_embeddings", "LayerNorm"])

@@ -91,6 +91,8 @@ class BioLayer(MergeableLayer):
                 refusal = "it reads later tokens, which this model must not see"
             if refusal is not None:
                 raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
+        if config.rank is not None and config.rank > site.d_out:
+            raise ValueError(f"rank={config.rank} is more than the {site.d_out} features at {self.path}")
         host = Host(None if at_input else self._matrix_or_none, seed=config.seed_of(self.path))
         circuit = Circuit(config, site, host, at_input)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())

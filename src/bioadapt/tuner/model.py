@@ -27,7 +27,7 @@ from .combination import Combination, combined
 from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
 from .layer import BioLayer, build_layer
 from .reference import complete_copy
-from .refusals import base_of, check_names, free_name, with_suggestion
+from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
 from .scope import Scope, enclosing_stack, is_causal, reads_encoder
 from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites
@@ -100,6 +100,7 @@ class BioModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_names(model, self.peft_config, adapter_name)
+        self._check_layers(model, self.peft_config[adapter_name])
         # What a file was known by says nothing of the adapter any more once that is trained.
         config = dataclasses.replace(self.peft_config[adapter_name], fingerprint=None, settings_fingerprint=None)
         try:
@@ -113,6 +114,11 @@ class BioModel(BaseTuner):
                     self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
         except NoMatchingPeftModuleError as error:
             raise with_suggestion(error, config, model) from None
+
+    def _check_layers(self, model: nn.Module, config: BioConfig) -> None:
+        targets = config.target_modules or default_sites(config, self.get_model_config(model))[0]
+        if targets is not None and config.layers_to_transform is not None:
+            check_layers(config, targets, model, self._check_target_module_exists)
 
     def _connect(self, model: nn.Module, adapter_name: str) -> None:
         """Let the primitives of an adapter meet themselves at the other sites."""
