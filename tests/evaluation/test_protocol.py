@@ -168,6 +168,7 @@ def test_a_folder_belongs_to_one_way_of_evaluating(settings):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"task": ("near", "fra")}, "task 'fra' is not in .*did you mean 'far'"),
         ({"arms": ("lora", "bios")}, "unknown arm 'bios'; did you mean 'bio'"),
         ({"arms": ()}, "at least one is needed"),
         ({"seeds": 0}, "--seeds 0: a number above zero"),

@@ -92,6 +92,9 @@ class Evaluate:
         self.bio = bio or _bio_config(settings)
         self._own = {task.name: task for task in tasks or ()}
         self.names = tuple(self._own) or self._task_names()
+        for name in self.names:
+            if name not in self._own:
+                load_task(name, settings.data_dir, limit=settings.limit)  # what cannot be read is said before any work
         self.cells = Cells(settings.output)
         self._check_folder()
 
