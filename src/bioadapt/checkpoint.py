@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -48,6 +49,7 @@ _DESCRIPTIVE = frozenset(
     }
 )
 _UNDER_WAY, _COMPLETE = ".saving", "complete"
+_ABANDONED = 3600.0  # seconds after which nobody is writing a file of an adapter any more
 
 
 # -- keys --
@@ -222,6 +224,10 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     """
     complete_saving(folder)
     new = not folder.exists()
+    for left in (folder / _UNDER_WAY).glob("*"):  # by processes that were killed
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - _ABANDONED:
+                shutil.rmtree(left)
     stage = folder / _UNDER_WAY / str(os.getpid())
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -246,10 +252,15 @@ def _put_in_place(stage: Path, folder: Path) -> None:
         return
     if (folder / ALONG).is_dir():
         (stage / ALONG).mkdir(exist_ok=True)  # an empty one takes the old one away
-    under_way = folder / _UNDER_WAY
-    under_way.mkdir(parents=True, exist_ok=True)
-    os.replace(stage, under_way / _COMPLETE)
-    complete_saving(folder)
+    complete = folder / _UNDER_WAY / _COMPLETE
+    while stage.exists():
+        complete.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(stage, complete)
+        except OSError:
+            if not complete.exists():
+                raise  # otherwise another process is saving here, and its files go into their places first
+        complete_saving(folder)
 
 
 def complete_saving(folder: Path) -> None:

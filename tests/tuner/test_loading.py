@@ -137,6 +137,20 @@ def test_tensors_of_another_function_are_not_put_into_an_adapter(tmp_path):
     model.load_adapter(tmp_path, "other")
 
 
+def test_transformers_loads_from_memory_with_the_same_checks():
+    model = injected()
+    wanted, config = output(model, INPUTS), model.peft_config["default"]
+    for prefix in ("", "base_model.model."):
+        state = {prefix + key: tensor for key, tensor in get_peft_model_state_dict(model).items()}
+        again = bert()
+        again.load_adapter(peft_config=config, adapter_state_dict=state)
+        assert close(output(again, INPUTS), wanted, 1e-6)
+        state.popitem()
+        base = bert()
+        with unchanged(base), pytest.raises(ValueError, match="1 missing"):
+            base.load_adapter(peft_config=config, adapter_state_dict=state)
+
+
 # -- each file once --
 
 

@@ -65,7 +65,10 @@ class Saved:
                 path = hf_hub_download(str(place), CONFIG_NAME, **hub)
             except Exception:  # the caller says so in its own words
                 return None
-        content = PeftConfig.from_json_file(path)
+        try:
+            content = PeftConfig.from_json_file(path)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
         if content.get("peft_type") != "BIO":
             return None
         config = BioConfig(**content)
@@ -160,11 +163,10 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
     options = given.arguments
     saved, config = None, options["peft_config"]
     place = options["peft_model_id"] or getattr(options["load_config"], "pretrained_model_name_or_path", None)
-    if config is None and place is not None and options["hotswap"] is not True:
+    if (config is None or isinstance(config, BioConfig)) and place is not None and options["hotswap"] is not True:
         hub = {**getattr(options["load_config"], "download_kwargs", {}), **options.get("kwargs", {})}
         saved = Saved.at(place, hub | (options["adapter_kwargs"] or {}))
-        if saved is not None:
-            config = saved.config
+        config = saved.config if config is None and saved is not None else config
     if not isinstance(config, BioConfig):
         return original(*given.args, **given.kwargs)
     name, trainable = options["adapter_name"] or "default", options["is_trainable"]
@@ -237,7 +239,7 @@ def _settle_what_lies_below(model: nn.Module, saved: Saved, name: str, fresh: bo
         found = provenance.record(model)
     elif any(saved.trained_along()):
         places = ", ".join(str(Path(saved.place, way["subfolder"])) for _, way in saved.trained_along())
-        hint = f" What trained along lies in {places}: load it with PeftModel.from_pretrained, and this over it."
+        hint = f" What trained along lies in {places}: load that first, and this over it."
     provenance.warn_if_changed(trained, found, name, hint)
 
 
