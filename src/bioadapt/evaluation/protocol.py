@@ -204,6 +204,8 @@ class Evaluate:
                         self._run_cell(prepared, recipe, arm, seed)
             except TakenElsewhere:
                 self._say(f"{name}: {arm}, seed {seed}: another process is at it.")
+            except Diverged as error:
+                self._say(f"{name}: {arm}, seed {seed}: no cell, {error}.")
 
     def _seeds(self, arm: str) -> range:
         """Nothing is drawn for what is not trained. Seed 0 has chosen the rates, so that reports start with 1."""
