@@ -26,7 +26,7 @@ from .._extras import require
 from .._words import suggest
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
 from ..settings import DEFAULT_TASK, EvaluationSettings
-from .arms import STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from .arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
@@ -300,7 +300,8 @@ class Evaluate:
             self._say(f"On {part if part == 'all' else 'clean test'} rows: {comparison.verdict}", style="bold")
             if part == "clean" or "clean" not in record:
                 opened = {"test rows": part, "times opened": self.cells.opened()}
-                facts = {**record["settings"], **record["machine"], **opened}
+                arms = {f"arm {name}": ARMS[name].meaning for name in self.arms}
+                facts = {**record["settings"], **arms, **record["machine"], **opened}
                 write_report(self.cells.folder / "report.html", comparison, record["cells"], facts)
         path = self.cells.folder / "results.json"
         text = json.dumps(record, indent=1)
