@@ -43,8 +43,8 @@ class SearchSpace:
         host: what the model offers.
         budget: the most trainable numbers that a configuration may have; None for no limit.
         slots: the most primitives that a configuration may have.
-        ranks: sizes of the population, or ``"full"`` for the layer's full output. Primitives of kind ``weight``, which
-            have sizes of their own, ignore it.
+        ranks: sizes of the population, or ``"full"`` for the layer's full output; those that exceed the narrowest
+            module's width are left out. Primitives of kind ``weight``, which have sizes of their own, ignore it.
         strengths: factors on what is zero at birth in a primitive (its setting ``zero_scale``): how fast it learns.
         compositions: as in `BioConfig`.
         learning_rates: the grid.
@@ -66,7 +66,11 @@ class SearchSpace:
     ) -> None:
         _check(slots, ranks, strengths, compositions, learning_rates)
         self.host, self.budget, self.slots = host, budget, slots
-        self.ranks, self.strengths = tuple(ranks), tuple(float(s) for s in strengths)
+        width = min(site.d_out for site in host.sites)
+        fitting = tuple(rank for rank in ranks if rank == FULL or int(rank) <= width)
+        if not fitting:
+            raise ValueError(f"ranks={list(ranks)}: a module of this model has {width} features, no rank can be larger")
+        self.ranks, self.strengths = fitting, tuple(float(s) for s in strengths)
         self.compositions, self.learning_rates = tuple(compositions), tuple(float(rate) for rate in learning_rates)
         self._kinds = {name: primitive_info(name).kind for name in host.primitives}
         self._stages = {name: primitive_info(name).stage for name in host.primitives}
