@@ -120,22 +120,25 @@ def check_settings(content: Mapping[str, Any], where: str) -> None:
         )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], content: Mapping[str, Any], where: str) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], content: Mapping[str, Any], where: str) -> list[str]:
     """Raise `ValueError` if the tensors of a file are not those that its configuration was saved with.
 
-    Files without ``settings_fingerprint`` are older: their fingerprint leaves embeddings out.
+    Files without ``settings_fingerprint`` are older: their fingerprint leaves out all but the adapter's own tensors and
+    its modules to save, such as embeddings.
+
+    Returns:
+        The names of tensors that no fingerprint covers.
     """
-    expected = content.get("fingerprint")
-    if expected is None:
-        return
-    covered = bare(tensors)
-    if content.get("settings_fingerprint") is None:
-        covered = _covered_by_older_files(covered, tuple(content.get("modules_to_save") or ()))
-    if fingerprint(covered) != expected:
+    expected, given = content.get("fingerprint"), bare(tensors)
+    covered = given
+    if expected is None or content.get("settings_fingerprint") is None:
+        covered = _covered_by_older_files(given, tuple(content.get("modules_to_save") or ()))
+    if expected is not None and fingerprint(covered) != expected:
         raise ValueError(
             f"{where} does not hold the tensors that its {CONFIG_NAME} was saved with: it was changed, damaged, or "
             f"belongs to another adapter. To load it nevertheless, set fingerprint to null in {CONFIG_NAME}"
         )
+    return sorted(given.keys() - covered.keys())
 
 
 def _covered_by_older_files(tensors: Mapping[str, Tensor], heads: tuple[str, ...]) -> dict[str, Tensor]:

@@ -173,8 +173,5 @@ def test_other_methods_are_saved_and_loaded_as_ever(tmp_path):
         "adapter_model.safetensors",
         "README.md",
     }
-    again = PeftModel.from_pretrained(base := model.unload(), tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
     assert torch.equal(again(torch.ones(1, 4)), wanted)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(Exception, match="adapter_model|repo"):
-        PeftModel.from_pretrained(base, tmp_path)

@@ -399,6 +399,20 @@ def test_files_without_a_fingerprint_of_the_settings_are_checked_as_they_were(tm
         PeftModel.from_pretrained(base, tmp_path)
 
 
+def test_embeddings_that_an_older_fingerprint_leaves_out_are_named(tmp_path):
+    model = stateful()
+    model.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / CONFIG_NAME).read_text())["fingerprint"]
+    model.get_base_model().embeddings.word_embeddings.weight.data += 1
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    edit(tmp_path, settings_fingerprint=None, fingerprint=own)
+    for way in BOTH:
+        base, call = loading(way, tmp_path)
+        with pytest.warns(UserWarning, match="embeddings.word_embeddings.weight of the base.*does not cover"):
+            loaded = call() if way == "PEFT" else call() and base
+        assert close(output(loaded, INPUTS), output(model, INPUTS), 1e-6)
+
+
 # -- killed while saving --
 
 LOOP = """
