@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,13 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
             _settle_what_lies_below(self, saved, name, fresh=True)
     if not trainable:
         self.eval()
-    return LoadStateDictInfo(set(), set(), set(), [], {}, set())
+    return _nothing_amiss()
+
+
+def _nothing_amiss() -> LoadStateDictInfo:
+    """What transformers' own loading would report; newer versions have more fields."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    return LoadStateDictInfo(**{spec.name: empty.get(spec.name, set()) for spec in fields(LoadStateDictInfo)})
 
 
 # -- onto an adapter that is there already --
