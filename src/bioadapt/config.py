@@ -71,6 +71,8 @@ class BioConfig(PeftConfig):
             all read the same features.
         init_weights: True: the fresh adapter is the identity. False: it is not, for tests.
         causal: whether time may only be read backwards; None finds out from the model. Set it for models of your own.
+        batch_first: whether activations are (batch, tokens, features), and not (tokens, batch, features); None finds out
+            from the model. Set it for models of your own with modules that have ``batch_first=False``.
         seed: fixes the frozen random matrices.
         trained_over: written on saving: name and fingerprint of what lay underneath.
         fingerprint: written on saving: hash of the adapter's tensors, checked on loading.
@@ -100,6 +102,7 @@ class BioConfig(PeftConfig):
     composition: str = field(default="staged", metadata={"help": f"One of {', '.join(COMPOSITIONS)}."})
     init_weights: bool = field(default=True, metadata={"help": "Whether the fresh adapter is the identity."})
     causal: bool | None = field(default=None, metadata={"help": "Whether time is read backwards only."})
+    batch_first: bool | None = field(default=None, metadata={"help": "Whether the batch axis comes before time."})
     seed: int = field(default=0, metadata={"help": "Seed of the frozen random matrices."})
     trained_over: dict[str, Any] | None = field(default=None, metadata={"help": "What lay underneath; set on saving."})
     fingerprint: str | None = field(default=None, metadata={"help": "Hash of the tensors; set on saving."})

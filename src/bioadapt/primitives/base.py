@@ -225,6 +225,7 @@ class Primitive(nn.Module):
     learns: ClassVar[bool]
     needs_input: ClassVar[bool]
     reads_both_ways: ClassVar[bool] = False  # for `causal`: `transform` itself heeds `Context.bidirectional`
+    reads_positions: ClassVar[bool] = False  # for `pointwise`: `transform` asks where in the document a token stands
     any_dtype: ClassVar[bool] = False  # `transform` takes x and x_in in the layer's dtype and minds its own precision
     per_channel: ClassVar[bool] = False  # for `weight`: it scales channels, so that the layer may be of any form
     approximates: ClassVar[bool] = False  # where it does not merge, `weight_delta` is the nearest linear map

@@ -50,6 +50,7 @@ class Circuit(nn.Module):
         # Asked at every forward, and the same for ever.
         self.alone = len(primitives) == 1 and config.rank is None
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
+        self.reads_tokens = self.reads_time or any(primitive.reads_positions for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
         self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ from .circuit import Circuit
 from .learning import WithGradientOf
 from .merging import Merging, Original
 from .scope import Scope, Surroundings
-from .sites import Layout, Site, describe
+from .masks import Tokens, Unclear
+from .sites import Axes, Layout, Site, describe
 
 
 class BioLayer(Merging):
@@ -31,19 +33,31 @@ class BioLayer(Merging):
         scope: what surrounds the layer's forwards.
         causal: whether time is read backwards only here.
         across: whether the layer reads the encoder's output inside a decoder.
+        axes: which axis of its activations is time; None where that cannot be told.
     """
 
     adapter_layer_names = (CONTAINER,)
     other_param_names = ()
 
     def __init__(
-        self, base_layer: nn.Module, site: Site, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        site: Site,
+        path: str,
+        scope: Scope,
+        causal: bool,
+        across: bool,
+        axes: Axes | None = Axes(),
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         setattr(self, CONTAINER, nn.ModuleDict())
         self.site, self.path, self.scope = site, path, scope
         self.causal, self.across = causal and not across, across
+        self.axes = axes
+        self.routed = any(part.startswith("expert") for part in path.split("."))  # sees tokens in any order
+        self.said: set[str] = set()  # warnings that have been given
         self.in_features, self.out_features = site.d_in, site.d_out
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -68,6 +82,11 @@ class BioLayer(Merging):
         """Whether decoding has to carry anything over tokens here."""
         return self.causal and any(circuit.reads_time for circuit in self.circuits.values())
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the output depends on where tokens stand and which of them are padding."""
+        return any(circuit.reads_tokens for circuit in self.circuits.values())
+
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
         """Add an adapter.
 
@@ -87,6 +106,11 @@ class BioLayer(Merging):
                 refusal = f"feedforward_modules asks for a change of the input, and that of {site.layer} is no features"
             if info.kind == "global" and self.causal:
                 refusal = "it reads later tokens, which this model must not see"
+            if self.axes is None and (info.kind in ("causal", "global") or info.factory.reads_positions):
+                refusal = (
+                    "it reads time, and the model holds modules with batch_first=False, so that it is not clear which "
+                    "axis is time here: say so by batch_first=True or False in the configuration"
+                )
             if refusal is not None:
                 raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
         host = Host(None if at_input else self._matrix_or_none, seed=config.seed_of(self.path))
@@ -199,12 +223,12 @@ class BioLayer(Merging):
         layer's own if None.
         """
         site = site or self.site
-        around = self.scope.surroundings or Surroundings()
-        layout = Layout.of(y, site, None if self.across else around.tokens)
+        around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
+        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes or Axes())
         context = self._context(layout, v, around, circuits, site)
-        contexts = {name: self._remembering(context, name, around) for name in circuits}
+        contexts = self._remembering(context, layout, around, circuits)
         features = layout.to_sequence(y)
-        if len(circuits) == 1 and not apart and self.scope.adapter_names is None and not layout.spatial:
+        if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
             changed = layout.restore(circuit.applied(features, contexts[name]))
         else:
@@ -216,6 +240,7 @@ class BioLayer(Merging):
         self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
     ) -> Tensor:
         """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
+        names = self.scope.adapter_names
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
@@ -224,34 +249,42 @@ class BioLayer(Merging):
                 delta = delta if circuit.at_input else delta + circuit(read, contexts[name])
             else:
                 delta = circuit(read, contexts[name])
-            if self.scope.adapter_names is not None:
-                delta = delta * _rows_of(name, self.scope.adapter_names, delta)
+            if names is not None:
+                delta = delta * _rows_of(name, names, delta)
             total = delta if total is None else total + delta
         assert total is not None
         return total
 
-    def _remembering(self, context: Context, name: str, around: Surroundings) -> Context:
-        """The context of one adapter: while decoding, with its own memory."""
-        if around.memory is None or not self.causal:
-            return context
-        return context.replace(state=around.memory.part(f"{self.path}/{name}"))
+    def _remembering(
+        self, context: Context, layout: Layout, around: Surroundings, circuits: dict[str, Circuit]
+    ) -> dict[str, Context]:
+        """The context of each adapter: where its tokens continue earlier ones, with its own memory of those."""
+        contexts = dict.fromkeys(circuits, context)
+        reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
+        if not reading or self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
+            return contexts
+        call, start = around.place(self._place_of(circuits), layout.sequence)
+        if not self.causal:
+            return contexts
+        memory = around.memory
+        if memory is None and layout.sequence[1] < around.tokens[1]:
+            memory = around.chunks  # a part of the sequence, which may continue the one before
+        if memory is None:
+            return contexts
+        heard = None if around.past is None else around.past + start
+        for name in reading:
+            key = f"{self.path}/{name}" if call == 0 else f"{self.path}/{name}#{call}"
+            contexts[name] = context.replace(state=memory.part(key, heard))
+        return contexts
+
+    def _place_of(self, circuits: dict[str, Circuit]) -> str:
+        """Under which name calls are counted: input and output of the layer are asked for once each."""
+        return f"{self.path} input" if next(iter(circuits.values())).at_input else self.path
 
     def _context(
         self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit], site: Site
     ) -> Context:
-        sequence = layout.sequence
-        mask = around.encoder_mask if self.across else around.mask
-        in_time = any(circuit.reads_time for circuit in circuits.values())
-        if in_time and around.unreadable_mask and not self.across:
-            raise ValueError(
-                f"{self.path} carries state over tokens and needs attention_mask as (batch, tokens); a mask of another "
-                "form does not tell which tokens are padding"
-            )
-        if in_time and around.tokens is not None and not layout.spatial and len(layout.shape) > 3:
-            raise ValueError(
-                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
-                "primitives that carry state over tokens cannot act here"
-            )
+        tokens = self._tokens(layout, around, circuits).to(v.device)
         if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
             bias = self._constant(v)
         else:
@@ -259,14 +292,74 @@ class BioLayer(Merging):
         return Context(
             x_in=layout.input_to_sequence(v, site),
             bias=bias,
-            mask=_fitting(mask, sequence, v),
-            positions=None if self.across else _fitting(around.positions, sequence, v),
-            resets=None if self.across else _fitting(around.resets, sequence, v),
+            mask=tokens.mask,
+            positions=tokens.positions,
+            resets=tokens.resets,
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=around.live,
             grid=layout.grid,
             losses=[] if self.training and (around.live or torch.is_grad_enabled()) else None,
         )
+
+    def _tokens(self, layout: Layout, around: Surroundings, circuits: dict[str, Circuit]) -> Tokens:
+        """What is known of the tokens that the layer is called on.
+
+        Raises:
+            ValueError: a primitive has to know more.
+        """
+        reads_tokens = any(circuit.reads_tokens for circuit in circuits.values())
+        _, start = around.calls.get(self._place_of(circuits), (0, 0))
+        if reads_tokens:
+            self._check_time(layout, around, start)
+        try:
+            if self.across:
+                return around.about_encoder(layout.sequence)
+            if self.routed or (layout.sequence[1] == 1 and start == 0 and layout.sequence != around.tokens):
+                return Tokens()  # a vector by itself
+            return around.about(layout.sequence)
+        except Unclear as unclear:
+            if reads_tokens:
+                raise ValueError(
+                    f"{self.path} reads its tokens in time, but {unclear}. Pass attention_mask as (batch, tokens), call "
+                    "the model without padding, or adapt this module with pointwise primitives alone"
+                ) from None
+            if around.live and any(primitive.learns for circuit in circuits.values() for primitive in circuit.values()):
+                self._say(f"{self.path} learns from padding too, since {unclear}")
+        return Tokens()
+
+    def _check_time(self, layout: Layout, around: Surroundings, start: int) -> None:
+        """Refuse an activation in which time cannot be found, and say where there is none."""
+        if layout.spatial or self.across:
+            return
+        batch, steps = around.tokens or (None, None)
+        if layout.sequence[1] == 1 and layout.sequence != around.tokens and start == 0:
+            self._say(
+                f"{self.path} is called on single vectors, not on sequences of them: primitives that read time have no "
+                "past to read there"
+            )
+        if steps is None or len(layout.shape) == 2:
+            return
+        if len(layout.shape) > 3:
+            raise ValueError(
+                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
+                "primitives that carry state over tokens cannot act here"
+            )
+        if layout.sequence == (steps, batch) and batch != steps:
+            raise ValueError(
+                f"{self.path} is called with {tuple(layout.shape)} for {batch} sequences of {steps} tokens: time seems "
+                "to come first here. Say so by batch_first=False in the configuration"
+            )
+        if not self.causal and start > 0:
+            raise ValueError(
+                f"{self.path} is called on {layout.sequence[1]} of {steps} tokens at a time, but reads time both ways: "
+                "let the model run on whole sequences, or adapt this module with pointwise primitives alone"
+            )
+
+    def _say(self, text: str) -> None:
+        """Warn, once."""
+        if text not in self.said and not torch.compiler.is_compiling():
+            self.said.add(text)
+            warnings.warn(text)
 
     def _constant(self, v: Tensor) -> Tensor | None:
         """What a tuner below makes of no input, (d_out,): the bias, which it may have changed."""
@@ -293,7 +386,9 @@ class BioLinear(BioLayer):
     """A `BioLayer` on a linear layer; PEFT finds linear layers that are already adapted by the name of their class."""
 
 
-def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any) -> BioLayer:
+def build_layer(
+    base_layer: nn.Module, path: str, scope: Scope, causal: bool, across: bool, axes: Axes | None = Axes(), **kwargs: Any
+) -> BioLayer:
     """A layer without adapters around ``base_layer``.
 
     Raises:
@@ -305,16 +400,11 @@ def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, ac
     except TypeError as error:
         raise TypeError(f"{path} cannot be adapted: {error}") from None
     cls = BioLinear if site.weight in ("rows", "columns") and site.reads_features else BioLayer
-    return cls(base_layer, site, path, scope, causal, across, **kwargs)
+    return cls(base_layer, site, path, scope, causal, across, axes, **kwargs)
 
 
 def _features(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _fitting(tensor: Tensor | None, sequence: tuple[int, ...], v: Tensor) -> Tensor | None:
-    """The tensor, if it is one number for each token; a model spread over devices has its mask on the first."""
-    return tensor.to(v.device) if tensor is not None and tuple(tensor.shape) == sequence else None
 
 
 def _rows_of(name: str, adapter_names: list[str], delta: Tensor) -> Tensor:

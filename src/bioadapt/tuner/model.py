@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from .._words import suggest
 from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
 from .combination import Combination, combined
-from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
+from .heads import asking_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
 from .refusals import base_of, check_names, free_name, with_suggestion
-from .scope import Scope, enclosing_stack, is_causal, reads_encoder
+from .scope import Scope, axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
 from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites
 from .tree import bio_layers, forget_configs, remove_adapter, undone_on_failure
@@ -175,6 +174,7 @@ class BioModel(BaseTuner):
             Scope.of(host),
             causal,
             reads_encoder(current_key),
+            axes_of(self.model, current_key, peft_config.batch_first),
             **get_quantization_kwargs(self.model),
         )
         layer.training = target.training  # not layer.train(...): what is wrapped keeps the mode it is in
@@ -183,6 +183,7 @@ class BioModel(BaseTuner):
         layer._active_adapter = self.active_adapters
         self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
+        layer.scope.take_in(layer, enclosing_modules(self.model, current_key))
 
     # -- activation: ours only, what lies below stays as its owner left it --
 
@@ -243,13 +244,8 @@ class BioModel(BaseTuner):
         scopes = {id(layer.scope): layer.scope for layer in self.layers()}.values()
         with ExitStack() as told:
             for scope in scopes:
-                scope.adapter_names = list(names)
-                told.callback(setattr, scope, "adapter_names", None)
-            for wrapper in heads(self.model, self.own_names):
-                instead = head_below(self.model, wrapper) or "__base__"
-                copies = [name if name in wrapper._adapters else instead for name in names]
-                tell = partial(tell_head, adapter_names=copies)
-                told.enter_context(wrapper.register_forward_pre_hook(tell, with_kwargs=True))
+                told.enter_context(scope.asking_for(list(names)))
+            told.enter_context(asking_heads(self.model, self.own_names, list(names)))
             yield
 
     # -- removal and merging --

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +109,18 @@ def describe(layer: nn.Module) -> Site:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """How the module around a layer lays out its activations.
+
+    ``time_first``: (T, B, d) instead of (B, T, d). ``unbatched``: two axes are the tokens of one sequence, not single
+    vectors.
+    """
+
+    time_first: bool = False
+    unbatched: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one activation of a site lies in memory, and the way to (B, T, d) and back."""
 
@@ -115,29 +128,39 @@ class Layout:
     spatial: bool
     sequence: tuple[int, ...]  # (B, T) after the reshape
     grid: tuple[int, ...] | None
+    time_first: bool = False
 
     @classmethod
-    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None) -> Layout:
+    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None, axes: Axes = Axes()) -> Layout:
         """``tokens``: (B, T) of the running forward where it is known; it tells a flattened batch of sequences from a
         batch of single vectors, which have no time axis."""
         if site.spatial:
             shape = y.shape if site.spatial < 0 or y.dim() == site.spatial + 2 else (1, *y.shape)
             grid = tuple(shape[2:])
-            return cls(y.shape, True, (shape[0], max(torch.Size(grid).numel(), 1)), grid or None)
+            return cls(y.shape, True, (shape[0], max(math.prod(grid), 1)), grid or None)
         if y.dim() == 1:
             return cls(y.shape, False, (1, 1), None)
         if y.dim() == 2:
             rows = y.shape[0]
+            if axes.unbatched:
+                return cls(y.shape, False, (1, rows), None)
             flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
             return cls(y.shape, False, tokens if flattened else (rows, 1), None)
-        return cls(y.shape, False, (y.shape[0], torch.Size(y.shape[1:-1]).numel()), None)
+        if axes.time_first and y.dim() == 3:
+            return cls(y.shape, False, (y.shape[1], y.shape[0]), None, time_first=True)
+        return cls(y.shape, False, (y.shape[0], math.prod(y.shape[1:-1])), None)
 
     def to_sequence(self, y: Tensor) -> Tensor:
         if not self.spatial:
             return self._flat(y)
-        return y.reshape(self.sequence[0], -1, self.sequence[1]).transpose(1, 2)
+        return y.reshape(self.sequence[0], self._channels(y), self.sequence[1]).transpose(1, 2)
+
+    def _channels(self, y: Tensor) -> int:
+        return y.shape[-len(self.grid or ()) - 1]
 
     def restore(self, sequence: Tensor) -> Tensor:
+        if self.time_first:
+            return sequence.transpose(0, 1)
         if not self.spatial:
             return sequence if sequence.shape == self.shape else sequence.reshape(self.shape)
         return sequence.transpose(1, 2).reshape(self.shape)
@@ -156,6 +179,8 @@ class Layout:
         return self._flat(v)
 
     def _flat(self, features: Tensor) -> Tensor:
+        if self.time_first:
+            return features.transpose(0, 1)
         shape = (*self.sequence, features.shape[-1])
         return features if features.shape == shape else features.reshape(shape)
 

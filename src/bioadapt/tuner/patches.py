@@ -1,0 +1,277 @@
+"""Every place of torch and transformers that bioadapt changes while an adapter is in place, each with its reason.
+
+A patch belongs to one model, never to a library, and goes when the last adapter does. `tests/tuner/test_patches.py`
+fails when a patched place changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..primitives._state import Memory
+
+# -- the forward of a stack --
+#
+# Why: masks, positions and caches are arguments of a model's forward, and layers far inside have to know them. torch's
+# hooks see ``stack(...)`` alone, while sentence-transformers 6 calls ``stack.forward(...)``. A function put on the
+# instance would be tied to it, so that the replicas of `nn.DataParallel` ran the tensors of the original. torch's
+# parametrisations and FSDP2 give a module a class of its own in the same way.
+# It can go once callers agree to call models and not their forwards.
+
+
+class Around(Protocol):
+    """What surrounds the forwards of a stack."""
+
+    replaced: Callable[..., Any] | None  # a forward that somebody has put on the instance
+
+    def run(self, stack: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any: ...
+
+
+_AROUND = "bio_scope"
+
+
+def surround(stack: nn.Module, around: Around) -> None:
+    """Let ``around`` run every forward of a stack, whether the module or its forward is called."""
+    around.replaced = stack.__dict__.pop("forward", None)
+    stack.__dict__[_AROUND] = around
+    stack.__class__ = _surrounded(type(stack))
+
+
+def surrounding(stack: nn.Module) -> Any:
+    return stack.__dict__.get(_AROUND)
+
+
+def release(stack: nn.Module) -> None:
+    around = stack.__dict__.pop(_AROUND, None)
+    plain = type(stack).__dict__.get("_plain_class")
+    if plain is not None:
+        stack.__class__ = plain
+    if around is not None and around.replaced is not None:
+        stack.__dict__["forward"] = around.replaced
+
+
+@functools.cache
+def _surrounded(cls: type) -> type:
+    """A class that is in all else what ``cls`` is, its name included."""
+    plain = cls.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        around = self.__dict__.get(_AROUND)
+        if around is None:  # made from the class of a surrounded model, like ``type(model)(config)``
+            return plain(self, *args, **kwargs)
+        if around.replaced is not None:
+            return around.run(self, around.replaced, args, kwargs)
+        return around.run(self, functools.partial(plain, self), args, kwargs)
+
+    functools.update_wrapper(forward, plain)
+    # accelerate takes its own wrappers off by following ``__wrapped__``, and would take off this one with them.
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
+        return _unsurrounded, (cls,), *object.__reduce_ex__(self, 2)[2:]
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_plain_class": cls}
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), {**body, **names})
+
+
+def _unsurrounded(cls: type) -> nn.Module:
+    """An empty instance for `copy` and `pickle` to fill."""
+    made = _surrounded(cls)
+    return made.__new__(made)
+
+
+# -- gradient checkpointing --
+#
+# Why: a checkpointed region is computed again in the backward, after its forward has ended and perhaps in another
+# thread. Without this it would be computed without mask and positions.
+# transformers gives checkpointed modules their function in an attribute. It can go once a forward's surroundings can be
+# handed to checkpointed regions as arguments.
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def checkpointed_modules(stack: nn.Module) -> list[nn.Module]:
+    return [module for module in stack.modules() if hasattr(module, "gradient_checkpointing")]
+
+
+class CarriedThroughRecomputation:
+    """A checkpointing function whose recomputation finds what surrounded the forward."""
+
+    def __init__(self, function: Callable[..., Any], carry: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.function, self.carry = function, carry
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.carry(run), *args, **kwargs)
+
+
+def carry_through_recomputation(
+    modules: list[nn.Module], carry: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Run whatever these modules checkpoint as ``carry(run)`` in the place of ``run``."""
+    for module in modules:
+        function = getattr(module, _CHECKPOINT, None)
+        if function is not None and not isinstance(function, CarriedThroughRecomputation):
+            setattr(module, _CHECKPOINT, CarriedThroughRecomputation(function, carry))
+
+
+def stop_carrying(modules: list[nn.Module]) -> None:
+    for module in modules:
+        function = module.__dict__.get(_CHECKPOINT)
+        if isinstance(function, CarriedThroughRecomputation):
+            setattr(module, _CHECKPOINT, function.function)
+
+
+# -- caches --
+#
+# Why: what a primitive carries over tokens must follow whatever happens to a cache: beam search reorders it, assisted
+# decoding crops it, contrastive search repeats it. transformers' caches tell nobody, so the methods of the one object
+# are replaced. (A sibling class would do as well, but can be neither compiled nor pickled.)
+# It can go once a cache takes layers of another kind, that hold no keys and values, behind those of the model.
+
+FOLLOWED = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
+
+
+class Follower:
+    """Does to a memory what is done to the cache."""
+
+    def __init__(self, cache: Any, memory: Memory) -> None:
+        self.cache, self.memory = cache, memory
+
+    def _plain(self, name: str, *args: Any) -> Any:
+        return getattr(type(self.cache), name)(self.cache, *args)
+
+    def reorder_cache(self, beam_idx: Tensor) -> Any:
+        self.memory.map(lambda series: series.index_select(0, beam_idx.to(series.device)))
+        return self._plain("reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> Any:
+        self.memory.map(lambda series: series[indices.to(series.device)])
+        return self._plain("batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> Any:
+        self.memory.map(lambda series: series.repeat_interleave(repeats, dim=0))
+        return self._plain("batch_repeat_interleave", repeats)
+
+    def crop(self, tokens_to_remove: int) -> Any:
+        tokens = int(tokens_to_remove)
+        # transformers before 5.20 reads a positive number as the length that remains.
+        removed = -tokens if tokens <= 0 else max(int(self.cache.get_seq_length()) - tokens, 0)
+        self.memory.crop(removed)
+        return self._plain("crop", tokens_to_remove)
+
+    def reset(self) -> Any:
+        self.memory.clear()
+        return self._plain("reset")
+
+
+def follow_cache(cache: Any, memory: Memory) -> None:
+    """Make a cache carry ``memory``, and the memory follow the cache."""
+    follower = Follower(cache, memory)
+    cache.bio_memory = memory
+    for name in FOLLOWED:
+        setattr(cache, name, getattr(follower, name))
+
+
+def followed_memory(cache: Any) -> Memory | None:
+    """The memory that a cache carries."""
+    return cache.__dict__.get("bio_memory")
+
+
+# -- chunked feed-forward blocks --
+#
+# Why: transformers can run a feed-forward block on a few tokens at a time to save memory, with the same result. What
+# reads time both ways needs all of them at once, and what it reads would depend on the size of the chunks.
+# It can go with `chunk_size_feed_forward`, which newer models no longer have.
+
+_CHUNK = "chunk_size_feed_forward"
+
+
+def run_whole(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, int]]:
+    """Let feed-forward blocks run on all tokens at once; gives those that did not, with the size of their chunks."""
+    chunked = [(module, module.__dict__[_CHUNK]) for module in modules if module.__dict__.get(_CHUNK)]
+    for module, _ in chunked:
+        setattr(module, _CHUNK, 0)
+    return chunked
+
+
+def run_in_chunks(chunked: list[tuple[nn.Module, int]]) -> None:
+    for module, size in chunked:
+        setattr(module, _CHUNK, size)
+
+
+# -- logits_to_keep --
+#
+# Why: `generate` has the head of a language model read the last token alone. A primitive on the head that reads time
+# would miss the tokens before it, so all logits are computed, and those asked for are returned.
+# It can go if primitives are no longer accepted on heads.
+
+_KEEP = "logits_to_keep"
+
+
+def ask_for_all_logits(arguments: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict]:
+    """What a forward was to keep of its logits (None: all), and its arguments if it is to keep them all.
+
+    Raises:
+        ValueError: there are labels as well, which a model aligns with the logits that it keeps.
+    """
+    if _KEEP not in arguments:
+        return None, args, kwargs
+    place = arguments.index(_KEEP)
+    keep = args[place] if place < len(args) else kwargs.get(_KEEP)
+    if keep is None or (isinstance(keep, int) and keep == 0):
+        return None, args, kwargs
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            f"{_KEEP} was given with labels, but a primitive on the head reads time and needs every token: leave "
+            f"{_KEEP} out"
+        )
+    if place < len(args):
+        return keep, (*args[:place], 0, *args[place + 1 :]), kwargs
+    return keep, args, {**kwargs, _KEEP: 0}
+
+
+def keep_logits(output: Any, keep: int | Tensor) -> Any:
+    """A forward's output with the logits that were asked for."""
+    if isinstance(output, tuple):
+        place = next(i for i, item in enumerate(output) if isinstance(item, Tensor) and item.dim() == 3)
+        return (*output[:place], _kept(output[place], keep), *output[place + 1 :])
+    output["logits"] = _kept(output["logits"], keep)
+    return output
+
+
+def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:
+    """Of logits (B, T, v): the last few, or those at places (P,), (B, P), or at True of (B, T)."""
+    if isinstance(keep, int):
+        return logits[:, -keep:]
+    if keep.dim() == 1:
+        return logits[:, keep]
+    if keep.dtype == torch.bool:
+        return logits[keep]
+    return logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+# -- torch's fast path --
+#
+# Why: in eval, `nn.TransformerEncoderLayer` hands the weights of its parts to one kernel and calls none of them, so
+# that an adapter in a part would never run. A layer with a hook is left to run part by part.
+# It can go once the fast path asks for more than hooks, such as for the classes of the parts.
+
+
+def run_part_by_part(part: nn.Module, enclosing: Iterable[nn.Module]) -> None:
+    """Keep ``part`` of a transformer layer of torch's from being passed over; the hook goes with the part."""
+    for module in enclosing:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which the path part by part cannot read; values stay the same
+    part.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing but be there."""
