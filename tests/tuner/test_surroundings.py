@@ -158,9 +158,10 @@ def test_the_user_may_say_which_way_time_runs():
 
 
 @torch.no_grad()
-def test_a_mask_that_hides_the_padding_is_refused_only_where_it_matters():
+def test_a_mask_that_is_not_understood_is_refused_only_where_it_matters():
     ids, mask = torch.randint(3, 48, (2, 6)), torch.ones(2, 1, 6, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match="attention_mask as \\(batch, tokens\\)"):
+    mask[:, :, 4, 3] = False  # a token that does not see the one before it, and yet begins no document
+    with pytest.raises(ValueError, match="attention_mask is no sequence of documents.*Pass attention_mask as"):
         adapted(qwen(), primitives=["short_term_depression"])(input_ids=ids, attention_mask=mask)
     adapted(qwen(), primitives=["lateral_inhibition"])(input_ids=ids, attention_mask=mask)
 

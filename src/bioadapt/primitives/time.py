@@ -15,6 +15,7 @@ from torch import Tensor
 from .base import Context
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
+LEVELS = 7  # blocks of blocks in a scan of unknown length, which may then be up to 8 ** 7 tokens
 CHUNK = 128  # tokens up to which a product with a matrix of powers is cheaper than the scan
 
 
@@ -23,13 +24,24 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
 
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
-    if decay.numel() > 1 or drive.shape[1] > CHUNK or drive.is_complex():
+    steps = drive.shape[1]
+    if decay.numel() > 1 or not is_short(steps) or drive.is_complex():
         return _scan(decay, drive, initial, backwards)
-    if initial is not None:
+    if initial is not None and steps:  # without a token there is no first one
         drive = drive.clone()
         drive[:, 0].addcmul_(decay[:, 0], initial)
-    powers = _powers(decay.flatten(), drive.shape[1])[0]
-    return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
+    powers = _powers(decay.flatten(), steps)[0]
+    return ((powers.mT if backwards else powers) @ drive.flatten(2)).view_as(drive)
+
+
+def is_short(steps: int) -> bool:
+    """Whether a product with a matrix of powers is cheaper than the scan for so many tokens."""
+    return not _is_symbol(steps) and steps <= CHUNK
+
+
+def _is_symbol(steps: int) -> bool:
+    """Whether a length is left open, as in a model that is exported for sequences of any length."""
+    return isinstance(steps, torch.SymInt)
 
 
 def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
@@ -38,32 +50,35 @@ def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
     return torch.pow(decay[:, None, None], place[:, None] - (place + lag)).tril_(-lag)
 
 
-def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False) -> Tensor:
-    """See `_solve`.
+def _scan(
+    decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False, levels: int = LEVELS
+) -> Tensor:
+    """See `_solve`. ``levels``: how often a length that is left open is divided by `BLOCK`.
 
     Blocks run side by side, then what each leaves behind runs through the same scan, of a `BLOCK`-th of the length.
     Recursive doubling does log2 T times as much work; the shorter cumprod/cumsum form divides by a product that
     underflows at a = 0.5 after 512 tokens.
     """
-    steps, size = drive.shape[1], min(drive.shape[1], BLOCK)
-    constant, fill = decay.shape[1] == 1, -drive.shape[1] % size
-    if fill:
-        drive = _filled(drive, fill)
-        decay = decay if constant else _filled(decay, fill)
-    blocks = drive.unflatten(1, (-1, size)).clone()  # (B, N, size, ...)
-    reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (-1, size)).clone()
+    steps = drive.shape[1]
+    size = BLOCK if _is_symbol(steps) else max(min(steps, BLOCK), 1)
+    constant, fill = decay.shape[1] == 1, -steps % size
+    drive = _filled(drive, fill)
+    decay = decay if constant else _filled(decay, fill)
+    count = drive.shape[1] // size
+    blocks = drive.unflatten(1, (count, size)).clone()  # (B, N, size, ...)
+    reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (count, size)).clone()
     h, kept = blocks.unbind(2), reach.unbind(2)
     if backwards:
         h, kept = h[::-1], kept[::-1]
-    if initial is not None:
+    if initial is not None and (_is_symbol(steps) or steps):
         h[0][:, 0].addcmul_(kept[0][:, 0], initial)
-    several = blocks.shape[1] > 1
+    several = levels > 1 if _is_symbol(steps) else count > 1
     for t in range(1, size):
         h[t].addcmul_(kept[t], h[t - 1])
         if several:
             kept[t].mul_(kept[t - 1])
     if several:
-        ends = _scan(kept[-1], h[-1], backwards=backwards)
+        ends = _scan(kept[-1], h[-1], backwards=backwards, levels=levels - 1)
         here, before = (slice(None, -1), slice(1, None)) if backwards else (slice(1, None), slice(None, -1))
         blocks[:, here].addcmul_(reach if constant else reach[:, here], ends[:, before, None])
     return blocks.flatten(1, 2)[:, :steps]
@@ -271,7 +286,7 @@ def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Te
     Returns:
         One reading of time, or two, both (B, T, G, c) and in the order of z.
     """
-    if z.shape[1] > CHUNK:
+    if not is_short(z.shape[1]):
 
         def by_scan(series: Tensor) -> Tensor:
             return series - past_trace("", series, decay[:, None], Context())
@@ -294,7 +309,7 @@ def _deviation_kernel(decay: Tensor, steps: int) -> Tensor:
 
 def _filled(series: Tensor, steps: int) -> Tensor:
     """(B, T, ...) -> (B, T + steps, ...) with zeros at the end."""
-    if not steps:
+    if not _is_symbol(steps) and not steps:
         return series
     return torch.cat([series, series.new_zeros(series.shape[0], steps, *series.shape[2:])], 1)
 

@@ -56,6 +56,7 @@ class BioLayer(Merging):
         self.site, self.path, self.scope = site, path, scope
         self.causal, self.across = causal and not across, across
         self.axes = axes
+        self.unsure = False  # whether nothing tells which way time may be read
         self.routed = any(part.startswith("expert") for part in path.split("."))  # sees tokens in any order
         self.said: set[str] = set()  # warnings that have been given
         self.in_features, self.out_features = site.d_in, site.d_out

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TORCH_STACKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+_OF_IMAGES = ("timm", "torchvision", "diffusers")  # libraries whose models see all places of an image at once
 # Blocks of transformers that are called with (tokens, batch, features).
 _TIME_FIRST = (
     "xlnet.XLNetLayer",
@@ -422,12 +423,17 @@ def enclosing_modules(model: nn.Module, path: str) -> list[nn.Module]:
     return found[: next(i for i, module in enumerate(found) if module is stack) + 1]
 
 
-def is_causal(stack: nn.Module) -> bool:
-    """Whether tokens of this stack must not see later ones.
+def is_causal(model: nn.Module, path: str) -> bool | None:
+    """Whether tokens of the module at ``path`` must not see later ones; None if nothing tells.
 
-    Attention modules of transformers say so themselves. Where none does, a stack counts as causal unless it is known to
-    be an encoder: reading time backwards only is always safe.
+    Attention modules of transformers say so themselves. Where none does, a model of transformers counts as causal
+    unless it is known to be an encoder: reading time backwards only is always safe.
     """
+    if any(type(module).__module__.partition(".")[0] in _OF_IMAGES for module in enclosing_modules(model, path)):
+        return False
+    stack = enclosing_stack(model, path)
+    if isinstance(stack, nn.TransformerDecoderLayer):
+        return True
     if type(stack).__name__.startswith("CLIPText"):  # its attention is told per call
         return True
     told = [module.is_causal for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
@@ -436,7 +442,7 @@ def is_causal(stack: nn.Module) -> bool:
     config = getattr(stack, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(stack, PreTrainedModel) or model_type is None:
-        return True
+        return None
     if getattr(stack, "main_input_name", "") == "pixel_values":
         return False
     if getattr(config, "is_decoder", False):

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_READ_BY_KERNELS = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")  # of the mixers of Mamba and its kin
 _CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -58,6 +59,19 @@ class Site:
         return None
 
 
+def bypassed(parent: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """Why an adapter on the child ``name`` of a module would not run, in words, or None if it would."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return (
+            "this is the output projection inside an nn.MultiheadAttention, which multiplies by its weight without "
+            "calling it, so an adapter here would never run: target a layer behind it"
+        )
+    cls = type(parent).__name__
+    if hasattr(parent, "A_log") and ("Mamba" in cls or cls.endswith("Mixer")) and name in _READ_BY_KERNELS:
+        return f"the kernels of {cls} read its weight without calling it: of this module, in_proj alone can be adapted"
+    return None
+
+
 def describe(layer: nn.Module) -> Site:
     """The site that a plain layer offers.
 
@@ -69,11 +83,6 @@ def describe(layer: nn.Module) -> Site:
         raise TypeError(
             "nn.MultiheadAttention multiplies by its projections without calling them, so they cannot be adapted: "
             "target the module that contains it or a layer behind it"
-        )
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            "this is the output projection inside an nn.MultiheadAttention, which multiplies by its weight without "
-            "calling it, so an adapter here would never run: target a layer behind it"
         )
     if isinstance(layer, nn.Linear):
         return Site(name, layer.in_features, layer.out_features, weight="rows")
