@@ -71,8 +71,8 @@ class BioConfig(PeftConfig):
             all read the same features.
         init_weights: True: the fresh adapter is the identity. False: it is not, for tests.
         causal: whether time may only be read backwards; None finds out from the model. Set it for models of your own.
-        batch_first: whether activations are (batch, tokens, features), and not (tokens, batch, features); None finds out
-            from the model. Set it for models of your own with modules that have ``batch_first=False``.
+        batch_first: whether activations are (batch, tokens, features) or (tokens, batch, features); None finds out from
+            the model. Set it for models of your own with modules that have ``batch_first=False``.
         seed: fixes the frozen random matrices.
         trained_over: written on saving: name and fingerprint of what lay underneath.
         fingerprint: written on saving: hash of the adapter's tensors, checked on loading.

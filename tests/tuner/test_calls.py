@@ -1,4 +1,4 @@
-"""One module called several times in a forward, on parts of a sequence or on a sequence each time; and caches by any name."""
+"""One module called several times in a forward, on parts of a sequence or on all of it; and caches by any name."""
 
 from __future__ import annotations
 

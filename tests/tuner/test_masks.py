@@ -228,7 +228,9 @@ def test_padding_that_cannot_be_found_is_refused_where_it_matters():
     whole, padded = torch.ones(1, 5), torch.tensor([[1.0, 1, 1, 1, 0]])
     model = adapted(transformers.VisualBertModel(config), target_modules=["output.dense"])
     model(**given, attention_mask=whole)
-    with pytest.raises(ValueError, match=r"reads its tokens in time, but attention_mask \(1, 5\).*call the model without"):
+    with pytest.raises(
+        ValueError, match=r"reads its tokens in time, but attention_mask \(1, 5\).*call the model without"
+    ):
         model(**given, attention_mask=padded)
     pointwise = adapted(transformers.VisualBertModel(config), ["lateral_inhibition"], target_modules=["output.dense"])
     pointwise(**given, attention_mask=padded)

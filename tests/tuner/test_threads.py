@@ -152,7 +152,9 @@ def test_replicas_run_their_own_tensors(by_name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_a_copy_reads_masks_when_its_forward_is_called_by_name(twin):
     model, given = adapted(bert()).get_base_model(), requests(1)[0]
     wanted = model(**given).last_hidden_state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BioConfig
-from ..primitives.base import STAGES, Context, Host, Primitive, autocast_off
+from ..primitives.base import STAGES, Context, Host, Primitive, autocast_off, born_in_fp32
 from ..primitives.frames import read_in, read_out
 from ..registry import build_primitive
 from .sites import Site
@@ -37,7 +37,8 @@ class Circuit(nn.Module):
         population = site.d_out if config.rank is None else config.rank
         self.down = self.up = None
         if config.rank is not None:
-            self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
+            with born_in_fp32():
+                self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
             host = Host(partial(_population_weight, host, self.down.detach()), seed=host.seed)
         for entry in config.primitives:
             settings = {key: value for key, value in entry.items() if key != "name"}

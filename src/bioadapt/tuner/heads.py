@@ -132,4 +132,3 @@ def tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple |
         return None
     repeats = len(args[0]) // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
-

@@ -17,9 +17,9 @@ from ..primitives.base import Context, Host, Primitive
 from ..registry import primitive_info
 from .circuit import Circuit
 from .learning import WithGradientOf
+from .masks import NOTHING, Tokens, Unclear
 from .merging import Merging, Original
 from .scope import Scope, Surroundings
-from .masks import Tokens, Unclear
 from .sites import Axes, Layout, Site, describe
 
 
@@ -47,7 +47,7 @@ class BioLayer(Merging):
         scope: Scope,
         causal: bool,
         across: bool,
-        axes: Axes | None = Axes(),
+        axes: Axes | None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class BioLayer(Merging):
         """
         site = site or self.site
         around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
-        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes or Axes())
+        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
         context = self._context(layout, v, around, circuits, site)
         contexts = self._remembering(context, layout, around, circuits)
         features = layout.to_sequence(y)
@@ -316,17 +316,17 @@ class BioLayer(Merging):
             if self.across:
                 return around.about_encoder(layout.sequence)
             if self.routed or (layout.sequence[1] == 1 and start == 0 and layout.sequence != around.tokens):
-                return Tokens()  # a vector by itself
+                return NOTHING  # a vector by itself
             return around.about(layout.sequence)
         except Unclear as unclear:
             if reads_tokens:
                 raise ValueError(
-                    f"{self.path} reads its tokens in time, but {unclear}. Pass attention_mask as (batch, tokens), call "
-                    "the model without padding, or adapt this module with pointwise primitives alone"
+                    f"{self.path} reads its tokens in time, but {unclear}. Pass attention_mask as (batch, tokens), "
+                    "call the model without padding, or adapt this module with pointwise primitives alone"
                 ) from None
             if around.live and any(primitive.learns for circuit in circuits.values() for primitive in circuit.values()):
                 self._say(f"{self.path} learns from padding too, since {unclear}")
-        return Tokens()
+        return NOTHING
 
     def _check_time(self, layout: Layout, around: Surroundings, start: int) -> None:
         """Refuse an activation in which time cannot be found, and say where there is none."""
@@ -388,7 +388,13 @@ class BioLinear(BioLayer):
 
 
 def build_layer(
-    base_layer: nn.Module, path: str, scope: Scope, causal: bool, across: bool, axes: Axes | None = Axes(), **kwargs: Any
+    base_layer: nn.Module,
+    path: str,
+    scope: Scope,
+    causal: bool,
+    across: bool,
+    axes: Axes | None,
+    **kwargs: Any,
 ) -> BioLayer:
     """A layer without adapters around ``base_layer``.
 

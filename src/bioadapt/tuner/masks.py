@@ -38,6 +38,9 @@ class Tokens(NamedTuple):
         return Tokens(*(None if flags is None else flags.to(device) for flags in self))
 
 
+NOTHING = Tokens()
+
+
 def read_mask(name: str, mask: Any, batch: int, steps: int, past: int | Tensor | None) -> Tokens:
     """What the argument ``name`` of a model says about its tokens.
 
@@ -52,10 +55,10 @@ def read_mask(name: str, mask: Any, batch: int, steps: int, past: int | Tensor |
         Unclear: the mask says something else, or more, than which tokens are padding and where documents begin.
     """
     if mask is None:
-        return Tokens()
+        return NOTHING
     if isinstance(mask, Mapping):
         kinds = sorted(mask, key=lambda kind: kind != "full_attention")
-        return read_mask(f"{name}[{kinds[0]!r}]", mask[kinds[0]], batch, steps, past) if kinds else Tokens()
+        return read_mask(f"{name}[{kinds[0]!r}]", mask[kinds[0]], batch, steps, past) if kinds else NOTHING
     if not isinstance(mask, Tensor):
         raise Unclear(f"{name} is a {type(mask).__name__}, which does not tell which tokens are padding")
     if mask.dim() == 2:
@@ -124,7 +127,9 @@ def _visible(name: str, mask: Tensor) -> Tensor:
     if not mask.is_floating_point():
         return mask.bool()
     if not torch.compiler.is_compiling() and not ((mask == 0) | (mask <= _HIDDEN)).all():
-        raise Unclear(f"{name} holds other values than 0 and large negative ones, so that it is not clear what it hides")
+        raise Unclear(
+            f"{name} holds other values than 0 and large negative ones, so that it is not clear what it hides"
+        )
     return mask > _HIDDEN
 
 
@@ -134,7 +139,9 @@ def _check_pairs(name: str, seen: Tensor, real: Tensor, starts: Tensor, document
     neighbours = real[:, 1:] & real[:, :-1] & ~starts[:, 1:]
     broken = (neighbours & ~seen.diagonal(-1, 1, 2)).any() or (seen & across).any()
     if broken or (seen & real[:, :, None] & ~real[:, None, :]).any():
-        raise Unclear(f"{name} is no sequence of documents: it hides tokens from each other that are neither padding nor apart")
+        raise Unclear(
+            f"{name} is no sequence of documents: it hides tokens from each other that are neither padding nor apart"
+        )
 
 
 def read_key_padding(name: str, mask: Tensor) -> Tokens:

@@ -114,9 +114,7 @@ class BioModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise with_suggestion(error, config, model) from None
 
-    def _check_reach(
-        self, model: nn.Module, adapter_name: str, given: BioConfig, passed_over: dict[str, str]
-    ) -> None:
+    def _check_reach(self, model: nn.Module, adapter_name: str, given: BioConfig, passed_over: dict[str, str]) -> None:
         """Warn where the adapter does not do what was asked for.
 
         Raises:
@@ -129,21 +127,23 @@ class BioModel(BaseTuner):
             warnings.warn(f"{path} is not adapted: {reason}")
         asked = given.target_modules
         # The default targets name modules as several versions of transformers call them, and a file holds what it held.
-        for name in [] if given.fingerprint is not None else unmatched(asked, model):
+        default, _ = default_sites(given, self.get_model_config(model))
+        known_list = given.fingerprint is not None or (isinstance(default, list) and asked == set(default))
+        for name in [] if known_list else unmatched(asked, model):
             known = {path.rpartition(".")[2] for path, _ in model.named_modules()}
             warnings.warn(f"target_modules contains {name!r}, but no module is called so; {suggest(name, known)}")
         experts = fused_experts(model) if isinstance(asked, str) and asked.lower() == "all-linear" else []
         if experts:
             warnings.warn(
-                f"'all-linear' does not reach the experts: {experts[0]} and {len(experts) - 1} more hold the weights of "
-                "many experts in one tensor, and not in layers that could be adapted"
+                f"'all-linear' does not reach the experts: {experts[0]} and {len(experts) - 1} more hold the weights "
+                "of many experts in one tensor, and not in layers that could be adapted"
             )
         unsure = [layer.path for layer in layers if layer.unsure and layer.circuits[adapter_name].reads_time]
         if given.causal is None and unsure:
             warnings.warn(
                 f"it cannot be told whether tokens may see later ones at {unsure[0]}"
-                f"{f' and {len(unsure) - 1} more' if len(unsure) > 1 else ''}: time is read backwards only, which is safe, "
-                "but leaves the first token nothing to read. Say causal=True or causal=False in the configuration"
+                f"{f' and {len(unsure) - 1} more' if len(unsure) > 1 else ''}: time is read backwards only, which is "
+                "safe, but leaves the first token nothing to read. Say causal=True or causal=False in the configuration"
             )
 
     def _connect(self, model: nn.Module, adapter_name: str) -> None:

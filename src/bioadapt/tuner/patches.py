@@ -191,20 +191,25 @@ def followed_memory(cache: Any) -> Memory | None:
 # reads time both ways needs all of them at once, and what it reads would depend on the size of the chunks.
 # It can go with `chunk_size_feed_forward`, which newer models no longer have.
 
-_CHUNK = "chunk_size_feed_forward"
+Switched = list[tuple[nn.Module, str, Any]]  # attributes of modules, with the values that they had
 
 
-def run_whole(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, int]]:
-    """Let feed-forward blocks run on all tokens at once; gives those that did not, with the size of their chunks."""
-    chunked = [(module, module.__dict__[_CHUNK]) for module in modules if module.__dict__.get(_CHUNK)]
-    for module, _ in chunked:
-        setattr(module, _CHUNK, 0)
-    return chunked
+def run_whole(modules: Iterable[nn.Module]) -> Switched:
+    """Let feed-forward blocks run on all tokens at once."""
+    return [
+        _switch(module, "chunk_size_feed_forward", 0) for module in modules if "chunk_size_feed_forward" in vars(module)
+    ]
 
 
-def run_in_chunks(chunked: list[tuple[nn.Module, int]]) -> None:
-    for module, size in chunked:
-        setattr(module, _CHUNK, size)
+def _switch(module: nn.Module, name: str, value: Any) -> tuple[nn.Module, str, Any]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    return module, name, before
+
+
+def switch_back(switched: Switched) -> None:
+    for module, name, before in reversed(switched):
+        setattr(module, name, before)
 
 
 # -- logits_to_keep --
@@ -265,12 +270,13 @@ def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:
 # It can go once the fast path asks for more than hooks, such as for the classes of the parts.
 
 
-def run_part_by_part(part: nn.Module, enclosing: Iterable[nn.Module]) -> None:
+def run_part_by_part(part: nn.Module, enclosing: Iterable[nn.Module]) -> Switched:
     """Keep ``part`` of a transformer layer of torch's from being passed over; the hook goes with the part."""
-    for module in enclosing:
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # which the path part by part cannot read; values stay the same
     part.register_forward_pre_hook(_nothing)
+    # Nested tensors are read by the fast path alone; without them the values are the same.
+    return [
+        _switch(module, "use_nested_tensor", False) for module in enclosing if isinstance(module, nn.TransformerEncoder)
+    ]
 
 
 def _nothing(module: nn.Module, args: tuple) -> None:

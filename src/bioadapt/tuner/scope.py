@@ -26,8 +26,8 @@ from ..primitives._state import Memory
 from . import patches
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import follow
+from .masks import NOTHING, Tokens, Unclear, all_real, read_key_padding, read_mask
 from .sites import Axes
-from .masks import Tokens, Unclear, all_real, read_key_padding, read_mask
 
 if TYPE_CHECKING:
     from .layer import BioLayer
@@ -59,7 +59,7 @@ class Surroundings:
 
     stack: nn.Module | None = None
     tokens: tuple[int, int] | None = None
-    known: Tokens = Tokens()
+    known: Tokens = NOTHING
     unclear: str | None = None
     masks: dict[str, Any] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
@@ -100,7 +100,7 @@ class Surroundings:
                 f"the model was given {self.tokens[1]} tokens and makes {sequence[1]} of them, so that it cannot be "
                 "told which are padding"
             )
-        return Tokens()
+        return NOTHING
 
     def about_encoder(self, sequence: tuple[int, ...]) -> Tokens:
         """The same for a layer that reads the encoder's output."""
@@ -108,7 +108,7 @@ class Surroundings:
         if mask is None or tuple(mask.shape) == sequence:
             return Tokens(mask)
         if all_real(mask):
-            return Tokens()
+            return NOTHING
         raise Unclear(f"the mask of the encoder {tuple(mask.shape)} does not fit its {sequence} features here")
 
     def _translated(self, mask: Any, sequence: tuple[int, ...]) -> Tokens | None:
@@ -119,7 +119,9 @@ class Surroundings:
         elif len(mask) != sequence[0]:
             return None
         elif _frames(self.stack, mask.shape[1]) == sequence[1]:
-            real = self.stack._get_feature_vector_attention_mask(sequence[1], mask, **_without_adapter(self.stack)).bool()
+            real = self.stack._get_feature_vector_attention_mask(
+                sequence[1], mask, **_without_adapter(self.stack)
+            ).bool()
         elif mask.shape[1] < sequence[1] and any(name.startswith("_pad_to_") for name in dir(self.stack)):
             real = nn.functional.pad(mask.bool(), (0, sequence[1] - mask.shape[1]))  # Longformer, BigBird, Reformer
         else:
@@ -175,7 +177,7 @@ class Scope:
         self.terms = Terms()
         self.injected: float | None = None  # factor of auxiliary gradients; None: terms wait for `auxiliary_loss`
         self.checkpointing = patches.checkpointed_modules(stack)
-        self.chunked: list[tuple[nn.Module, int]] = []
+        self.switched: patches.Switched = []
         patches.surround(stack, self)
         follow(self)
 
@@ -192,14 +194,14 @@ class Scope:
     def remove(self, stack: nn.Module) -> None:
         patches.release(stack)
         patches.stop_carrying(self.checkpointing)
-        patches.run_in_chunks(self.chunked)
+        patches.switch_back(self.switched)
 
     def take_in(self, layer: BioLayer, enclosing: list[nn.Module]) -> None:
-        """Prepare the modules around a layer, from the nearest to the stack, for what its primitives need of them."""
+        """Prepare the modules around a layer, from the nearest to the model, for what its primitives need of them."""
         if any(isinstance(module, TORCH_STACKS) for module in enclosing):
-            patches.run_part_by_part(layer, enclosing)
+            self.switched += patches.run_part_by_part(layer, enclosing)
         if layer.reads_tokens:
-            self.chunked += patches.run_whole(enclosing)
+            self.switched += patches.run_whole(enclosing)
 
     @property
     def surroundings(self) -> Surroundings | None:
@@ -305,7 +307,7 @@ class Scope:
         try:
             known = read_mask("attention_mask", mask, batch, steps, past)
         except Unclear as unclear:
-            known, found.unclear = Tokens(), str(unclear)
+            known, found.unclear = NOTHING, str(unclear)
         positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
             positions = positions.expand(batch, -1)
@@ -379,13 +381,9 @@ class Terms(list):
 
 
 def enclosing_stack(model: nn.Module, path: str) -> nn.Module:
-    """The nearest enclosing transformers model of the module at ``path``, else ``model`` itself."""
-    names = path.split(".")[:-1]
-    for depth in range(len(names), 0, -1):
-        module = model.get_submodule(".".join(names[:depth]))
-        if isinstance(module, (PreTrainedModel, *TORCH_STACKS)):
-            return module
-    return model
+    """The nearest module around the one at ``path`` that is called with masks, else ``model`` itself."""
+    stacks = (PreTrainedModel, *TORCH_STACKS)
+    return next((module for module in enclosing_modules(model, path) if isinstance(module, stacks)), model)
 
 
 def reads_encoder(path: str) -> bool:
@@ -400,7 +398,7 @@ def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | Non
     Models of transformers have the batch first, but for a few. torch's own layers say what they expect. Elsewhere time
     is told from nothing, so that a module somewhere that wants it first leaves the question open.
     """
-    around = enclosing_modules(model, path)
+    around = _within_stack(model, path)
     layer = next((module for module in around if isinstance(module, TORCH_STACKS)), None)
     if batch_first is not None:
         return Axes(time_first=not batch_first, unbatched=layer is not None)
@@ -416,11 +414,15 @@ def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | Non
 
 
 def enclosing_modules(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules around the one at ``path``, from the nearest to the stack."""
+    """The modules around the one at ``path``, from the nearest to the model."""
     names = path.split(".")[:-1]
-    found = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
-    stack = enclosing_stack(model, path)
-    return found[: next(i for i, module in enumerate(found) if module is stack) + 1]
+    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
+
+
+def _within_stack(model: nn.Module, path: str) -> list[nn.Module]:
+    """The same up to the stack."""
+    around, stack = enclosing_modules(model, path), enclosing_stack(model, path)
+    return around[: next(i for i, module in enumerate(around) if module is stack) + 1]
 
 
 def is_causal(model: nn.Module, path: str) -> bool | None:
@@ -429,7 +431,7 @@ def is_causal(model: nn.Module, path: str) -> bool | None:
     Attention modules of transformers say so themselves. Where none does, a model of transformers counts as causal
     unless it is known to be an encoder: reading time backwards only is always safe.
     """
-    if any(type(module).__module__.partition(".")[0] in _OF_IMAGES for module in enclosing_modules(model, path)):
+    if any(type(module).__module__.partition(".")[0] in _OF_IMAGES for module in _within_stack(model, path)):
         return False
     stack = enclosing_stack(model, path)
     if isinstance(stack, nn.TransformerDecoderLayer):

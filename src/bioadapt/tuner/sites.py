@@ -140,7 +140,7 @@ class Layout:
     time_first: bool = False
 
     @classmethod
-    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None, axes: Axes = Axes()) -> Layout:
+    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None, axes: Axes | None = None) -> Layout:
         """``tokens``: (B, T) of the running forward where it is known; it tells a flattened batch of sequences from a
         batch of single vectors, which have no time axis."""
         if site.spatial:
@@ -151,11 +151,11 @@ class Layout:
             return cls(y.shape, False, (1, 1), None)
         if y.dim() == 2:
             rows = y.shape[0]
-            if axes.unbatched:
+            if axes is not None and axes.unbatched:
                 return cls(y.shape, False, (1, rows), None)
             flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
             return cls(y.shape, False, tokens if flattened else (rows, 1), None)
-        if axes.time_first and y.dim() == 3:
+        if axes is not None and axes.time_first and y.dim() == 3:
             return cls(y.shape, False, (y.shape[1], y.shape[0]), None, time_first=True)
         return cls(y.shape, False, (y.shape[0], math.prod(y.shape[1:-1])), None)
 
