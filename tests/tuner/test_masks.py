@@ -101,7 +101,7 @@ def test_a_tree_of_drafts_is_no_sequence():
     [
         (torch.randn(1, 1, 4, 4), "other values than 0"),
         (torch.stack([causal(4), ~causal(4)])[None], "differs between heads"),
-        (torch.ones(1, 1, 3, 3), "does not fit 1 sequences of 4 tokens"),
+        (torch.ones(1, 1, 3, 3).bool(), "does not fit 1 sequences of 4 tokens"),
         (torch.ones(1, 2), "has 2 columns where there are 4 tokens"),
         (torch.zeros(1, 4) - 5, "negative values"),
         ("causal", "is a str"),
