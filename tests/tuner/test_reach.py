@@ -18,7 +18,7 @@ def said(run) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         run()
-    return [str(warning.message) for warning in found]
+    return [str(warning.message) for warning in found if warning.category is UserWarning]
 
 
 def siglip():

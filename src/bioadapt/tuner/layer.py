@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER
 from ..config import BioConfig
+from ..primitives._state import Memory
 from ..primitives.base import Context, Host, Primitive
 from ..registry import primitive_info
 from .circuit import Circuit
@@ -269,7 +270,8 @@ class BioLayer(Merging):
             return contexts
         memory = around.memory
         if memory is None and layout.sequence[1] < around.tokens[1]:
-            memory = around.chunks  # a part of the sequence, which may continue the one before
+            # A part of the sequence, which may continue the one before.
+            memory = around.chunks = around.chunks or Memory()
         if memory is None:
             return contexts
         heard = None if around.past is None else around.past + start

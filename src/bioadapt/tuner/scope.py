@@ -50,7 +50,7 @@ _READS = ("k", "v", "key", "value", "k_proj", "v_proj", "c_attn")
 class Surroundings:
     """One forward of one stack.
 
-    ``given``: its arguments by name. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
+    ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
     ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``encoder_mask``: (B, n) of
     what a decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
     ``adapter_names``: the adapter of each sample, where they differ. ``calls``: by layer, which call of this forward
@@ -69,7 +69,7 @@ class Surroundings:
     adapter_names: list[str] | None = None
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
-    chunks: Memory = field(default_factory=Memory)  # what parts of a sequence leave to those that follow
+    chunks: Memory | None = None  # what parts of a sequence leave to those that follow
 
     @property
     def mask(self) -> Tensor | None:
@@ -89,6 +89,11 @@ class Surroundings:
             found = self._translated(mask, sequence)
             if found is not None:
                 return found
+        if self._pads_inside(sequence) and self.unclear is None:
+            assert self.tokens is not None and self.stack is not None
+            device = next(self.stack.parameters()).device
+            real = torch.ones(self.tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
+            return _of_real(nn.functional.pad(real, (0, sequence[1] - self.tokens[1])))
         for name, mask in self.masks.items():
             if not all_real(mask):
                 shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -122,11 +127,15 @@ class Surroundings:
             real = self.stack._get_feature_vector_attention_mask(
                 sequence[1], mask, **_without_adapter(self.stack)
             ).bool()
-        elif mask.shape[1] < sequence[1] and any(name.startswith("_pad_to_") for name in dir(self.stack)):
-            real = nn.functional.pad(mask.bool(), (0, sequence[1] - mask.shape[1]))  # Longformer, BigBird, Reformer
         else:
             return None
-        return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
+        return _of_real(real)
+
+    def _pads_inside(self, sequence: tuple[int, ...]) -> bool:
+        """Whether the model has added padding behind its tokens, as Longformer, BigBird and Reformer do."""
+        if self.tokens is None or sequence[0] != self.tokens[0] or sequence[1] <= self.tokens[1]:
+            return False
+        return any(name.startswith("_pad_to_") for name in dir(self.stack))
 
     def place(self, layer: str, sequence: tuple[int, ...]) -> tuple[int, int]:
         """Which call of the layer in this forward this is, and at which token it begins.
@@ -139,6 +148,10 @@ class Surroundings:
         end = start + sequence[1]
         self.calls[layer] = (call, end) if end < steps else (call + 1, 0)
         return call, start
+
+
+def _of_real(real: Tensor) -> Tokens:
+    return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
 
 
 def _frames(stack: nn.Module | None, samples: int) -> int | None:
