@@ -126,3 +126,10 @@ def test_models_of_images_see_all_places(library):
     for base, path in ((Model(lin=nn.Linear(D, D)), "lin"), (inside, "backbone.lin")):
         model = get_peft_model(base, awake("causal", [path]))
         assert not any(layer.causal for layer in bio_layers(model))
+
+
+def test_a_module_that_is_held_twice_is_told_of():
+    base = Host(first=nn.Linear(D, D), second=nn.Linear(D, D))
+    base.second = base.first
+    messages = said(lambda: get_peft_model(base, awake("pointwise", ["first"])))
+    assert messages == ["first is the same module as second, from where it is called without the adapter"]

@@ -28,7 +28,7 @@ from .refusals import base_of, check_names, free_name, with_suggestion
 from .scope import Scope, axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
-from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, unmatched
+from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, shared_modules, unmatched
 from .tree import bio_layers, forget_configs, remove_adapter, undone_on_failure
 
 ROUNDING = 0.01  # a merge that loses more of the changed weights than this is worth a warning
@@ -102,11 +102,12 @@ class BioModel(BaseTuner):
         # What a file was known by says nothing of the adapter any more once that is trained.
         config = dataclasses.replace(given, fingerprint=None, settings_fingerprint=None)
         passed_over = self.__dict__["_passed_over"] = {}
+        shared = shared_modules(model)
         try:
             with undone_on_failure(self):
                 self.peft_config[adapter_name] = config
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                self._check_reach(model, adapter_name, given, passed_over)
+                self._check_reach(model, adapter_name, given, passed_over, shared)
                 self._connect(model, adapter_name)
                 take_over_heads(self.model, adapter_name)
                 if adapter_name in self.active_adapters:
@@ -114,7 +115,14 @@ class BioModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise with_suggestion(error, config, model) from None
 
-    def _check_reach(self, model: nn.Module, adapter_name: str, given: BioConfig, passed_over: dict[str, str]) -> None:
+    def _check_reach(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        given: BioConfig,
+        passed_over: dict[str, str],
+        shared: dict[nn.Module, list[str]],
+    ) -> None:
         """Warn where the adapter does not do what was asked for.
 
         Raises:
@@ -125,6 +133,12 @@ class BioModel(BaseTuner):
             if not layers:
                 raise TypeError(f"{path} cannot be adapted: {reason}")
             warnings.warn(f"{path} is not adapted: {reason}")
+        for layer in layers:
+            others = [path for path in shared.get(layer.base_layer, ()) if path != layer.path]
+            if others:
+                warnings.warn(
+                    f"{layer.path} is the same module as {', '.join(others)}, from where it is called without the adapter"
+                )
         asked = given.target_modules
         # The default targets name modules as several versions of transformers call them, and a file holds what it held.
         default, _ = default_sites(given, self.get_model_config(model))

@@ -56,9 +56,13 @@ def release(stack: nn.Module) -> None:
         stack.__dict__["forward"] = around.replaced
 
 
-@functools.cache
 def _surrounded(cls: type) -> type:
-    """A class that is in all else what ``cls`` is, its name included."""
+    """A class that is in all else what ``cls`` is, its name included; one for all models of that class."""
+    made = next((sub for sub in cls.__subclasses__() if sub.__dict__.get("_plain_class") is cls), None)
+    return _surround_class(cls) if made is None else made
+
+
+def _surround_class(cls: type) -> type:
     plain = cls.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -170,3 +170,14 @@ def fused_experts(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if "expert" in name.rpartition(".")[2] and any(p.dim() == 3 for p in module.parameters(recurse=False))
     ]
+
+
+def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Modules that several others hold as their own, with the paths to them: an adapter takes the place of one alone."""
+    holders: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                place = path if name == "base_layer" else f"{path}.{name}" if path else name
+                holders.setdefault(child, []).append(place)
+    return {module: paths for module, paths in holders.items() if len(paths) > 1}
