@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import transformers
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch import nn
-from transformers import Cache, PreTrainedModel, pytorch_utils
+from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from tuner.helpers import awake, bert, bio_layers, classifier, close, output, tokens
 
+from bioadapt.primitives._state import Memory
 from bioadapt.tuner import patches
 
 
@@ -114,7 +117,36 @@ def test_all_that_can_be_done_to_a_cache_is_followed():
     of_a_layer = {"update", "update_conv_state", "update_recurrent_state", "update_indexer", "early_initialization"}
     elsewhere = {"offload", "prefetch", "activate_past_recording"}  # nothing moves along the batch or the time axis
     assert done - reads - of_a_layer - elsewhere == set(patches.FOLLOWED)
-    assert {name for name in vars(patches.Follower) if not name.startswith("_")} == set(patches.FOLLOWED)
+
+
+def test_a_cache_of_a_class_of_ones_own_is_followed_once():
+    class Louder(DynamicCache):
+        def reorder_cache(self, beam_idx):
+            super().reorder_cache(beam_idx)
+
+    cache, memory = Louder(), Memory()
+    memory.append("trace", torch.tensor([[[1.0]], [[2.0]], [[3.0]]]), keep=1)
+    patches.follow_cache(cache, memory)
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    assert memory.series["trace"].flatten().tolist() == [2, 3, 1]
+    cache.batch_repeat_interleave(2)
+    assert memory.series["trace"].flatten().tolist() == [2, 2, 3, 3, 1, 1]
+    cache.batch_select_indices(torch.tensor([0, 4]))
+    assert memory.series["trace"].flatten().tolist() == [2, 1]
+    cache.reset()
+    assert not memory.series and patches.followed_memory(cache) is memory
+
+
+def test_a_cache_with_a_memory_is_freed_as_soon_as_nobody_holds_it():
+    cache = DynamicCache()
+    patches.follow_cache(cache, Memory())
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # -- chunked feed-forward blocks --

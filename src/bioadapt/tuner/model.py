@@ -137,7 +137,8 @@ class BioModel(BaseTuner):
             others = [path for path in shared.get(layer.base_layer, ()) if path != layer.path]
             if others:
                 warnings.warn(
-                    f"{layer.path} is the same module as {', '.join(others)}, from where it is called without the adapter"
+                    f"{layer.path} is the same module as {', '.join(others)}, from where it is called without the "
+                    "adapter"
                 )
         asked = given.target_modules
         # The default targets name modules as several versions of transformers call them, and a file holds what it held.

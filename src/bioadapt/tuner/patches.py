@@ -1,7 +1,7 @@
-"""Every place of torch and transformers that bioadapt changes while an adapter is in place, each with its reason.
+"""Every place of torch and transformers that bioadapt changes for its adapters to work, each with its reason.
 
-A patch belongs to one model, never to a library, and goes when the last adapter does. `tests/tuner/test_patches.py`
-fails when a patched place changes.
+What is changed is one model, and changed back when its last adapter goes; of caches it is the classes. Each place has
+a test in `tests/tuner/test_patches.py` that fails when it moves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
 
 from ..primitives._state import Memory
 
@@ -136,57 +137,83 @@ def stop_carrying(modules: list[nn.Module]) -> None:
 # -- caches --
 #
 # Why: what a primitive carries over tokens must follow whatever happens to a cache: beam search reorders it, assisted
-# decoding crops it, contrastive search repeats it. transformers' caches tell nobody, so the methods of the one object
-# are replaced. (A sibling class would do as well, but can be neither compiled nor pickled.)
+# decoding crops it, contrastive search repeats it. transformers' caches tell nobody, so these methods of their classes
+# ask whether the cache carries a memory. (A class or methods of the one object's own could not be compiled or would
+# keep it alive.) A cache without a memory is not touched.
 # It can go once a cache takes layers of another kind, that hold no keys and values, behind those of the model.
 
-FOLLOWED = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
+_MEMORY = "bio_memory"
 
 
-class Follower:
-    """Does to a memory what is done to the cache."""
+def _reorder(cache: Any, memory: Memory, beam_idx: Tensor) -> None:
+    memory.map(lambda series: series.index_select(0, beam_idx.to(series.device)))
 
-    def __init__(self, cache: Any, memory: Memory) -> None:
-        self.cache, self.memory = cache, memory
 
-    def _plain(self, name: str, *args: Any) -> Any:
-        return getattr(type(self.cache), name)(self.cache, *args)
+def _select(cache: Any, memory: Memory, indices: Tensor) -> None:
+    memory.map(lambda series: series[indices.to(series.device)])
 
-    def reorder_cache(self, beam_idx: Tensor) -> Any:
-        self.memory.map(lambda series: series.index_select(0, beam_idx.to(series.device)))
-        return self._plain("reorder_cache", beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> Any:
-        self.memory.map(lambda series: series[indices.to(series.device)])
-        return self._plain("batch_select_indices", indices)
+def _repeat(cache: Any, memory: Memory, repeats: int) -> None:
+    memory.map(lambda series: series.repeat_interleave(repeats, dim=0))
 
-    def batch_repeat_interleave(self, repeats: int) -> Any:
-        self.memory.map(lambda series: series.repeat_interleave(repeats, dim=0))
-        return self._plain("batch_repeat_interleave", repeats)
 
-    def crop(self, tokens_to_remove: int) -> Any:
-        tokens = int(tokens_to_remove)
-        # transformers before 5.20 reads a positive number as the length that remains.
-        removed = -tokens if tokens <= 0 else max(int(self.cache.get_seq_length()) - tokens, 0)
-        self.memory.crop(removed)
-        return self._plain("crop", tokens_to_remove)
+def _crop(cache: Any, memory: Memory, tokens_to_remove: int) -> None:
+    tokens = int(tokens_to_remove)
+    # Older transformers read a positive number as the length that remains.
+    memory.crop(-tokens if tokens <= 0 else max(int(cache.get_seq_length()) - tokens, 0))
 
-    def reset(self) -> Any:
-        self.memory.clear()
-        return self._plain("reset")
+
+def _reset(cache: Any, memory: Memory) -> None:
+    memory.clear()
+
+
+FOLLOWED: dict[str, Callable[..., None]] = {
+    "reorder_cache": _reorder,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "crop": _crop,
+    "reset": _reset,
+}
 
 
 def follow_cache(cache: Any, memory: Memory) -> None:
     """Make a cache carry ``memory``, and the memory follow the cache."""
-    follower = Follower(cache, memory)
-    cache.bio_memory = memory
-    for name in FOLLOWED:
-        setattr(cache, name, getattr(follower, name))
+    setattr(cache, _MEMORY, memory)
+    if not torch.compiler.is_compiling():  # what is compiled makes caches of known classes
+        _follow(type(cache))
 
 
 def followed_memory(cache: Any) -> Memory | None:
     """The memory that a cache carries."""
-    return cache.__dict__.get("bio_memory")
+    return cache.__dict__.get(_MEMORY)
+
+
+def _follow(cls: type) -> None:
+    """Let the methods of a class of caches move the memory along, wherever in its ancestry they are defined."""
+    for name, move in FOLLOWED.items():
+        owner = next(ancestor for ancestor in cls.__mro__ if name in vars(ancestor))
+        if not hasattr(vars(owner)[name], "followed_by_bioadapt"):
+            setattr(owner, name, _followed(vars(owner)[name], move))
+
+
+def _followed(plain: Callable[..., Any], move: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        memory = self.__dict__.pop(_MEMORY, None)  # a method that calls that of its parent moves the memory once
+        if memory is None:
+            return plain(self, *args, **kwargs)
+        try:
+            move(self, memory, *args, **kwargs)
+            return plain(self, *args, **kwargs)
+        finally:
+            self.__dict__[_MEMORY] = memory
+
+    followed.followed_by_bioadapt = True  # type: ignore[attr-defined]
+    return followed
+
+
+for _cls in (Cache, EncoderDecoderCache):
+    _follow(_cls)
 
 
 # -- chunked feed-forward blocks --

@@ -173,7 +173,7 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Modules that several others hold as their own, with the paths to them: an adapter takes the place of one alone."""
+    """Modules that are held in several places, with the paths to them: an adapter is put into one place alone."""
     holders: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules():
         for name, child in module._modules.items():
