@@ -12,6 +12,7 @@ import transformers
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from tuner.helpers import awake, bert, bio_layers, classifier, close, output, tokens
@@ -105,6 +106,26 @@ def test_checkpointed_layers_take_their_function_from_an_attribute():
     assert isinstance(layer._gradient_checkpointing_func, patches.CarriedThroughRecomputation)
     model.unload()
     assert layer._gradient_checkpointing_func is function
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the adapter", "after it"])
+def test_torchs_checkpoint_wrappers_carry_the_mask_or_refuse(before):
+    def gradients(wrapped):
+        base = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        if wrapped and before:
+            base.encoder.layer[1] = checkpoint_wrapper(base.encoder.layer[1])
+        torch.manual_seed(1)
+        model = adapted(base).train()
+        if wrapped and not before:
+            base.encoder.layer[1] = checkpoint_wrapper(base.encoder.layer[1])
+        model(**tokens()).last_hidden_state.square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    if before:
+        torch.testing.assert_close(gradients(True), gradients(False), atol=1e-6, rtol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="computed again in the backward by a checkpoint"):
+            gradients(True)
 
 
 # -- caches --

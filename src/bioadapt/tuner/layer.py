@@ -16,6 +16,7 @@ from ..config import BioConfig
 from ..primitives._state import Memory
 from ..primitives.base import Context, Host, Primitive
 from ..registry import primitive_info
+from . import patches
 from .circuit import Circuit
 from .learning import WithGradientOf
 from .masks import NOTHING, Tokens, Unclear
@@ -332,6 +333,12 @@ class BioLayer(Merging):
 
     def _check_time(self, layout: Layout, around: Surroundings, start: int) -> None:
         """Refuse an activation in which time cannot be found, and say where there is none."""
+        if around.stack is None and self.scope.told and patches.recomputing():
+            raise ValueError(
+                f"{self.path} is computed again in the backward by a checkpoint that was put around it after the "
+                "adapter, so that masks and positions are not known there: use gradient_checkpointing_enable(), or "
+                "wrap the model before adding the adapter"
+            )
         if layout.spatial or self.across:
             return
         batch, steps = around.tokens or (None, None)

@@ -97,14 +97,21 @@ def _unsurrounded(cls: type) -> nn.Module:
 #
 # Why: a checkpointed region is computed again in the backward, after its forward has ended and perhaps in another
 # thread. Without this it would be computed without mask and positions.
-# transformers gives checkpointed modules their function in an attribute. It can go once a forward's surroundings can be
-# handed to checkpointed regions as arguments.
+# Layers of transformers have the function that checkpoints them in an attribute, and so have torch's wrappers, which
+# FSDP's activation checkpointing puts around layers. It can go once a forward's surroundings can be handed to
+# checkpointed regions as arguments.
 
-_CHECKPOINT = "_gradient_checkpointing_func"
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 def checkpointed_modules(stack: nn.Module) -> list[nn.Module]:
-    return [module for module in stack.modules() if hasattr(module, "gradient_checkpointing")]
+    names = ("gradient_checkpointing", *_CHECKPOINTS)
+    return [module for module in stack.modules() if any(hasattr(module, name) for name in names)]
+
+
+def recomputing() -> bool:
+    """Whether a backward is running in this thread, so that a forward in it is one that is computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class CarriedThroughRecomputation:
@@ -122,16 +129,18 @@ def carry_through_recomputation(
 ) -> None:
     """Run whatever these modules checkpoint as ``carry(run)`` in the place of ``run``."""
     for module in modules:
-        function = getattr(module, _CHECKPOINT, None)
-        if function is not None and not isinstance(function, CarriedThroughRecomputation):
-            setattr(module, _CHECKPOINT, CarriedThroughRecomputation(function, carry))
+        for name in _CHECKPOINTS:
+            function = module.__dict__.get(name)
+            if function is not None and not isinstance(function, CarriedThroughRecomputation):
+                setattr(module, name, CarriedThroughRecomputation(function, carry))
 
 
 def stop_carrying(modules: list[nn.Module]) -> None:
     for module in modules:
-        function = module.__dict__.get(_CHECKPOINT)
-        if isinstance(function, CarriedThroughRecomputation):
-            setattr(module, _CHECKPOINT, function.function)
+        for name in _CHECKPOINTS:
+            function = module.__dict__.get(name)
+            if isinstance(function, CarriedThroughRecomputation):
+                setattr(module, name, function.function)
 
 
 # -- caches --

@@ -191,6 +191,7 @@ class Scope:
         self.injected: float | None = None  # factor of auxiliary gradients; None: terms wait for `auxiliary_loss`
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
+        self.told = False  # whether the last forward knew anything of its tokens
         patches.surround(stack, self)
         follow(self)
 
@@ -275,6 +276,7 @@ class Scope:
         self._read_tokens(found, given)
         self._read_cache(found, given)
         self._read_masks(found, given)
+        self.told = found.tokens is not None or bool(found.masks)
         return found
 
     def _read_tokens(self, found: Surroundings, given: dict[str, Any]) -> None:
@@ -339,11 +341,11 @@ class Scope:
         """``run`` within what surrounds it now, whenever and in whatever thread it is called."""
         found = self.flow.around
 
-        def run_within(*inputs: Any) -> Any:
+        def run_within(*args: Any, **kwargs: Any) -> Any:
             before = self.flow.around
             self.flow.around = found
             try:
-                return run(*inputs)
+                return run(*args, **kwargs)
             finally:
                 self.flow.around = before
 
