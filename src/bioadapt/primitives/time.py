@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
-LEVELS = 7  # blocks of blocks in a scan of unknown length, which may then be up to 8 ** 7 tokens
+DOUBLINGS = 20  # of a scan whose length is left open: it may be up to 2 ** 20 tokens
 CHUNK = 128  # tokens up to which a product with a matrix of powers is cheaper than the scan
 
 
@@ -25,13 +25,15 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
+    if _is_symbol(steps):
+        return _doubled(decay, drive, initial, backwards)
     if decay.numel() > 1 or not is_short(steps) or drive.is_complex():
         return _scan(decay, drive, initial, backwards)
-    if initial is not None and steps:  # without a token there is no first one
+    if initial is not None:
         drive = drive.clone()
         drive[:, 0].addcmul_(decay[:, 0], initial)
     powers = _powers(decay.flatten(), steps)[0]
-    return ((powers.mT if backwards else powers) @ drive.flatten(2)).view_as(drive)
+    return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
 
 
 def is_short(steps: int) -> bool:
@@ -50,38 +52,53 @@ def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
     return torch.pow(decay[:, None, None], place[:, None] - (place + lag)).tril_(-lag)
 
 
-def _scan(
-    decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False, levels: int = LEVELS
-) -> Tensor:
-    """See `_solve`. ``levels``: how often a length that is left open is divided by `BLOCK`.
+def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards: bool = False) -> Tensor:
+    """See `_solve`.
 
     Blocks run side by side, then what each leaves behind runs through the same scan, of a `BLOCK`-th of the length.
     Recursive doubling does log2 T times as much work; the shorter cumprod/cumsum form divides by a product that
     underflows at a = 0.5 after 512 tokens.
     """
-    steps = drive.shape[1]
-    size = BLOCK if _is_symbol(steps) else max(min(steps, BLOCK), 1)
+    steps, size = drive.shape[1], min(drive.shape[1], BLOCK)
     constant, fill = decay.shape[1] == 1, -steps % size
-    drive = _filled(drive, fill)
-    decay = decay if constant else _filled(decay, fill)
-    count = drive.shape[1] // size
-    blocks = drive.unflatten(1, (count, size)).clone()  # (B, N, size, ...)
-    reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (count, size)).clone()
+    if fill:
+        drive = _filled(drive, fill)
+        decay = decay if constant else _filled(decay, fill)
+    blocks = drive.unflatten(1, (-1, size)).clone()  # (B, N, size, ...)
+    reach = decay[:, :, None].repeat_interleave(size, 2) if constant else decay.unflatten(1, (-1, size)).clone()
     h, kept = blocks.unbind(2), reach.unbind(2)
     if backwards:
         h, kept = h[::-1], kept[::-1]
-    if initial is not None and (_is_symbol(steps) or steps):
+    if initial is not None:
         h[0][:, 0].addcmul_(kept[0][:, 0], initial)
-    several = levels > 1 if _is_symbol(steps) else count > 1
+    several = blocks.shape[1] > 1
     for t in range(1, size):
         h[t].addcmul_(kept[t], h[t - 1])
         if several:
             kept[t].mul_(kept[t - 1])
     if several:
-        ends = _scan(kept[-1], h[-1], backwards=backwards, levels=levels - 1)
+        ends = _scan(kept[-1], h[-1], backwards=backwards)
         here, before = (slice(None, -1), slice(1, None)) if backwards else (slice(1, None), slice(None, -1))
         blocks[:, here].addcmul_(reach if constant else reach[:, here], ends[:, before, None])
     return blocks.flatten(1, 2)[:, :steps]
+
+
+def _doubled(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
+    """See `_solve`: by recursive doubling, which asks nothing of the length."""
+    if initial is not None:
+        first = drive[:, :1] + decay[:, :1] * initial[:, None]
+        drive = torch.cat([first, drive[:, 1:]], 1)
+    h, reach, steps = drive, decay, drive.shape[1]
+    for step in (2**k for k in range(DOUBLINGS)):
+
+        def shifted(series: Tensor, step: int = step) -> Tensor:
+            sides = (0, step) if backwards else (step, 0)
+            moved = nn.functional.pad(series, (*(0, 0) * (series.dim() - 2), *sides))
+            return moved[:, step:] if backwards else moved[:, :steps]
+
+        h = h + reach * shifted(h)
+        reach = reach * (reach if decay.shape[1] == 1 else shifted(reach))
+    return h
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -309,7 +326,7 @@ def _deviation_kernel(decay: Tensor, steps: int) -> Tensor:
 
 def _filled(series: Tensor, steps: int) -> Tensor:
     """(B, T, ...) -> (B, T + steps, ...) with zeros at the end."""
-    if not _is_symbol(steps) and not steps:
+    if not steps:
         return series
     return torch.cat([series, series.new_zeros(series.shape[0], steps, *series.shape[2:])], 1)
 

@@ -206,8 +206,9 @@ class BioLayer(Merging):
     def _scaled(self, v: Tensor, scale: Tensor) -> Tensor:
         """The layer's input with its channels multiplied: scale (d_in,), or (samples, d_in) for one row per sample."""
         if scale.dim() == 2:
-            scale = scale.repeat_interleave(v.shape[0] // scale.shape[0], 0)  # beam search repeats samples
-            scale = scale.reshape(scale.shape[0], *(1,) * (v.dim() - 2), self.site.d_in)
+            axis = 1 if self.axes is not None and self.axes.time_first and v.dim() == 3 else 0
+            scale = scale.repeat_interleave(v.shape[axis] // scale.shape[0], 0)  # beam search repeats samples
+            scale = scale.reshape(scale.shape[0], *(1,) * (v.dim() - 2 - axis), self.site.d_in)
         if self.site.spatial:
             scale = scale.movedim(-1, 1) if scale.dim() > 1 else scale.reshape(-1, *(1,) * (v.dim() - 2))
         return (v * scale.to(v.device)).to(v.dtype)  # a gain near one would be rounded away in half precision
@@ -228,8 +229,13 @@ class BioLayer(Merging):
         site = site or self.site
         around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
         layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
-        context = self._context(layout, v, around, circuits, site)
-        contexts = self._remembering(context, layout, around, circuits)
+        reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
+        counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
+        tokens = self._tokens(layout, around, circuits, bool(reading), counted)
+        context = self._context(layout, v, around, circuits, site, tokens)
+        contexts = dict.fromkeys(circuits, context)
+        if reading:
+            self._remember(contexts, reading, layout, around, counted)
         features = layout.to_sequence(y)
         if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
@@ -258,37 +264,36 @@ class BioLayer(Merging):
         assert total is not None
         return total
 
-    def _remembering(
-        self, context: Context, layout: Layout, around: Surroundings, circuits: dict[str, Circuit]
-    ) -> dict[str, Context]:
-        """The context of each adapter: where its tokens continue earlier ones, with its own memory of those."""
-        contexts = dict.fromkeys(circuits, context)
-        reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
-        if not reading or self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
-            return contexts
-        call, start = around.place(self._place_of(circuits), layout.sequence)
+    def _remember(
+        self, contexts: dict[str, Context], reading: list[str], layout: Layout, around: Surroundings, counted: str
+    ) -> None:
+        """Give the adapters whose tokens continue earlier ones their own memory of those."""
+        if self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
+            return
+        call, start = around.place(counted, layout.sequence)
         if not self.causal:
-            return contexts
+            return
         memory = around.memory
         if memory is None and layout.sequence[1] < around.tokens[1]:
             # A part of the sequence, which may continue the one before.
             memory = around.chunks = around.chunks or Memory()
         if memory is None:
-            return contexts
+            return
         heard = None if around.past is None else around.past + start
         for name in reading:
             key = f"{self.path}/{name}" if call == 0 else f"{self.path}/{name}#{call}"
-            contexts[name] = context.replace(state=memory.part(key, heard))
-        return contexts
-
-    def _place_of(self, circuits: dict[str, Circuit]) -> str:
-        """Under which name calls are counted: input and output of the layer are asked for once each."""
-        return f"{self.path} input" if next(iter(circuits.values())).at_input else self.path
+            contexts[name] = contexts[name].replace(state=memory.part(key, heard))
 
     def _context(
-        self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit], site: Site
+        self,
+        layout: Layout,
+        v: Tensor,
+        around: Surroundings,
+        circuits: dict[str, Circuit],
+        site: Site,
+        tokens: Tokens,
     ) -> Context:
-        tokens = self._tokens(layout, around, circuits).to(v.device)
+        tokens = tokens.to(v.device)
         if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
             bias = self._constant(v)
         else:
@@ -305,15 +310,17 @@ class BioLayer(Merging):
             losses=[] if self.training and (around.live or torch.is_grad_enabled()) else None,
         )
 
-    def _tokens(self, layout: Layout, around: Surroundings, circuits: dict[str, Circuit]) -> Tokens:
+    def _tokens(
+        self, layout: Layout, around: Surroundings, circuits: dict[str, Circuit], reads_tokens: bool, counted: str
+    ) -> Tokens:
         """What is known of the tokens that the layer is called on.
 
         Raises:
             ValueError: a primitive has to know more.
         """
-        reads_tokens = any(circuit.reads_tokens for circuit in circuits.values())
-        _, start = around.calls.get(self._place_of(circuits), (0, 0))
+        start = 0
         if reads_tokens:
+            _, start = around.calls.get(counted, (0, 0))
             self._check_time(layout, around, start)
         try:
             if self.across:

@@ -31,10 +31,9 @@ class Tokens(NamedTuple):
     positions: Tensor | None = None
     resets: Tensor | None = None
 
-    def slice(self, start: int, steps: int) -> Tokens:
-        return Tokens(*(None if flags is None else flags[:, start : start + steps] for flags in self))
-
     def to(self, device: torch.device) -> Tokens:
+        if all(flags is None or flags.device == device for flags in self):
+            return self
         return Tokens(*(None if flags is None else flags.to(device) for flags in self))
 
 
