@@ -86,8 +86,7 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards
 def _doubled(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
     """See `_solve`: by recursive doubling, which asks nothing of the length."""
     if initial is not None:
-        first = drive[:, :1] + decay[:, :1] * initial[:, None]
-        drive = torch.cat([first, drive[:, 1:]], 1)
+        drive = drive + torch.where(_first(drive), decay * initial[:, None], 0.0)
     h, reach, steps = drive, decay, drive.shape[1]
     for step in (2**k for k in range(DOUBLINGS)):
 
@@ -99,6 +98,20 @@ def _doubled(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bo
         h = h + reach * shifted(h)
         reach = reach * (reach if decay.shape[1] == 1 else shifted(reach))
     return h
+
+
+def _first(series: Tensor) -> Tensor:
+    """True at the first token, with axes to broadcast against the series (B, T, ...)."""
+    return _like(torch.arange(series.shape[1], device=series.device)[None] == 0, series)
+
+
+def _lagged(h: Tensor, initial: Tensor) -> Tensor:
+    """h_{t-1} of h (B, T, ...), and ``initial`` (B, ...) before the first token."""
+    steps = h.shape[1]
+    if _is_symbol(steps):  # a series that is one token shorter would rule out a length of two
+        shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
+        return torch.where(_first(h), initial[:, None], shifted)
+    return torch.cat([initial[:, None], h[:, :-1]], 1)
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -153,7 +166,7 @@ class _PastScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-        past = torch.cat([initial[:, None], _solve(decay, drive, initial)[:, :-1]], 1)
+        past = _lagged(_solve(decay, drive, initial), initial)
         ctx.save_for_backward(decay, past)
         return past
 
@@ -231,7 +244,7 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     """
     start = _start(initial, h)
     before = None if context.state is None else context.state.last(name)
-    shifted = torch.cat([(start if before is None else before)[:, None], h[:, :-1]], 1)
+    shifted = _lagged(h, start if before is None else before)
     if context.resets is not None:
         shifted = torch.where(_like(context.resets, h), start[:, None], shifted)
     if context.state is not None:

@@ -361,7 +361,8 @@ class BioLayer(Merging):
                 f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
                 "primitives that carry state over tokens cannot act here"
             )
-        if layout.sequence == (steps, batch) and batch != steps:
+        # What is compiled or exported for any length must not be asked whether that is the number of samples.
+        if not torch.compiler.is_compiling() and layout.sequence == (steps, batch) and batch != steps:
             raise ValueError(
                 f"{self.path} is called with {tuple(layout.shape)} for {batch} sequences of {steps} tokens: time seems "
                 "to come first here. Say so by batch_first=False in the configuration"
