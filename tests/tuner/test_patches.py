@@ -22,6 +22,7 @@ from bioadapt.tuner import patches
 
 
 def adapted(model, primitives=("short_term_depression",), targets=("output.dense",)):
+    torch.manual_seed(1)
     return get_peft_model(model, awake(list(primitives), list(targets))).eval()
 
 
