@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test test-portable lint docs bench bench-methods readme clean
+.PHONY: demo test test-portable lint docs bench bench-methods readme stubs clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -35,6 +35,10 @@ bench-methods: $(READY)
 
 readme: $(READY)
 	$(PY) scripts/readme_table.py
+
+# What editors and type checkers read of functions that are made from the registry.
+stubs: $(READY)
+	$(PY) scripts/stubs.py
 
 clean:
 	rm -rf $(VENV)

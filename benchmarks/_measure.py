@@ -57,7 +57,13 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def flops(step: Step) -> int:
     """Of forward and backward: matrix products, sparse ones by their entries; neither elementwise work nor FFT."""
-    own = {torch.ops.aten.mm: _product, torch.ops.aten.sparse_sampled_addmm: _sampled_product}
+    own = {
+        torch.ops.aten.mm: _product,
+        torch.ops.aten.sparse_sampled_addmm: _sampled_product,
+        torch.ops.aten._embedding_bag: _bags,
+        torch.ops.aten._embedding_bag_forward_only: _bags,
+        torch.ops.aten._embedding_bag_per_sample_weights_backward: _bags_weights,
+    }
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         step.run()
     return counter.get_total_flops()
@@ -73,8 +79,17 @@ def _sampled_product(places: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
     return 2 * places._nnz() * a.shape[1]
 
 
+def _bags(words: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * indices.numel() * words.shape[1]
+
+
+def _bags_weights(grad: Tensor, words: Tensor, indices: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * indices.numel() * words.shape[1]
+
+
 # Torch's own formulas see shapes alone, and take a sparse matrix for a dense one.
-_product._get_raw = _sampled_product._get_raw = True  # type: ignore[attr-defined]
+for _count in (_product, _sampled_product, _bags, _bags_weights):
+    _count._get_raw = True  # type: ignore[attr-defined]
 
 
 def saved_bytes(step: Step, lasting: Iterable[Tensor]) -> int:

@@ -20,15 +20,14 @@ from matplotlib.figure import Figure
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from bioadapt.evaluation import ClassificationTask, ClusteringTask, PairClassificationTask, StsTask, Task
-from bioadapt.evaluation.tasks.files import Rows, read_folder
+from bioadapt import evaluation
+from bioadapt.evaluation import Task
 from bioadapt.evaluation.training import Schedule, adapt, calm, fit, load_encoder, trainable_parameters, transformer_of
 from experiments import ledger
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-FAMILIES = {kind.family: kind for kind in (StsTask, PairClassificationTask, ClassificationTask, ClusteringTask)}
 PROJECTIONS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # all six of a layer, not the pooler
 TOKENS = 64  # longer texts are cut: a single one makes a whole batch slow
 BATCH = 16
@@ -45,10 +44,10 @@ def parser(description: str, seeds: int) -> argparse.ArgumentParser:
     return found
 
 
-def sample(rows: Rows, count: int) -> Rows:
-    """That many rows, always the same: files are sorted, so that their first rows lack most classes."""
-    order = np.random.default_rng(0).permutation(len(next(iter(rows.values()))))[:count]
-    return {column: [values[index] for index in order] for column, values in rows.items()}
+def sample(task: Task, split: str, count: int) -> Task:
+    """The task with that many rows of a split, always the same: files are sorted, so that their head lacks classes."""
+    order = np.random.default_rng(0).permutation(task.sizes[split])[:count]
+    return task.keep(split, order.tolist())
 
 
 def load_task(name: str, data_dir: Path, train_rows: int, held_out_rows: int) -> Task:
@@ -63,10 +62,10 @@ def load_task(name: str, data_dir: Path, train_rows: int, held_out_rows: int) ->
     Raises:
         ValueError: no such task, or a damaged file.
     """
-    family, splits = read_folder(name, data_dir)
-    places = {"train": ("train", train_rows), "dev": ("validation", held_out_rows), "test": ("test", held_out_rows)}
-    drawn = {ours: sample(splits[split], count) for split, (ours, count) in places.items() if split in splits}
-    return FAMILIES[family](name, drawn)
+    task = evaluation.load_task(name, data_dir)
+    for split, count in {"train": train_rows, "validation": held_out_rows, "test": held_out_rows}.items():
+        task = sample(task, split, count) if split in task.sizes else task
+    return task
 
 
 def fresh_encoder() -> SentenceTransformer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bioadapt import list_primitives
+from bioadapt.methods.neuro_ada import sparse_product
 from bioadapt.primitives.base import Primitive
 from scripts import loaded, run
 
@@ -66,6 +67,15 @@ def test_sparse_products_count_for_their_entries(bench, k):
         torch.nn.Module(), lambda: torch.sparse.sampled_addmm(sparse, dense, dense.T), lambda output: None
     )
     assert bench.flops(step) == 2 * 64 * k * 8
+
+
+@pytest.mark.parametrize("k", [2, 20])
+def test_sums_of_bags_count_for_their_words(bench, k):
+    """As a sparse matrix of as many entries, in forward, for the words and for the weights."""
+    index, values = torch.arange(k, dtype=torch.int32).repeat(64, 1), torch.ones(64, k, requires_grad=True)
+    v = torch.ones(8, 64, requires_grad=True)
+    step = bench.Step(torch.nn.Module(), lambda: sparse_product(v, index, values, path="bags").sum())
+    assert bench.flops(step) == 3 * 2 * 64 * k * 8
 
 
 # -- the official forms compute the same --

@@ -1,13 +1,18 @@
 """The command line: what it prints, and that a mistake is one clear line with exit code 2."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import bioadapt
 from bioadapt import list_primitives, primitive_info
-from bioadapt.cli import app
+from bioadapt.cli import _names, app
+from bioadapt.settings import DemoSettings, EvaluationSettings, SearchSettings
 
 runner = CliRunner()
 
@@ -35,6 +40,53 @@ def test_list_filters_by_stage_and_kind():
     assert names_in(run("list", "--kind", "weight").output) == list_primitives(kind="weight")
     both = run("list", "--kind", "causal", "--stage", "dynamics")
     assert names_in(both.output) == list_primitives(stage="dynamics", kind="causal")
+
+
+def test_list_finds_names_like_a_pattern():
+    assert names_in(run("list", "*lora").output) == list_primitives("*lora")
+    assert names_in(run("list", "nothing*").output) == []
+
+
+def test_list_and_show_as_json():
+    listed = json.loads(run("list", "--stage", "memory", "--json").output)
+    assert [entry["name"] for entry in listed] == list_primitives(stage="memory")
+    for entry in listed:
+        info = primitive_info(entry["name"])
+        assert (entry["kind"], entry["mergeable"], entry["summary"]) == (info.kind, info.mergeable, info.summary)
+        assert entry["parameters"] == info.parameter_count(384, 384)
+    shown = json.loads(run("show", "fly_lora", "--json").output)
+    info = primitive_info("fly_lora")
+    assert (shown["equation"], shown["reference"], shown["learns"]) == (info.equation, info.reference, info.learns)
+    assert list(shown["settings"]) == list(info.settings)
+    assert shown["settings"]["rho"]["default"] is None and shown["settings"]["rho"]["type"] == "float | None"
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"), [("demo", DemoSettings), ("evaluate", EvaluationSettings), ("search", SearchSettings)]
+)
+def test_options_defaults_and_help_are_the_settings(command, settings, monkeypatch):
+    options = {option.name: option for option in get_command(app).commands[command].params}
+    assert list(options)[: len(dataclasses.fields(settings))] == [spec.name for spec in dataclasses.fields(settings)]
+    assert all(spec.metadata["help"] in options[spec.name].help for spec in dataclasses.fields(settings))
+    # Without options the command gets what the class is by itself, and with them what they say.
+    homes = {"demo": ("bioadapt.demo", "Demo"), "evaluate": ("bioadapt.evaluation.protocol", "Evaluate")}
+    home, name = homes.get(command, ("bioadapt.search.contest", "Search"))
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("optuna")
+    given = []
+
+    class Job:
+        def __init__(self, chosen, console):
+            given.append(chosen)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(f"{home}.{name}", Job)
+    assert run(command).exit_code == 0
+    assert run(command, "--primitives", "neuro_ada, kv_lif", "--epochs", "2", "--data-dir", "here").exit_code == 0
+    assert given[0] == settings()
+    assert given[1] == settings(primitives=("neuro_ada", "kv_lif"), epochs=2.0, data_dir="here")
 
 
 @pytest.mark.parametrize("name", list_primitives())
@@ -75,6 +127,8 @@ def test_the_example_that_show_prints_is_valid():
         (["demo", "--limit", "0"], "limit=0: at least 1"),
         (["demo", "--model", "no/such/model"], "model 'no/such/model' could not be loaded"),
         (["search", "--task", "api-serch"], "did you mean 'api-search'?"),
+        (["evaluate", "--rates", "1e-3,fast"], "--rates 1e-3,fast: numbers parted by commas are needed"),
+        (["list", "memory"], "no primitive is called 'memory', which is a stage: stage='memory'"),
         (["search", "--trials", "0"], "trials 0: a whole number above zero is needed"),
         (["search", "--epochs", "0"], "epochs 0.0: a number above zero is needed"),
         (["search", "--budget-params", "1 percent"], "budget of parameters '1 percent': a whole number or a share"),
@@ -109,7 +163,29 @@ def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
 def test_the_help_lists_the_commands():
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("list", "show", "demo", "search", "report"))
+    commands = ("list", "show", "demo", "evaluate", "search", "report", "run", "enable", "disable")
+    assert all(command in result.output for command in commands)
+
+
+def test_the_version():
+    assert run("--version").output == f"bioadapt {bioadapt.__version__}\n"
+
+
+def test_a_shell_completes_the_names():
+    assert _names("") == [n for n in list_primitives() if primitive_info(n).factory.__module__.startswith("bioadapt.")]
+    assert _names("neuro_") == ["neuro_ada", "neuro_lora"]
+
+
+def test_help_and_typing_errors_load_nothing_heavy():
+    """Which is why they are answered at once."""
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom bioadapt.cli import app\n"
+        "for words in ('--help', '--version', 'search --help', 'search --trails 3', 'list --stage memry', 'serch'):\n"
+        "    CliRunner().invoke(app, words.split())\n"
+        "print([name for name in ('torch', 'numpy', 'peft', 'transformers', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_importing_the_command_line_brings_nothing_optional():

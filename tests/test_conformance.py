@@ -9,7 +9,7 @@ import pytest
 
 from bioadapt import list_primitives, primitive_info
 from bioadapt.testing import AdapterConformance, PrimitiveConformance
-from bioadapt.testing.adapter.merging import Merging
+from bioadapt.testing.adapter.merging import AdapterMerging
 
 # An encoder that is read both ways, and a decoder with a cache: all that differs for a primitive. What else an
 # architecture brings (transposed weights, cross-attention, images, channels first) is the tuner's to undo, whichever
@@ -65,7 +65,7 @@ class TestAdapterOfAllPrimitives(AdapterConformance):
         return list_primitives()
 
 
-class TestMergingTogether(Merging):
+class TestMergingTogether(AdapterMerging):
     """All that merge, in one adapter: primitives on the weight, and linear maps of what these have changed."""
 
     @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 
 from bioadapt import list_primitives, register_primitive, registry
 from bioadapt.primitives._state import Memory
-from bioadapt.primitives.base import Primitive
+from bioadapt.primitives.base import LocalRule, Primitive
 from bioadapt.testing import HOSTS, AdapterConformance, PrimitiveConformance
 from bioadapt.testing.adapter.subject import Adapted
 from bioadapt.testing.compare import assert_equal_tensors, assert_identical
@@ -129,8 +129,9 @@ class AnotherEveryTime(Primitive):
         return self.projection * x
 
 
-class LearnsInForward(Primitive):
+class LearnsInForward(LocalRule, Primitive):
     def build(self, host):
+        self.declare_statistics()
         self.register_buffer("mean", torch.zeros(self.d_out))
 
     def transform(self, x, context):
@@ -138,7 +139,7 @@ class LearnsInForward(Primitive):
         return x - self.mean
 
 
-class Learns(Primitive):
+class Learns(LocalRule, Primitive):
     """Right, but for what the subclasses do."""
 
     def build(self, host):
@@ -151,6 +152,12 @@ class Learns(Primitive):
 
     def learn(self, fresh):
         self.mean.add_(fresh * (self.observed_mean - self.mean))
+
+
+class CommitsForever(Learns):
+    def commit(self):
+        super().commit()
+        self.mean.add_(1.0)
 
 
 class LearnsForever(Learns):
@@ -183,7 +190,8 @@ MODULES = [
     ("test_only_a_commit_changes_what_a_local_rule_governs", Learns, {"learns": False}),
     ("test_eval_is_deterministic_and_leaves_no_trace", LearnsInForward, {}),
     ("test_nothing_is_learned_from_padding", Learns, {"learns": True}),
-    ("test_a_commit_happens_once", LearnsForever, {"learns": True}),
+    ("test_a_commit_happens_once", CommitsForever, {"learns": True}),
+    ("test_what_is_not_finite_leaves_no_trace", LearnsForever, {"learns": True}),
     ("test_nothing_is_learned_in_eval_or_unobserved", LearnsInEval, {"learns": True}),
     ("test_merged_change_equals_the_forward", WrongMerge, {"merge": "left"}),
 ]

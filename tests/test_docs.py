@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bioadapt import list_primitives, primitive_info
-from bioadapt.primitives.base import STAGES
+from bioadapt.primitives.names import STAGES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))

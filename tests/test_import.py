@@ -47,12 +47,24 @@ def test_the_registry_does_without_peft():
     [
         "import bioadapt, peft",
         "import peft, bioadapt",
-        "import bioadapt.config",
+        # Transformers imports PEFT while its callbacks are half there.
+        "import bioadapt; from transformers import Trainer",
+        "import bioadapt.checkpoint",
         "import bioadapt.tuner.layer",
     ],
 )
 def test_peft_knows_the_method_whoever_comes_first(first):
     python(first + KNOWN)
+
+
+def test_registering_loads_nothing_that_peft_has_not_loaded():
+    """Whoever imports PEFT may be in the middle of anything else, which can then not be imported from."""
+    code = (
+        "import peft, sys; before = set(sys.modules); import bioadapt; "
+        "roots = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(roots - sys.stdlib_module_names)"
+    )
+    assert python(code).strip() == "{'bioadapt'}"
 
 
 def test_a_peft_that_cannot_be_taught_is_imported_all_the_same(monkeypatch):

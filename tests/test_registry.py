@@ -3,12 +3,15 @@
 import dataclasses
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 import torch
 
 import bioadapt
 from bioadapt import build_primitive, list_primitives, primitive_info, register_primitive, registry
-from bioadapt.primitives.base import KINDS, MERGES, STAGES, ZEROS, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.names import KINDS, STAGES
+from bioadapt.primitives.primitive import MERGES, ZEROS
 
 
 @pytest.fixture
@@ -96,11 +99,15 @@ def test_lists_are_sorted_and_filtered():
     assert sorted(name for stage in STAGES for name in list_primitives(stage=stage)) == everything
     assert sorted(name for kind in KINDS for name in list_primitives(kind=kind)) == everything
     both = set(list_primitives(stage="plasticity")) & set(list_primitives(kind="weight"))
-    assert set(list_primitives("plasticity", "weight")) == both > {"hebbian_trace", "san_scaling"}
+    assert set(list_primitives(stage="plasticity", kind="weight")) == both > {"hebbian_trace", "san_scaling"}
+    assert list_primitives("*lora") == ["fly_lora", "neuro_lora"] == list_primitives("*_lor?", kind="weight")
+    assert list_primitives("lora") == []
     with pytest.raises(ValueError, match="unknown stage 'competiton'; did you mean 'competition'"):
         list_primitives(stage="competiton")
     with pytest.raises(ValueError, match="unknown kind 'causl'"):
         list_primitives(kind="causl")
+    with pytest.raises(ValueError, match="no primitive is called 'memory', which is a stage: stage='memory'"):
+        list_primitives("memory")
 
 
 def test_aliases_lead_to_the_catalogues_name():
@@ -137,10 +144,12 @@ def test_wrong_settings_are_named(scratch, settings, words):
     assert words in str(refusal.value)
 
 
-def test_settings_are_cast_to_their_type(scratch):
+@pytest.mark.parametrize("given", [{"factor": 2, "count": 4.0}, {"factor": np.float32(2), "count": np.int64(4)}])
+def test_settings_are_cast_to_their_type(scratch, given):
     register_primitive("doubling", **DECLARED)(Doubling)
-    module = build_primitive("doubling", 4, 4, factor=2, count=4.0)
-    assert isinstance(module.factor, float) and isinstance(module.count, int)
+    module = build_primitive("doubling", 4, 4, loud=np.bool_(True), **given)
+    assert (module.factor, module.count, module.loud) == (2.0, 4, True)
+    assert [type(value) for value in (module.factor, module.count, module.loud)] == [float, int, bool]
 
 
 def test_a_bare_primitive_runs_on_any_leading_shape(scratch):

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("matplotlib")
 
+from bioadapt.evaluation import ClassificationTask
 from experiments import sentence_task as shared
 
 RATES = (1e-3, 1e-2)
@@ -38,9 +39,10 @@ def rows(monkeypatch):
 
 def test_a_sample_keeps_rows_whole_and_is_always_the_same():
     table = {"text": [f"t{n}" for n in range(40)], "label": [f"c{n}" for n in range(40)]}
-    drawn = shared.sample(table, 10)
+    task = ClassificationTask("toy", {"train": table})
+    drawn = shared.sample(task, "train", 10).rows("train")
     assert [text[1:] for text in drawn["text"]] == [label[1:] for label in drawn["label"]]
-    assert drawn == shared.sample(table, 10) and drawn["text"] != table["text"][:10]
+    assert drawn == shared.sample(task, "train", 10).rows("train") and drawn["text"] != table["text"][:10]
 
 
 def test_each_arm_is_tested_at_its_own_best_rate_on_seeds_that_chose_nothing(rows):

@@ -19,7 +19,7 @@ from capabilities import COLUMNS, Capabilities, probe
 
 from bioadapt import list_primitives, primitive_info
 from bioadapt.portrait import portrait
-from bioadapt.primitives.base import STAGES
+from bioadapt.primitives.names import STAGES
 from bioadapt.registry import PrimitiveInfo
 
 HERE = Path(__file__).resolve().parent.parent

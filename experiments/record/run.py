@@ -95,10 +95,8 @@ class Screen:
     def everything(self) -> None:
         """All cells, the most telling ones first, so that the screen may be stopped anywhere."""
         for task in FAMILIES:
-            rate = self.best_rate(task)
             for rank in RANKS:
-                for seed in range(SEEDS):
-                    self.run(Cell(task, f"lora-r{rank}", seed, rate))
+                self.run(Cell(task, f"lora-r{rank}", 0, self.best_rate(task)))
         arms = list_primitives()
         random.Random(0).shuffle(arms)
         arms = [*PLACEBOS, *(arm for arm in arms if arm not in PLACEBOS)]
@@ -107,6 +105,9 @@ class Screen:
                 for task in FAMILIES:
                     self.run(Cell(task, arm, 0, self.best_rate(task), factor))
         for seed in range(1, SEEDS):
+            for task in FAMILIES:
+                for rank in RANKS:
+                    self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
             for arm in arms:
                 for task in FAMILIES:
                     rate = self.best_rate(task)

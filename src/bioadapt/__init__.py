@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # type checkers take it for True; importing it from typin
 if TYPE_CHECKING:
     from typing import Any
 
+    from . import catalogue as catalogue
     from .config import BioConfig as BioConfig
     from .ready import FlyLoraConfig as FlyLoraConfig
     from .ready import NeuroAdaConfig as NeuroAdaConfig
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
     from .registry import list_primitives as list_primitives
     from .registry import primitive_info as primitive_info
     from .registry import register_primitive as register_primitive
+    from .tuner.callback import BioTrainerCallback as BioTrainerCallback
     from .tuner.distillation import DistilledLora as DistilledLora
     from .tuner.distillation import conversion_residuals as conversion_residuals
     from .tuner.distillation import distill_to_lora as distill_to_lora
-    from .tuner.learning import BioTrainerCallback as BioTrainerCallback
     from .tuner.learning import auxiliary_loss as auxiliary_loss
     from .tuner.selection import select_synapses as select_synapses
 
 _HOMES = {
     "BioConfig": "config",
-    "BioTrainerCallback": "tuner.learning",
+    "BioTrainerCallback": "tuner.callback",
     "DistilledLora": "tuner.distillation",
     "FlyLoraConfig": "ready",
     "NeuroAdaConfig": "ready",

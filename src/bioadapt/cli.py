@@ -1,29 +1,41 @@
-"""The command ``bioadapt``: list and show primitives, run the demo, search, report.
+"""The command ``bioadapt``. Options, defaults and help of the long commands come from their settings' classes.
 
-Everything heavy is imported by the command that needs it. A user's mistake is one line on stderr and exit code 2.
+Everything heavy is imported by the command that needs it, so that help and typing errors are answered at once. A user's
+mistake is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ._version import __version__
+from .primitives.names import check_filter
+from .settings import DemoSettings, EvaluationSettings, SearchSettings
+
 if TYPE_CHECKING:
     from .registry import PrimitiveInfo
 
 EXAMPLE_WIDTH = 384
-_USAGE_ERROR = 2
+_FAILED, _USAGE_ERROR = 1, 2
 _INTERRUPTED = 130  # as a shell has it
+_MISTAKES = (ValueError, ImportError, OSError)
 
 app = typer.Typer(
     name="bioadapt",
     help="Mechanisms from neuroscience as PEFT adapters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,48 +45,179 @@ def main() -> None:
     app()
 
 
+# -- what the commands share --
+
+
+@contextmanager
+def _answered(mistakes: tuple[type[Exception], ...] = _MISTAKES) -> Iterator[None]:
+    """One line on stderr for a mistake, for what failed on the way, and for what was stopped, each with its code."""
+    try:
+        yield
+    except mistakes as error:
+        _stop(error, _USAGE_ERROR)
+    except RuntimeError as error:
+        _stop(error, _FAILED)
+    except KeyboardInterrupt:
+        _stop("stopped; what has ended is kept, and the same command goes on from there", _INTERRUPTED)
+
+
+def _stop(words: object, code: int) -> NoReturn:
+    typer.echo(f"bioadapt: {' '.join(str(words).split())}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that gets an instance of a settings' class, whose fields are its options."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(settings)
+        own = [
+            parameter.replace(kind=parameter.KEYWORD_ONLY)
+            for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        ]
+        options = [_option(spec, hints[spec.name]) for spec in fields(settings)]
+
+        def from_words(**given: Any) -> None:
+            more = {parameter.name: given.pop(parameter.name) for parameter in own}
+            with _answered():
+                chosen = settings(**{name: _read(name, hints[name], value) for name, value in given.items()})
+            command(chosen, **more)
+
+        from_words.__name__, from_words.__doc__ = command.__name__, command.__doc__
+        from_words.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
+        from_words.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        return from_words
+
+    return decorate
+
+
+def _option(spec: Any, hint: Any) -> inspect.Parameter:
+    """A field as an option; what holds several values is read as one word, in which commas part them."""
+    help, default, kind = spec.metadata["help"], spec.default, hint
+    if _is_list(hint):
+        help, kind = f"{help} Parted by commas.", str if default is not None else str | None
+        default = None if default is None else ",".join(map(str, default))
+    elif int in get_args(hint) and str in get_args(hint):
+        kind = str
+    annotation = Annotated[kind, typer.Option(help=help, min=spec.metadata.get("min"))]
+    return inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _is_list(hint: Any) -> bool:
+    return any("tuple" in str(part) for part in (hint, *get_args(hint)))
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    if value is None or not _is_list(hint):
+        return value
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if "float" not in str(hint):
+        return parts
+    try:
+        return tuple(float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: numbers parted by commas are needed") from None
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_json(record: Any) -> None:
+    typer.echo(json.dumps(_finite(record), indent=1, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """The same with words for the numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _console() -> Console:
+    """A console on today's stdout; what goes to a file or a pipe is not folded to a terminal's width."""
+    console = Console(soft_wrap=False)
+    return console if console.is_terminal else Console(width=max(console.width, 160))
+
+
+def _names(incomplete: str) -> list[str]:
+    """The names of the built-in primitives, for a shell that completes them: too early to import the registry."""
+    stub = Path(__file__).with_name("catalogue.pyi").read_text(encoding="utf-8")
+    return [name for name in re.findall(r"^def (\w+)", stub, re.MULTILINE) if name.startswith(incomplete)]
+
+
+_Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bioadapt {__version__}")
+        raise typer.Exit()
+
+
+# -- the commands --
+
+
+@app.callback()
+def bioadapt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Mechanisms from neuroscience as PEFT adapters."""
+
+
 @app.command("list")
 def list_command(
+    pattern: Annotated[str, typer.Argument(help="Only names like this, such as '*lora'.")] = "*",
     stage: Annotated[str | None, typer.Option(help="Only primitives of this stage.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only primitives of this kind.")] = None,
+    as_json: _Json = False,
 ) -> None:
     """List the primitives."""
+    with _answered():
+        check_filter(pattern, stage, kind)
     from .registry import list_primitives, primitive_info
 
-    try:
-        names = list_primitives(stage, kind)
-    except ValueError as error:
-        _fail(error)
+    infos = [primitive_info(name) for name in list_primitives(pattern, stage, kind)]
+    if as_json:
+        _say_json([_summary(info) for info in infos])
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "stage", "kind", "merges"):
         table.add_column(column, no_wrap=True)
     table.add_column(f"parameters at {EXAMPLE_WIDTH}x{EXAMPLE_WIDTH}", justify="right")
     table.add_column("summary")
-    for name in names:
-        info = primitive_info(name)
+    for info in infos:
         count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
-        table.add_row(name, info.stage, info.kind, "yes" if info.mergeable else "no", f"{count:,}", info.summary)
+        table.add_row(info.name, info.stage, info.kind, "yes" if info.mergeable else "no", f"{count:,}", info.summary)
     _console().print(table, highlight=False)
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a primitive; `bioadapt list` shows them.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a primitive; `bioadapt list` shows them.", autocompletion=_names)
+    ],
     plot: Annotated[
         Path | None, typer.Option(help="Draw what the mechanism does into this file (.png, .svg, .pdf).")
     ] = None,
+    as_json: _Json = False,
 ) -> None:
     """Show all about one primitive."""
     from .registry import primitive_info
 
-    try:
+    with _answered():
         info = primitive_info(name)
         if plot is not None:
             from .portrait import portrait
 
             portrait(name, plot)
-    except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+    if as_json:
+        _say_json(_record(info))
+        return
     console = _console()
     count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
     facts = Table(box=None, pad_edge=False, show_header=False)
@@ -100,119 +243,51 @@ def show(
     console.print()
     console.print(_example(info), highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
-        console.print(f"\nPicture: {plot}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"\nPicture: {plot}")
 
 
 @app.command()
-def demo(
-    task: Annotated[str, typer.Option(help="api-search, stsb, or a task of --data-dir.")] = "api-search",
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
-    output: Annotated[str, typer.Option(help="Where adapters, results and picture go.")] = "demo_output",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)] = 0,
-    epochs: Annotated[
-        float | None, typer.Option(help="Epochs of the LoRA and of the bio adapter each; the other LoRA gets both.")
-    ] = None,
-    primitives: Annotated[str | None, typer.Option(help="Names of primitives, parted by commas.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of both LoRAs.")] = None,
-    bio_learning_rate: Annotated[float | None, typer.Option(help="Of the bio adapter.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
-    limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
-) -> None:
+@_options_of(DemoSettings)
+def demo(settings: DemoSettings) -> None:
     """Train a LoRA and a bio adapter over it on real data, compare them fairly, and reload both."""
-    try:
-        from .demo import Demo, DemoSettings, ReloadError
+    with _answered():
+        from .demo import Demo, ReloadError
 
-        chosen = {"epochs": epochs, "learning_rate": learning_rate, "bio_learning_rate": bio_learning_rate}
-        settings: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        if primitives is not None:
-            settings["primitives"] = tuple(name.strip() for name in primitives.split(",") if name.strip())
-        job = Demo(
-            DemoSettings(
-                task=task, data_dir=data_dir, model=model, output=output, seed=seed, batch_size=batch_size,
-                limit=limit, device=device, **settings,
-            ),
-            _console(),
-        )  # fmt: skip
-    except (ValueError, ImportError, OSError) as error:
-        _fail(error)
+        job = Demo(settings, _console())
     try:
         job.run()
     except ReloadError as error:
-        typer.echo(f"bioadapt: {error}", err=True)
-        raise typer.Exit(1) from None
+        _stop(error, _FAILED)
 
 
 @app.command()
+@_options_of(EvaluationSettings)
+def evaluate(settings: EvaluationSettings) -> None:
+    """Compare adapters fairly on tasks: same rows, steps, tuning and seeds for all. The same command goes on."""
+    with _answered():
+        from .evaluation.protocol import Evaluate
+
+        Evaluate(settings, _console()).run()
+
+
+@app.command()
+@_options_of(SearchSettings)
 def search(
-    task: Annotated[str, typer.Option(help="api-search, stsb, or a task of --data-dir.")] = "api-search",
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Sentence encoder: a name on the hub or a path.")] = "all-MiniLM-L6-v2",
-    lora: Annotated[
-        str, typer.Option(help="auto: tuned with as many trials; none; or the folder of a trained one.")
-    ] = "auto",
-    trials: Annotated[int, typer.Option(help="How many configurations are tried; give more to go on.")] = 40,
-    budget_params: Annotated[str, typer.Option(help="Most trainable numbers: 200000, or 1% of the model.")] = "1%",
-    storage: Annotated[
-        str | None,
-        typer.Option(help="PATH.journal, sqlite:///PATH, postgresql://..., grpc://...; a journal, if not given."),
-    ] = None,
-    study: Annotated[str | None, typer.Option(help="Name of the study; task and model, if not given.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that train at the same time.")] = 1,
-    output: Annotated[str, typer.Option(help="Where adapters and report go.")] = "search_output",
-    seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
-    epochs: Annotated[float, typer.Option(help="Of the LoRA and of the bio adapter each.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Rows per training step.", min=2)] = 64,
-    rungs: Annotated[int, typer.Option(help="How often a trial is validated, the end included.")] = 2,
-    limit: Annotated[int | None, typer.Option(help="About so many rows per split, for a quick look.")] = None,
-    primitives: Annotated[str | None, typer.Option(help="Names to choose from, parted by commas; else all.")] = None,
-    slots: Annotated[int, typer.Option(help="Most primitives of a configuration.")] = 6,
-    confirm: Annotated[int, typer.Option(help="How many of the best are trained again on fresh seeds.")] = 3,
-    confirm_seeds: Annotated[int, typer.Option(help="On how many.")] = 2,
-    test_seeds: Annotated[int, typer.Option(help="On how many the winner and its rivals are tested.")] = 3,
-    timeout: Annotated[float, typer.Option(help="Seconds that a trial may take.")] = 3600.0,
-    max_step_time: Annotated[float | None, typer.Option(help="Seconds that a training step may take.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the fastest there is, if not given.")] = None,
+    settings: SearchSettings,
     join: Annotated[
         bool, typer.Option("--join", help="Only take trials of a search that is running, until none is left.")
     ] = False,
 ) -> None:
     """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
-    try:
+    with _answered():
         from .search.contest import Search
-        from .search.settings import SearchSettings
 
-        names = None if primitives is None else tuple(n.strip() for n in primitives.split(",") if n.strip())
-        job = Search(
-            SearchSettings(
-                task=task, data_dir=data_dir, model=model, lora=lora, trials=trials, budget_params=budget_params,
-                output=output, storage=storage, study=study, workers=workers, seed=seed, epochs=epochs,
-                batch_size=batch_size, rungs=rungs, limit=limit, primitives=names, slots=slots, confirm=confirm,
-                confirm_seeds=confirm_seeds, test_seeds=test_seeds, timeout=timeout, max_step_time=max_step_time,
-                device=device,
-            ),
-            _console(),
-        )  # fmt: skip
-    except (ValueError, ImportError, OSError) as error:
-        _fail(error)
-    try:
+        job = Search(settings, _console())
+    with _answered((ValueError,)):
         if join:
             job.join()
         else:
             job.run()
-    except ValueError as error:
-        _fail(error)
-    except RuntimeError as error:
-        typer.echo(f"bioadapt: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("bioadapt: stopped; what has ended is kept, and the same command goes on from there", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
 
 
 @app.command()
@@ -222,26 +297,50 @@ def report(
         str, typer.Option(help="Where it is, as for `bioadapt search`.")
     ] = "search_output/study.journal",
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="No file: the study as JSON, for programs.")] = False,
 ) -> None:
     """Write the report of a study, finished or not, as one HTML file."""
-    try:
-        from .search.report import write_report
+    with _answered():
+        from .search.report import as_record, write_report
 
-        path = write_report(study, storage, output)
-    except (ValueError, ImportError, OSError) as error:
-        _fail(error)
-    _console().print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"bioadapt: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(_USAGE_ERROR)
+        if as_json:
+            _say_json(as_record(study, storage))
+        else:
+            _say(f"Report: {write_report(study, storage, output)}")
 
 
-def _console() -> Console:
-    """A console on today's stdout; what goes to a file or a pipe is not folded to a terminal's width."""
-    console = Console(soft_wrap=False)
-    return console if console.is_terminal else Console(width=max(console.width, 160))
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="TOOL [ARGUMENTS]", help="A program, or a Python file.")],
+) -> None:
+    """Run another program with the method registered: `bioadapt run lm_eval --model hf ...`."""
+    from .environment import run as become
+
+    with _answered():
+        become(command)
+
+
+@app.command()
+def enable() -> None:
+    """Have every Python of this environment know the method, without `import bioadapt`."""
+    from . import environment
+
+    with _answered():
+        path = environment.enable()
+    _say(f"Enabled: {path} has PEFT taught the method wherever it is imported. `bioadapt disable` removes it.")
+
+
+@app.command()
+def disable() -> None:
+    """Take `bioadapt enable` back."""
+    from . import environment
+
+    with _answered():
+        path = environment.disable()
+    _say("It was not enabled." if path is None else f"Disabled: {path} is removed.")
+
+
+# -- words about a primitive --
 
 
 def _plain(text: str) -> str:
@@ -276,13 +375,29 @@ def _settings(info: PrimitiveInfo) -> Table:
     return table
 
 
+def _summary(info: PrimitiveInfo) -> dict[str, Any]:
+    facts = ("name", "stage", "kind", "mergeable", "stochastic", "stateful", "summary")
+    count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
+    return {fact: getattr(info, fact) for fact in facts} | {"parameters": count}
+
+
+def _record(info: PrimitiveInfo) -> dict[str, Any]:
+    facts = ("biology", "equation", "reference", "zero_at", "merge", "learns", "needs_input")
+    settings = {
+        name: {"type": setting.annotation, "default": setting.default, "accepted": setting.accepted}
+        | {"meaning": setting.meaning}
+        for name, setting in info.settings.items()
+    }
+    return _summary(info) | {fact: getattr(info, fact) for fact in facts} | {"settings": settings}
+
+
 def _example(info: PrimitiveInfo) -> str:
     first = next(((name, setting.default) for name, setting in info.settings.items()), None)
     entry = f'"{info.name}"' if first is None else f'{{"name": "{info.name}", "{first[0]}": {first[1]!r}}}'
     return (
         "from peft import get_peft_model\n"
         "from bioadapt import BioConfig\n\n"
-        f"model = get_peft_model(model, BioConfig(primitives=[{entry}]))"
+        f"model = get_peft_model(model, BioConfig([{entry}]))"
     )
 
 

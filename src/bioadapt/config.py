@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import functools
+import html
+import os
 import re
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import PeftType, TaskType
 
+from ._values import as_flag, as_integer, as_names
 from ._version import __version__
 from ._words import suggest
 from .checkpoint import check_trained_over, complete_saving, write_configuration
 from .registry import primitive_info
 
-COMPOSITIONS = ("staged", "serial", "parallel")
+Composition = Literal["staged", "serial", "parallel"]
+COMPOSITIONS = get_args(Composition)
+
+# What users of other methods and of trainers look for here.
+_SCALE = "how fast a primitive learns is its setting zero_scale, and fly_lora has an alpha of its own"
+_RATE = (
+    "it belongs to the optimiser, such as TrainingArguments(learning_rate=...); what trains a LoRA trains this as well"
+)
+_DROPOUT = "no primitive shares one; fly_lora has a setting of that name"
+ELSEWHERE = {
+    "r": "the size of the population that primitives run on is called rank; fly_lora and neuro_lora have a setting r",
+    "lora_alpha": _SCALE,
+    "alpha": _SCALE,
+    "use_rslora": _SCALE,
+    "learning_rate": _RATE,
+    "lr": _RATE,
+    "lora_dropout": _DROPOUT,
+    "dropout": _DROPOUT,
+    "bias": "biases of the base stay frozen; name modules that are to be trained in full in modules_to_save",
+    "primitive": "it is called primitives, and is the first argument: a name, or a list of names",
+    "layers": "it is called layers_to_transform",
+}
 
 C = TypeVar("C", bound=type)
 
@@ -36,10 +60,11 @@ def _named_unknown_fields(cls: C) -> C:
         unknown = {name: value for name, value in kwargs.items() if name not in known and value not in (None, [], {})}
         if unknown:
             name, value = next(iter(unknown.items()))
-            raise TypeError(
-                f"{cls.__name__} has no field {name!r} (got {value!r}); {suggest(name, known)} "
-                "If it comes from a saved file, that file was written by a newer version: upgrade bioadapt or peft."
+            hint = ELSEWHERE.get(name) or (
+                f"{suggest(name, known)} If it comes from a saved file, that file was written by a newer version: "
+                "upgrade bioadapt or peft."
             )
+            raise TypeError(f"{cls.__name__} has no field {name!r} (got {value!r}); {hint}")
         generated(self, *args, **{name: value for name, value in kwargs.items() if name in known})
 
     cls.__init__ = __init__  # type: ignore[misc]
@@ -47,13 +72,15 @@ def _named_unknown_fields(cls: C) -> C:
 
 
 @_named_unknown_fields
-@dataclass
+@dataclass(kw_only=True, repr=False)
 class BioConfig(PeftConfig):
     """Configuration of a bio adapter.
 
     Args:
-        primitives: ordered list of registry names or ``{"name": ..., **settings}``. After construction every entry is
-            a dict with all settings, so a saved file does not change its meaning with a later version's defaults.
+        primitives: a registry name, or an ordered list of names, ``{"name": ..., **settings}`` or
+            ``catalogue.name(**settings)``; the one argument that may be given by position. After construction every
+            entry is a dict with all settings, so a saved file does not change its meaning with a later version's
+            defaults.
         target_modules: names (suffixes), a regular expression, ``"all-linear"``, or None for the sites that suit the
             primitives on a known model type: for gains alone the keys, the values and the hidden units of the
             feed-forward block, otherwise the projections that write into the residual stream.
@@ -85,8 +112,10 @@ class BioConfig(PeftConfig):
         TypeError: an unknown field.
     """
 
-    primitives: list[Any] = field(
-        default_factory=list, metadata={"help": "Names of primitives, or dicts of name and settings, in order."}
+    primitives: Any = field(
+        kw_only=False,
+        default_factory=list,
+        metadata={"help": "Names of primitives, or dicts of name and settings, in order."},
     )
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
     feedforward_modules: list[str] | set[str] | str | None = field(
@@ -99,7 +128,7 @@ class BioConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
     rank: int | None = field(default=None, metadata={"help": "Size of the population, None for the full output."})
-    composition: str = field(default="staged", metadata={"help": f"One of {', '.join(COMPOSITIONS)}."})
+    composition: Composition = field(default="staged", metadata={"help": f"One of {', '.join(COMPOSITIONS)}."})
     init_weights: bool = field(default=True, metadata={"help": "Whether the fresh adapter is the identity."})
     causal: bool | None = field(default=None, metadata={"help": "Whether time is read backwards only."})
     batch_first: bool | None = field(default=None, metadata={"help": "Whether the batch axis comes before time."})
@@ -109,32 +138,72 @@ class BioConfig(PeftConfig):
     settings_fingerprint: str | None = field(default=None, metadata={"help": "Hash of the fields; set on saving."})
     bioadapt_version: str | None = field(default=None, metadata={"help": "Version that wrote it; set on saving."})
 
+    # PEFT's own fields once more, because they are given by position where PEFT declares them.
+    task_type: str | TaskType | None = field(default=None, metadata={"help": "Task type"})
+    peft_type: str | PeftType | None = field(default=None, metadata={"help": "Always BIO."})
+    auto_mapping: dict[str, Any] | None = field(default=None, metadata={"help": "Class and module of the base model."})
+    peft_version: str | None = field(default=None, metadata={"help": "PEFT's version; set by itself."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Name of the base model."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
+    inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is not trained."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.peft_type not in (None, "BIO"):
+            raise ValueError(f"peft_type={self.peft_type!r}: {type(self).__name__} is of the type BIO and of no other")
         self.peft_type = PeftType("BIO")
-        from_earlier = self.bioadapt_version is not None  # a file: what it does not say was not yet there
-        scaled_by_rank = self.rank is not None
-        self.primitives = normalise_primitives(self.primitives, to_scale=not (from_earlier or scaled_by_rank))
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.feedforward_modules, (list, tuple)):
-            self.feedforward_modules = set(self.feedforward_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+        self._convert()
+        self.primitives = normalise_primitives(self.primitives, to_scale=self._is_scaled)
         self._check()
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether ``zero_scale``, where it is not given, is what a new primitive learns with at a LoRA's rate."""
+        from_earlier = self.bioadapt_version is not None  # a file: what it does not say was not yet there
+        return not from_earlier and self.rank is None
+
+    def _convert(self) -> None:
+        """Every field in Python's own types, or an error that names the field, its value and what is accepted."""
+        self.seed = as_integer("seed", self.seed)
+        self.init_weights = as_flag("init_weights", self.init_weights)
+        self.inference_mode = as_flag("inference_mode", self.inference_mode)
+        if self.causal is not None:
+            self.causal = as_flag("causal", self.causal, "True, False, or None for what the model says")
+        if self.rank is not None:
+            self.rank = as_integer("rank", self.rank, low=1, accepted="None or an integer of at least 1")
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = _layers(self.layers_to_transform)
+        for name, form in (
+            ("target_modules", set),
+            ("feedforward_modules", set),
+            ("exclude_modules", set),
+            ("layers_pattern", list),
+            ("modules_to_save", list),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, form(as_names(name, value, "None, a string or a list of names")))
+        if isinstance(self.modules_to_save, str):  # PEFT would read it letter by letter
+            self.modules_to_save = [self.modules_to_save]
+        for name in ("base_model_name_or_path", "revision", "fingerprint", "settings_fingerprint", "bioadapt_version"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise ValueError(f"{name}={value!r}: accepted are None or a string")
+            setattr(self, name, None if value is None else os.fspath(value))
 
     def _check(self) -> None:
         if self.composition not in COMPOSITIONS:
             raise ValueError(f"composition={self.composition!r}: {suggest(self.composition, COMPOSITIONS)}")
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank={self.rank!r}: accepted are None or an integer of at least 1")
-        if self.rank is not None:
-            for entry in self.primitives:
-                if primitive_info(entry["name"]).kind == "weight":
-                    raise ValueError(
-                        f"rank={self.rank}: {entry['name']!r} acts on the layer's weight and has a size of its own; "
-                        "use rank=None with it"
-                    )
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} names no module; None is for sites that suit the primitives"
+            )
+        for entry in self.primitives if self.rank is not None else ():
+            if primitive_info(entry["name"]).kind == "weight":
+                raise ValueError(
+                    f"rank={self.rank}: {entry['name']!r} acts on the layer's weight and has a size of its own; "
+                    "use rank=None with it"
+                )
         self._check_feedforward_modules()
         check_trained_over(self.trained_over)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -168,6 +237,33 @@ class BioConfig(PeftConfig):
         """The seed of a layer's frozen random matrices: another one for every layer, the same on every machine."""
         return zlib.crc32(f"{self.seed}/{path}".encode())
 
+    def __repr__(self) -> str:
+        """The call that makes this configuration, with what differs from the defaults alone."""
+        (_, primitives), *rest = self._given()
+        words = [repr(primitives), *(f"{name}={value!r}" for name, value in rest)]
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        rows = (f"<tr><th>{name}</th><td>{html.escape(repr(value))}</td></tr>" for name, value in self._given())
+        table = f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
+        return f"<div style='text-align: left'>{table}</div>"
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        """The primitives, and each field that differs from its default, in order."""
+        yield "primitives", [self._shortest(entry) for entry in self.primitives]
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if spec.name not in ("primitives", "peft_type", "peft_version") and value != _default(spec):
+                value = sorted(value) if isinstance(value, set) else value
+                yield spec.name, str(value) if isinstance(value, TaskType) else value
+
+    def _shortest(self, entry: dict[str, Any]) -> str | dict[str, Any]:
+        """The shortest entry that means the same."""
+        (default,) = normalise_primitives([entry["name"]], to_scale=self._is_scaled)
+        given = {word: value for word, value in entry.items() if value != default[word]}
+        return {"name": entry["name"], **given} if given else entry["name"]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields; sets as sorted lists, so that two saves of one configuration are the same file."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
@@ -192,19 +288,43 @@ class BioConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
+def _default(spec: Field[Any]) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _layers(value: Any) -> int | list[int]:
+    """Indices of layers, which are counted from 0.
+
+    Raises:
+        ValueError: no index, a negative one, or none at all.
+    """
+    accepted = "None for all layers, an index from 0, or some of them"
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return as_integer("layers_to_transform", value, low=0, accepted=accepted)
+    layers = [as_integer("layers_to_transform", index, low=0, accepted=accepted) for index in value]
+    if not layers:
+        raise ValueError(f"layers_to_transform={value!r} names no layer; accepted is {accepted}")
+    return layers
+
+
 def normalise_primitives(primitives: Any, to_scale: bool = True) -> list[dict[str, Any]]:
     """Canonical names and complete, checked settings, in the order given.
 
     Args:
-        primitives: names, or dicts of a name and settings.
+        primitives: a name or a dict of a name and settings, or a list of them.
         to_scale: whether ``zero_scale``, where it is not given, is what a new primitive learns with at a LoRA's rate;
             otherwise it is 1.
 
     Raises:
         ValueError: not a list, an unknown name or setting, a value out of range, or a primitive listed twice.
     """
-    if isinstance(primitives, (str, dict)) or not isinstance(primitives, (list, tuple)):
-        raise ValueError(f"primitives={primitives!r}: a list of names or of dicts with a 'name' is needed")
+    if isinstance(primitives, (str, dict)):
+        primitives = [primitives]
+    if not isinstance(primitives, (list, tuple)):
+        raise ValueError(
+            f"primitives={primitives!r}: a name, or a list of names or of dicts with a 'name' is needed, such as "
+            "['lateral_inhibition']"
+        )
     if not primitives:
         raise ValueError("primitives=[]: name at least one; bioadapt.list_primitives() lists them")
     entries: list[dict[str, Any]] = []

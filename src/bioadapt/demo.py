@@ -1,8 +1,9 @@
 """The main job: a LoRA and a bio adapter over it on a real model and real data, compared fairly and reloaded.
 
-``bioadapt demo`` runs it. Four models are scored: as it comes, with a LoRA, with the bio adapter stacked over that
-LoRA, and with one LoRA that has as many parameters as both together and is trained for as many epochs. The saved
-adapters are then scored again in a fresh process, which must agree.
+``bioadapt demo`` runs it. The contenders are those of `bioadapt.evaluation.arms`: the model as it comes, a LoRA, the
+LoRA with a bio adapter over it, two LoRAs that have as many parameters as both together, and a placebo in the place of
+the bio adapter. All are trained for as many steps, each at the best of the same learning rates. The saved adapters are
+then scored again in a fresh process, which must agree.
 """
 
 from __future__ import annotations
@@ -17,73 +18,47 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import BioConfig
 from ._extras import require
-from .evaluation import Evaluation, Interval, Task, load_task, paired_interval, score_interval
+from .evaluation import Evaluation, Interval, Task, compare, load_task, paired_interval, score_interval
+from .evaluation.arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .evaluation.picture import draw
-from .evaluation.tasks import DEFAULT_TASK
+from .evaluation.protocol import DEFAULT_ARMS
+from .evaluation.tasks import Overlap
 from .evaluation.tasks.api_search import VALIDATION_LIBRARIES
-from .evaluation.training import (
-    DEFAULT_MODEL,
-    History,
-    Schedule,
-    adapt,
-    fit,
-    load_encoder,
-    load_stack,
-    rank_of_size,
-    trainable_parameters,
-)
+from .evaluation.training import History, Schedule, fit, load_encoder, load_stack, transformer_of
+from .settings import DEFAULT_TASK, PRIMITIVES, DemoSettings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TOLERANCE = 1e-6
-ZERO_SHOT, LORA, STACK, SAME_SIZE = "zero-shot", "LoRA", "LoRA + bio", "LoRA, same size"
-_FOLDERS = {LORA: ("lora",), STACK: ("lora", "bio"), SAME_SIZE: ("lora-same-size",)}
-_RANK = 8
-_ALPHA_PER_RANK = 2
+CONTENDERS = arms_named(DEFAULT_ARMS)
+# What is saved, in the order of loading; a placebo is no adapter to be used.
+_FOLDERS = {
+    name: (f"{name}/lora", f"{name}/bio") if ARMS[name].over else (f"{name}/lora",)
+    for name in CONTENDERS
+    if ARMS[name].lora or ARMS[name].sized_as
+    if ARMS[name].over in ("", "bio")
+}
 
-# Chosen by the score on the validation library of the API search (networkx), never on the test library: the primitives
-# among single ones and groups of them, which hardly differed, the LoRA's learning rate among three. To compare others,
-# give them on the command line and read "validation" in results.json.
-PRIMITIVES = ("lateral_inhibition", "predictive_coding")
-EPOCHS = 1.0
-LEARNING_RATE = 1e-3
-BIO_LEARNING_RATE = 1e-2
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What to run. ``epochs`` holds for the LoRA and for the bio adapter each; the LoRA of the same size gets both."""
-
-    task: str = DEFAULT_TASK
-    data_dir: str | None = None
-    model: str = DEFAULT_MODEL
-    output: str = "demo_output"
-    seed: int = 0
-    epochs: float = EPOCHS
-    learning_rate: float = LEARNING_RATE
-    bio_learning_rate: float = BIO_LEARNING_RATE
-    batch_size: int = 64
-    primitives: tuple[str, ...] = PRIMITIVES
-    limit: int | None = None
-    device: str | None = None
+LEARNING_RATES = (1e-3, 3e-3)
 
 
 @dataclass
 class Contender:
-    """One row of the table. ``curve``: (epoch, validation score); ``seconds``: training time, that below included."""
+    """One row of the table. ``curve``: (epoch, validation score); ``rates``: rate -> validation score at the end;
+    ``seconds``: of the training at the chosen rate alone."""
 
     name: str
     test: Evaluation
@@ -91,6 +66,8 @@ class Contender:
     file_bytes: int = 0
     seconds: float = 0.0
     steps: int = 0
+    rate: float = 0.0
+    rates: dict[float, float] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -112,10 +89,14 @@ class Demo:
         _check(settings)
         for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "matplotlib"):
             require(module)
-        self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
-        if not self.task.trainable:
-            raise ValueError(f"task {self.task.name!r} has no rows to train on; take one that has")
-        self._rehearse()
+        task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
+        if not task.trainable:
+            raise ValueError(f"task {task.name!r} has no rows to train on; take one that has")
+        self.task, _ = (task, {}) if task.name == DEFAULT_TASK else Overlap.of([task]).without_leaks(task)
+        fresh = partial(load_encoder, settings.model, settings.device)
+        self.recipe = Recipe(fresh, BioConfig(primitives=list(settings.primitives)))
+        # A model or a primitive that will not do is known before any training.
+        self.recipe.build(STACK, settings.seed)
         self.output = Path(settings.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.contenders: list[Contender] = []
@@ -128,14 +109,12 @@ class Demo:
         """
         started = time.perf_counter()
         with _progress(self.console) as self._bars:
-            self._zero_shot()
-            lora = self._lora()
-            self._stack()
-            self._same_size(lora)
+            for name in CONTENDERS:
+                self._add(self._contender(name))
             gap = self._rescore()
             with self._bar("comparing", 1) as step:
                 differences = self._differences()
-                draw(self.contenders, self.task, differences, self.output / "results.png")
+                draw(self.contenders, self.task, STACK, differences, self.output / "results.png")
                 step(1, 1)
         text = json.dumps(self._results(differences, gap, time.perf_counter() - started), indent=1)
         (self.output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -145,82 +124,59 @@ class Demo:
             raise ReloadError(f"reloaded in a fresh process, the scores differ by {gap:.2g} (allowed: {TOLERANCE:g})")
         return results
 
-    def bio_config(self) -> BioConfig:
-        return BioConfig(primitives=list(self.settings.primitives), seed=self.settings.seed)
+    # -- the contenders ---------------------------------------------------------------------------------------------
 
-    def _rehearse(self) -> None:
-        """Build the stack once, so that a model or a primitive that will not do is known before any training."""
-        config = self.bio_config()
-        encoder = self._encoder()
-        adapt(encoder, lambda base: get_peft_model(base, _lora_config(_RANK)))
-        adapt(encoder, lambda lora: get_peft_model(lora, config))
+    def _contender(self, name: str) -> Contender:
+        """One arm, trained at each of its rates; the test rows see the best of them alone."""
+        if name == ZERO_SHOT:
+            encoder, _ = self.recipe.build(name, self.settings.seed)
+            return Contender(name, self.task.evaluate(encoder))
+        rates, found = self._rates(name), {}
+        best: tuple[float, Any, int, History] | None = None
+        for rate in rates:
+            encoder, count, history = self._trained(name, rate)
+            score = history.validation[-1][1] if history.validation else 0.0
+            found[rate] = score
+            if best is None or score > found[best[0]]:
+                best = rate, encoder, count, history
+        assert best is not None
+        rate, encoder, count, history = best
+        test = self.task.evaluate(encoder)
+        size = self._save(name, encoder) if name in _FOLDERS else 0
+        return Contender(name, test, count, size, history.seconds, history.steps, rate, found, history.validation)
 
-    # -- the four contenders ----------------------------------------------------------------------------------------
+    def _rates(self, name: str) -> tuple[float, ...]:
+        given = self.settings.bio_learning_rate if ARMS[name].over else self.settings.learning_rate
+        rates = LEARNING_RATES if given is None else (given,)
+        return rates if self.task.sizes.get("validation") else rates[:1]
 
-    def _zero_shot(self) -> None:
-        with self._bar("reading the texts and the model", 2) as step:
-            _ = self.task.sizes
-            step(1, 2)
-            self._add(Contender(ZERO_SHOT, self.task.evaluate(self._encoder())))
-            step(2, 2)
-
-    def _lora(self) -> PeftModel:
-        encoder = self._encoder()
-        model = adapt(encoder, lambda base: get_peft_model(base, _lora_config(_RANK)))
-        return self._train(LORA, encoder, model, self.settings.epochs, self.settings.learning_rate)
-
-    def _stack(self) -> None:
-        # Loaded from disk as a user would load it, the LoRA is frozen: the bio adapter alone is trained.
-        encoder = load_stack(self._encoder(), [self._folder(_FOLDERS[LORA][-1])])
-        model = adapt(encoder, lambda lora: get_peft_model(lora, self.bio_config()))
-        below = self.contenders[-1]
-        self._train(STACK, encoder, model, self.settings.epochs, self.settings.bio_learning_rate, below)
-
-    def _same_size(self, lora: PeftModel) -> None:
-        config = lora_of_size(lora, self.contenders[-1].parameters)
-        encoder = self._encoder()
-        model = adapt(encoder, lambda base: get_peft_model(base, config))
-        self._train(SAME_SIZE, encoder, model, 2 * self.settings.epochs, self.settings.learning_rate)
-
-    def _train(
-        self,
-        name: str,
-        encoder: SentenceTransformer,
-        model: PeftModel,
-        epochs: float,
-        learning_rate: float,
-        below: Contender | None = None,
-    ) -> PeftModel:
-        parameters = trainable_parameters(model)
-        schedule = Schedule(epochs, learning_rate, self.settings.batch_size, self.settings.seed)
-        with self._bar(f"training {name}", 1) as step:
+    def _trained(self, name: str, rate: float) -> tuple[SentenceTransformer, int, History]:
+        encoder, count = self.recipe.build(name, self.settings.seed)
+        schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, self.settings.seed)
+        per_epoch = 2 if self.task.sizes.get("validation") else 0
+        with self._bar(f"training {name} at {rate:g}", 1) as step:
             history = fit(
-                encoder,
-                self.task,
-                schedule,
-                validations_per_epoch=self._validations(),
-                start=self._known_start(below),
-                progress=step,
+                encoder, self.task, schedule, validations_per_epoch=per_epoch, start=self._known_start(), progress=step
             )
-        folder = self._folder(_FOLDERS[name][-1])
-        model.save_pretrained(str(folder))
-        self._add(_contender(name, self.task.evaluate(encoder), parameters, folder, history, below))
-        return model
+        return encoder, count, history
+
+    def _save(self, name: str, encoder: SentenceTransformer) -> int:
+        """Write an arm's adapters, each into its folder; bytes of their weights."""
+        model, total = transformer_of(encoder), 0
+        for folder in reversed(_FOLDERS[name]):
+            model.save_pretrained(str(self.output / folder))
+            total += (self.output / folder / "adapter_model.safetensors").stat().st_size
+            model = model.unload()  # of a stack: the LoRA below
+        return total
 
     def _add(self, contender: Contender) -> None:
         self.contenders.append(contender)
         scores = ", ".join(f"{metric} {score:.2f}" for metric, score in contender.test.scores.items())
         self._say(f"{contender.name}: {scores}")
 
-    def _validations(self) -> int:
-        return 2 if self.task.sizes.get("validation") else 0
-
-    def _known_start(self, below: Contender | None) -> float | None:
-        """The validation score before training: a fresh adapter changes nothing, so it is that of what lies below."""
-        if below is not None:
-            return below.curve[-1][1] if below.curve else None
-        starts = [contender.curve[0][1] for contender in self.contenders if contender.curve]
-        return starts[0] if starts else None
+    def _known_start(self) -> float | None:
+        """The validation score before training: a fresh adapter changes nothing, so it is the same for all."""
+        return next((contender.curve[0][1] for contender in self.contenders if contender.curve), None)
 
     # -- a fresh process --------------------------------------------------------------------------------------------
 
@@ -229,7 +185,7 @@ class Demo:
         job = {
             **{name: value for name, value in asdict(self.settings).items() if name in _RESCORE_SETTINGS},
             "fingerprint": self.task.fingerprint(),
-            "stacks": {name: [str(self._folder(folder)) for folder in folders] for name, folders in _FOLDERS.items()},
+            "stacks": {name: [str(self.output / folder) for folder in own] for name, own in _FOLDERS.items()},
         }
         (self.output / "rescore.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         with self._bar("reloading in a fresh process", 1) as step:
@@ -253,6 +209,12 @@ class Demo:
             if other is not stack
         }
 
+    def _verdict(self) -> str:
+        tests = {contender.name: [contender.test] for contender in self.contenders}
+        rivals = rivals_of_equal_size([name for name in CONTENDERS if name != STACK])
+        metric = self.task.metrics[0]
+        return compare({self.task.name: tests}, {self.task.name: metric}, STACK, rivals).verdict
+
     def _results(self, differences: dict[str, dict[str, Interval]], gap: float, seconds: float) -> dict[str, Any]:
         return {
             "settings": asdict(self.settings),
@@ -262,7 +224,7 @@ class Demo:
                 f"{STACK} - {name}": {metric: asdict(interval) for metric, interval in intervals.items()}
                 for name, intervals in differences.items()
             },
-            "verdict": verdict(differences[SAME_SIZE][self.task.metrics[0]], self.task.metrics[0]),
+            "verdict": self._verdict(),
             "reload": {"largest_difference": gap, "tolerance": TOLERANCE},
             "seconds": seconds,
             "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
@@ -282,6 +244,8 @@ class Demo:
             "file_bytes": contender.file_bytes,
             "seconds": contender.seconds,
             "steps": contender.steps,
+            "learning_rate": contender.rate,
+            "learning_rates": {f"{rate:g}": score for rate, score in contender.rates.items()},
         }
 
     def _print(self, results: dict[str, Any], differences: dict[str, dict[str, Interval]]) -> None:
@@ -305,45 +269,10 @@ class Demo:
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def _encoder(self) -> SentenceTransformer:
-        torch.manual_seed(self.settings.seed)
-        return load_encoder(self.settings.model, self.settings.device)
-
-    def _folder(self, name: str) -> Path:
-        return self.output / name
-
     @contextmanager
     def _bar(self, description: str, total: int) -> Iterator[Callable[[int, int], None]]:
         bar = self._bars.add_task(description, total=total)
         yield lambda done, total: self._bars.update(bar, completed=done, total=total)
-
-
-def lora_of_size(lora: PeftModel, parameters: int) -> LoraConfig:
-    """A LoRA on the same modules as ``lora`` with as nearly ``parameters`` numbers as ranks per module allow.
-
-    The rank differs by at most one between modules, and so does no scale: alpha follows the rank.
-    """
-    costs = {
-        name: module.in_features + module.out_features
-        for name, module in lora.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-    }
-    rank, raised = rank_of_size(costs, parameters)
-    config = _lora_config(rank)
-    config.rank_pattern = dict.fromkeys(raised, rank + 1)
-    config.alpha_pattern = dict.fromkeys(raised, _ALPHA_PER_RANK * (rank + 1))
-    return config
-
-
-def verdict(interval: Interval, metric: str) -> str:
-    """One plain sentence on the bio adapter against the LoRA of the same size."""
-    size = f"{abs(interval.estimate):.2f} points of {metric} [{interval.low:+.2f}, {interval.high:+.2f}]"
-    if interval.verdict == "higher":
-        return f"The bio adapter wins here: LoRA + bio is better than the LoRA of the same size by {size}."
-    if interval.verdict == "lower":
-        return f"The bio adapter loses here: LoRA + bio is worse than the LoRA of the same size by {size}."
-    side = "above" if interval.estimate > 0 else "below" if interval.estimate < 0 else "from"
-    return f"Undecided: LoRA + bio is {size} {side} the LoRA of the same size, and the interval includes zero."
 
 
 _RESCORE_SETTINGS = ("task", "data_dir", "model", "limit", "device")
@@ -373,29 +302,8 @@ def rescore(output: Path) -> None:
 def _check(settings: DemoSettings) -> None:
     for name in ("epochs", "learning_rate", "bio_learning_rate", "batch_size"):
         value = getattr(settings, name)
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a number above zero is needed")
-
-
-def _lora_config(rank: int) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=_ALPHA_PER_RANK * rank)  # PEFT's default modules: query and value
-
-
-def _contender(
-    name: str, test: Evaluation, parameters: int, folder: Path, history: History, below: Contender | None
-) -> Contender:
-    """Counts and times of the adapter itself plus those of the one that it is stacked over."""
-    under = below or Contender("", test)
-    last = under.curve[-1][0] if under.curve else 0.0
-    return Contender(
-        name,
-        test,
-        parameters=parameters + under.parameters,
-        file_bytes=(folder / "adapter_model.safetensors").stat().st_size + under.file_bytes,
-        seconds=history.seconds + under.seconds,
-        steps=history.steps + under.steps,
-        curve=[(epoch + last, score) for epoch, score in history.validation],
-    )
 
 
 def _evaluation(record: dict[str, Any]) -> Evaluation:
@@ -406,7 +314,7 @@ def _evaluation(record: dict[str, Any]) -> Evaluation:
 def _table(contenders: list[Contender], differences: dict[str, dict[str, Interval]], metrics: tuple[str, ...]) -> Table:
     table = Table(title=None)
     table.add_column("model")
-    for name in (*metrics, "parameters", "file", "training", f"{STACK} minus it ({metrics[0]})"):
+    for name in (*metrics, "parameters", "rate", "file", "training", f"{STACK} minus it ({metrics[0]})"):
         table.add_column(name, justify="right")
     for contender in contenders:
         difference = differences.get(contender.name, {}).get(metrics[0])
@@ -414,6 +322,7 @@ def _table(contenders: list[Contender], differences: dict[str, dict[str, Interva
             contender.name,
             *(f"{contender.test.scores[metric]:.2f}" for metric in metrics),
             f"{contender.parameters:,}" if contender.parameters else "-",
+            f"{contender.rate:g}" if contender.rate else "-",
             f"{contender.file_bytes / 1000:.0f} kB" if contender.file_bytes else "-",
             f"{contender.seconds:.0f} s, {contender.steps} steps" if contender.steps else "-",
             str(difference) if difference else "-",
@@ -422,26 +331,15 @@ def _table(contenders: list[Contender], differences: dict[str, dict[str, Interva
 
 
 def _how_chosen(settings: DemoSettings) -> str:
-    own = [
-        f"--{name.replace('_', '-')}"
-        for name, default in (
-            ("primitives", PRIMITIVES),
-            ("epochs", EPOCHS),
-            ("learning_rate", LEARNING_RATE),
-            ("bio_learning_rate", BIO_LEARNING_RATE),
-        )
-        if getattr(settings, name) != default
-    ]
+    fixed = ("primitives", "epochs", "learning_rate", "bio_learning_rate")
+    own = [f"--{name.replace('_', '-')}" for name in fixed if getattr(settings, name) != getattr(DemoSettings(), name)]
     names = ", ".join(settings.primitives)
-    if own:
-        return f"Primitives: {names}. Given on the command line: {', '.join(own)}."
-    untuned = [name for name in ("task", "model") if getattr(settings, name) != getattr(DemoSettings(), name)]
-    other = f"; nothing was tuned on this {' or this '.join(untuned)}" if untuned else ""
-    return (
-        f"Primitives: {names}. They, the learning rates and the epochs were chosen on the validation library of the "
-        f"API search ({', '.join(VALIDATION_LIBRARIES)}), never on a test split{other}. The LoRA of the same size "
-        "takes over the learning rate of the small one."
-    )
+    given = f" Given on the command line: {', '.join(own)}." if own else ""
+    rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    text = f"Primitives: {names}.{given} Each arm's learning rate is the best of {rates} on the validation rows."
+    if settings.primitives == PRIMITIVES and settings.task == DEFAULT_TASK:
+        text += f" The primitives were chosen on the validation library ({', '.join(VALIDATION_LIBRARIES)})."
+    return text
 
 
 def _progress(console: Console) -> Progress:

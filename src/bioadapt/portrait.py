@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._extras import require
-from .primitives.base import Context, Host, Primitive
+from .primitives.base import Context, Host, LocalRule, Primitive
 from .registry import build_primitive, primitive_info
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def _learn_once(primitive: Primitive) -> None:
     features = torch.randn(4, 16, WIDTH) * torch.linspace(0.5, 2.0, WIDTH)
     with torch.no_grad():
         primitive(features, Context(x_in=torch.randn(4, 16, WIDTH)))
-    primitive.commit()
+    if isinstance(primitive, LocalRule):
+        primitive.commit()
 
 
 def _background(tokens: int, seed: int = 1) -> Tensor:

@@ -1,21 +1,41 @@
 """The published methods as ready configurations, in the shape that PEFT's users know.
 
-Each function returns a plain `BioConfig` with one primitive, saves as such and loads as such. ``more`` holds further
-settings of the primitive and further fields of `BioConfig`, told apart by their names.
+Each function returns a plain `BioConfig` with one primitive, saves as such and loads as such. It takes every setting of
+the primitive and every other field of `BioConfig` by keyword. For editors and type checkers they stand in
+``ready.pyi``, which ``make stubs`` writes.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ._words import suggest
+from .catalogue import settings_of
 from .config import BioConfig
-from .registry import primitive_info
 
+__all__ = ["FlyLoraConfig", "NeuroAdaConfig", "NeuroLoraConfig", "SanConfig"]
+
+F = TypeVar("F", bound=Callable[..., BioConfig])
 Targets = list[str] | set[str] | str | None
 
 
+def _with_settings_of(name: str) -> Callable[[F], F]:
+    """Show in a function's signature what ``more`` stands for: a primitive's settings and the fields of `BioConfig`."""
+
+    def decorate(function: F) -> F:
+        own = list(inspect.signature(function).parameters.values())[:-1]
+        fields = list(inspect.signature(BioConfig).parameters.values())[1:]
+        taken = {parameter.name for parameter in own}
+        more = [parameter for parameter in (*settings_of(name), *fields) if parameter.name not in taken]
+        function.__signature__ = inspect.Signature([*own, *more], return_annotation="BioConfig")  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_settings_of("fly_lora")
 def FlyLoraConfig(r: int = 32, k: int = 8, target_modules: Targets = "all-linear", **more: Any) -> BioConfig:
     """FlyLoRA: a frozen sparse random projection, of whose ``r`` ranks the ``k`` strongest work for each token.
 
@@ -35,6 +55,7 @@ def FlyLoraConfig(r: int = 32, k: int = 8, target_modules: Targets = "all-linear
     return _ready("fly_lora", {"r": r, "k": k}, target_modules, more)
 
 
+@_with_settings_of("neuro_lora")
 def NeuroLoraConfig(r: int = 32, k: int = 8, target_modules: Targets = "all-linear", **more: Any) -> BioConfig:
     """NeuroLoRA: FlyLoRA with a gate that rescales the projection by context before experts are selected.
 
@@ -54,6 +75,7 @@ def NeuroLoraConfig(r: int = 32, k: int = 8, target_modules: Targets = "all-line
     return _ready("neuro_lora", {"r": r, "k": k}, target_modules, more)
 
 
+@_with_settings_of("neuro_ada")
 def NeuroAdaConfig(k: int = 8, target_modules: Targets = "all-linear", **more: Any) -> BioConfig:
     """NeuroAda: every output neuron trains a change of ``k`` of its input weights.
 
@@ -72,6 +94,7 @@ def NeuroAdaConfig(k: int = 8, target_modules: Targets = "all-linear", **more: A
     return _ready("neuro_ada", {"k": k}, target_modules, more)
 
 
+@_with_settings_of("san_scaling")
 def SanConfig(target_modules: Targets = "all-linear", **more: Any) -> BioConfig:
     """SAN: a trained scale per output channel, which also reaches the weights of the layer that reads the channel.
 
@@ -91,12 +114,12 @@ def SanConfig(target_modules: Targets = "all-linear", **more: Any) -> BioConfig:
 
 
 def _ready(name: str, settings: dict[str, Any], target_modules: Targets, more: dict[str, Any]) -> BioConfig:
-    known_settings = primitive_info(name).settings
-    known_fields = [field.name for field in fields(BioConfig) if field.name not in ("primitives", "peft_type")]
+    known_settings = {parameter.name for parameter in settings_of(name)}
+    known_fields = set(inspect.signature(BioConfig).parameters) - {"primitives"}
     for word in more:
-        if word not in known_settings and word not in known_fields:
+        if word not in known_settings | known_fields:
             hint = suggest(word, [*known_settings, *known_fields])
             raise TypeError(f"{word!r} is no setting of {name} and no field of BioConfig; {hint}")
     settings |= {word: value for word, value in more.items() if word in known_settings}
     rest = {word: value for word, value in more.items() if word not in known_settings}
-    return BioConfig(primitives=[{"name": name, **settings}], target_modules=target_modules, **rest)
+    return BioConfig([{"name": name, **settings}], target_modules=target_modules, **rest)

@@ -15,45 +15,43 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-_PEFT, _CONFIG = "peft", "bioadapt.config"
-
 
 class _ImportWatch:
-    """A finder on ``sys.meta_path`` that finds what the others find, and registers the method when that is imported.
+    """A finder on ``sys.meta_path`` that finds what the others find, and has PEFT taught the method once it is there.
 
-    Registration needs PEFT and `bioadapt.config` whole. The second imports the first in its middle, so both are watched
-    and the one that is completed last registers.
+    Registration needs PEFT and this package whole. A module of this package may import PEFT in its middle, so it is
+    watched as well, and whichever is completed last registers.
     """
+
+    def __init__(self) -> None:
+        self.in_the_middle: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (_PEFT, _CONFIG):
+        if fullname != "peft" and not fullname.startswith("bioadapt."):
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
+            self._follow(spec.loader)
         return spec
 
+    def _follow(self, loader: Any) -> None:
+        """Have what this loader executes followed by the registration; then the loader is as it was."""
+        execute = loader.exec_module
 
-def _register_after(loader: Any) -> None:
-    """Have this loader's next module followed by the registration."""
-    execute = loader.exec_module
+        def execute_and_register(module: ModuleType) -> None:
+            del loader.exec_module
+            self.in_the_middle.add(module.__name__)
+            try:
+                execute(module)
+            finally:
+                self.in_the_middle.discard(module.__name__)
+            if "peft" in sys.modules and not self.in_the_middle:
+                _register_or_warn()
 
-    def execute_and_register(module: ModuleType) -> None:
-        del loader.exec_module
-        execute(module)
-        (other,) = {_PEFT, _CONFIG} - {module.__name__}
-        if not _is_in_the_middle(other):
-            _register_or_warn()
-
-    loader.exec_module = execute_and_register
-
-
-def _is_in_the_middle(name: str) -> bool:
-    """Whether this module is being imported just now."""
-    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+        loader.exec_module = execute_and_register
 
 
 def _register_or_warn() -> None:
@@ -72,13 +70,13 @@ def register() -> None:
     Raises:
         ImportError: this version of PEFT keeps its types or methods in a way that bioadapt does not know.
     """
-    import_module(".tuner.bridge", __package__).register()
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _ImportWatch)]
+    import_module(".tuner.bridge", __package__).register()
 
 
 def register_when_imported() -> None:
     """Teach PEFT the method now if it is imported, otherwise when it will be."""
-    if _PEFT in sys.modules:
+    if "peft" in sys.modules:
         register()
     elif not any(isinstance(finder, _ImportWatch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ImportWatch())

@@ -9,13 +9,16 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ._words import suggest
-from .primitives.base import KINDS, MERGES, STAGES, ZEROS, Host, Primitive, Setting
+from .primitives.base import Host, LocalRule, OnWeight, Primitive, Setting
+from .primitives.names import KINDS, STAGES, check_filter
+from .primitives.primitive import MERGES, ZEROS
 
 ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
@@ -107,7 +110,7 @@ def register_primitive(
         aliases: further spellings under which the primitive is found.
 
     Raises:
-        ValueError: a wrong field, or a docstring without the required paragraphs.
+        ValueError: a wrong field, a docstring without the required paragraphs, or an unfitting base class.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: a lower-case identifier is needed")
@@ -130,6 +133,11 @@ def register_primitive(
         }
         for field, value in fields.items():
             setattr(cls, field, value)
+        if (kind == "weight") != issubclass(cls, OnWeight):
+            base = "OnWeight" if kind == "weight" else "Primitive"
+            raise ValueError(f"primitive {name!r}: kind={kind!r} needs class {cls.__name__}({base})")
+        if learns and not issubclass(cls, LocalRule):
+            raise ValueError(f"primitive {name!r}: learns=True needs class {cls.__name__}(LocalRule, Primitive)")
         if name in _infos and _infos[name].factory.__qualname__ != cls.__qualname__:
             warnings.warn(f"primitive {name!r} is registered twice; {cls.__qualname__} replaces the earlier class")
         settings = MappingProxyType(cls.declared_settings())
@@ -146,17 +154,24 @@ def register_primitive(
     return decorate
 
 
-def list_primitives(stage: str | None = None, kind: str | None = None) -> list[str]:
-    """Sorted registry names, optionally of one stage or one kind.
+def list_primitives(pattern: str = "*", stage: str | None = None, kind: str | None = None) -> list[str]:
+    """Sorted registry names, optionally of one pattern, one stage or one kind.
+
+    Args:
+        pattern: a name with ``*`` for any letters and ``?`` for any one, such as ``"*lora*"``.
+        stage: one of the six stages.
+        kind: ``pointwise``, ``causal``, ``weight`` or ``global``.
 
     Raises:
-        ValueError: an unknown stage or kind.
+        ValueError: an unknown stage or kind, or one of them as the pattern.
     """
-    for field, value, accepted in (("stage", stage, STAGES), ("kind", kind, KINDS)):
-        if value is not None and value not in accepted:
-            raise ValueError(f"unknown {field} {value!r}; {suggest(value, accepted)}")
+    check_filter(pattern, stage, kind)
     _load()
-    return sorted(name for name, info in _infos.items() if stage in (None, info.stage) and kind in (None, info.kind))
+    return sorted(
+        name
+        for name, info in _infos.items()
+        if fnmatchcase(name, pattern) and stage in (None, info.stage) and kind in (None, info.kind)
+    )
 
 
 def primitive_info(name: str) -> PrimitiveInfo:

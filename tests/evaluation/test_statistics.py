@@ -10,6 +10,7 @@ from bioadapt.evaluation.statistics import (
     STATISTICS,
     Evaluation,
     Interval,
+    best_threshold,
     paired_interval,
     score_interval,
 )
@@ -86,3 +87,43 @@ def test_the_difference_of_two_evaluations_is_that_of_their_worst_row():
     b = Evaluation({"accuracy": 50.0}, {"accuracy": np.array([0.0, 1.0 - 1e-5])}, np.arange(2))
     assert a.difference_from(b) == pytest.approx(1e-5)
     assert a.difference_from(a) == 0.0
+
+
+# -- metrics are those of the libraries that everybody uses --
+
+
+def test_metrics_agree_with_scipy_and_scikit_learn():
+    from scipy.stats import spearmanr
+    from sklearn import metrics
+
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        values = generator.integers(0, 6, size=40) / 5.0  # many equals
+        gold = generator.integers(0, 2, size=40)
+        graded = generator.integers(0, 5, size=40)
+        clusters = generator.integers(0, 4, size=(40, 3))
+        assert STATISTICS["spearman"](values, graded) == pytest.approx(100 * spearmanr(values, graded).statistic)
+        expected = 100 * metrics.average_precision_score(gold, values)
+        assert STATISTICS["average_precision"](values, gold) == pytest.approx(expected)
+        expected = 100 * np.mean([metrics.v_measure_score(graded, run) for run in clusters.T])
+        assert STATISTICS["v_measure"](clusters, graded) == pytest.approx(expected)
+        assert STATISTICS["f1"](1.0 * (values > 0.5), gold) == pytest.approx(100 * metrics.f1_score(gold, values > 0.5))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_the_best_threshold_is_the_best_of_all(metric):
+    from sklearn import metrics
+
+    score = metrics.accuracy_score if metric == "accuracy" else metrics.f1_score
+    generator = np.random.default_rng(4)
+    for _ in range(20):
+        values, gold = generator.integers(0, 8, size=30) / 7.0, generator.integers(0, 2, size=30)
+        found = score(gold, values >= best_threshold(values, gold, metric))
+        assert found == max(score(gold, values >= cut) for cut in [*values, np.inf])
+
+
+def test_a_metric_of_nothing_to_find_is_zero_and_not_a_warning():
+    assert STATISTICS["average_precision"](np.ones(3), np.zeros(3)) == 0.0
+    assert STATISTICS["f1"](np.zeros(3), np.zeros(3)) == 0.0
+    assert STATISTICS["spearman"](np.ones(3), np.arange(3)) == 0.0
+    assert STATISTICS["v_measure"](np.zeros((3, 1), int), np.arange(3)) == 0.0

@@ -7,12 +7,14 @@ import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sentence_transformers")
 
-from bioadapt.evaluation import list_tasks, load_task
+from bioadapt.evaluation import ClassificationTask, list_tasks, load_task
 from bioadapt.evaluation.statistics import STATISTICS
+from bioadapt.evaluation.tasks import thinned
 from bioadapt.evaluation.tasks.api_search import (
     MAX_WORDS,
     MIN_WORDS,
@@ -88,9 +90,9 @@ def test_queries_are_unique_short_and_no_signatures(corpus):
 def test_every_query_has_its_answer_among_the_documents(corpus):
     for search in (corpus.validation, corpus.test):
         assert len(search.answers) == len(search.queries)
-        assert max(search.answers) < len(search.documents)
+        assert max(max(answers) for answers in search.answers) < len(search.documents)
         assert len(set(search.documents)) == len(search.documents)
-    answers = {q: corpus.test.documents[a] for q, a in zip(corpus.test.queries, corpus.test.answers, strict=True)}
+    answers = {q: corpus.test.documents[a] for q, (a,) in zip(corpus.test.queries, corpus.test.answers, strict=True)}
     assert answers["Compute Area Under the Curve (AUC) using the trapezoidal rule."] == "sklearn metrics auc"
 
 
@@ -103,8 +105,8 @@ def test_a_limit_takes_part_of_the_same_rows(corpus):
     assert len(small.train) == len(small.test.queries) == len(small.validation.queries) == 30
     assert set(small.train) < set(corpus.train)
     assert set(small.test.queries) < set(corpus.test.queries)
-    answers = {q: corpus.test.documents[a] for q, a in zip(corpus.test.queries, corpus.test.answers, strict=True)}
-    for query, answer in zip(small.test.queries, small.test.answers, strict=True):
+    answers = {q: corpus.test.documents[a] for q, (a,) in zip(corpus.test.queries, corpus.test.answers, strict=True)}
+    for query, (answer,) in zip(small.test.queries, small.test.answers, strict=True):
         assert small.test.documents[answer] == answers[query]
 
 
@@ -241,7 +243,7 @@ def folder(tmp_path):
 def test_each_family_is_scored_row_by_row(folder, encoder, name, family, metric):
     task = load_task(name, folder)
     evaluation = task.evaluate(encoder)
-    assert (task.family, task.metrics) == (family, (metric,))
+    assert (task.family, task.metrics[0]) == (family, metric)
     assert 0 <= evaluation.scores[metric] <= 100
     assert len(evaluation.rows[metric]) == len(evaluation.gold) == task.sizes["test"]
     again = STATISTICS[metric](evaluation.rows[metric], evaluation.gold)
@@ -266,9 +268,10 @@ def test_each_family_trains_without_a_trace_on_disk(folder, encoder, tmp_path, m
 
 def test_a_limit_spreads_over_a_sorted_file():
     rows = {"text": [f"text {i}" for i in range(90)], "label": [str(i // 10) for i in range(90)]}
-    some = files.thinned(rows, 9)
+    task = ClassificationTask("sorted", {"train": rows})
+    some = thinned(task, 9).rows("train")
     assert some["label"] == [str(i) for i in range(9)] and some["text"] == [f"text {10 * i}" for i in range(9)]
-    assert files.thinned(rows, 100) is rows and files.thinned(rows, None) is rows
+    assert thinned(task, 100) is task
 
 
 def test_a_limit_takes_so_many_rows(folder):
@@ -276,8 +279,8 @@ def test_a_limit_takes_so_many_rows(folder):
 
 
 def test_names_of_a_folder(folder):
-    assert list_tasks(folder) == ["api-search", "groups", "mood", "same", "similar"]
-    assert list_tasks() == ["api-search", "stsb"]
+    assert list_tasks(folder) == ["api-search", "digits", "groups", "mood", "same", "similar"]
+    assert list_tasks() == ["api-search", "digits", "stsb"]
 
 
 def test_an_unknown_task_names_the_folder_and_what_it_holds(folder):
@@ -329,3 +332,92 @@ def test_model_and_data_are_the_real_ones(encoder):
     """all-MiniLM-L6-v2 is published with a Spearman correlation of 82.03 on the test split of STS-B."""
     scores = load_task("stsb", SHARED_DATA).evaluate(encoder).scores
     assert scores["spearman"] == pytest.approx(82.03, abs=0.01)
+
+
+# -- retrieval --
+
+
+def test_ranks_of_several_right_documents():
+    """Against scikit-learn's nDCG, and the first right rank by hand."""
+    import torch
+    from sklearn.metrics import ndcg_score
+
+    from bioadapt.evaluation.tasks.api_search import Search
+    from bioadapt.evaluation.tasks.retrieval import ranking
+
+    class Positions:
+        """Texts are numbers, and the score of a pair is in a table."""
+
+        table = torch.rand(4, 15, generator=torch.Generator().manual_seed(0))
+
+        def encode(self, texts, **_):
+            return np.array([[int(text)] for text in texts])
+
+        def similarity(self, queries, documents):
+            return self.table[queries[:, 0]][:, documents[:, 0]]
+
+    answers = (frozenset({3}), frozenset({0, 5, 9}), frozenset(range(12)), frozenset({14}))
+    search = Search(tuple("0123"), answers, tuple(str(n) for n in range(15)))
+    found = ranking(Positions(), search)
+    truth = np.array([[float(n in own) for n in range(15)] for own in answers])
+    expected = [
+        ndcg_score(row[None], score[None], k=10) for row, score in zip(truth, Positions.table.numpy(), strict=True)
+    ]
+    assert found["ndcg@10"] == pytest.approx(expected)
+    for place, own in enumerate(answers):
+        order = np.argsort(-Positions.table[place].numpy())[:10].tolist()
+        ranks = [order.index(n) for n in own if n in order]
+        assert found["mrr@10"][place] == pytest.approx(1 / (1 + min(ranks)) if ranks else 0.0)
+        assert found["accuracy@1"][place] == (order[0] in own)
+
+
+def test_own_queries_and_documents(encoder):
+    rows = {"query": ["sort a list", "sort a list", "open a file"], "document": ["sorted", "list.sort", "open"]}
+    task = load_task("mine", {"train": rows, "test": rows})
+    assert task.family == "retrieval" and task.search("test").answers == (frozenset({0, 1}), frozenset({2}))
+    found = task.evaluate(encoder)
+    assert len(found.rows["mrr@10"]) == len(task.keys("test")) == 2
+    assert set(found.scores) == {"mrr@10", "ndcg@10", "accuracy@1"}
+
+
+# -- tables of any kind --
+
+
+def test_a_task_of_one_s_own_rows_in_every_kind_of_table(tmp_path):
+    import datasets
+    import pandas
+
+    rows = {"text": ["a, b", 'say "c"'], "label": ["x", "y"], "more": ["1", "2"]}
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    write_tsv(tmp_path / "rows.tsv.gz", ["text\tlabel", "a, b\tx", 'say "c"\ty'])
+    for table in (rows, frame, datasets.Dataset.from_dict(rows), tmp_path / "rows.csv", str(tmp_path / "rows.tsv.gz")):
+        task = load_task("mine", {"train": table})
+        assert task.family == "classification"
+        assert task.rows("train") == {"text": rows["text"], "label": rows["label"]}
+    with pytest.raises(ValueError, match="a table of type int is not understood"):
+        load_task("mine", {"train": 3})
+    with pytest.raises(ValueError, match="'mine', train: no column 'label'; it has text"):
+        ClassificationTask("mine", {"train": {"text": ["a"]}})
+
+
+@pytest.mark.parametrize(
+    ("family", "column", "value", "accepted"),
+    [("sts", "score", "high", "a finite number"), ("sts", "score", "nan", "a finite number"),
+     ("pair_classification", "label", "2", "0 .not the same. or 1 .the same.")],
+)  # fmt: skip
+def test_a_label_that_is_none_is_named_by_its_row(family, column, value, accepted):
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], column: ["1", value]}
+    with pytest.raises(ValueError, match=f"task 'odd', test, row 1: {column}='{value}'; accepted is {accepted}"):
+        load_task("odd", {"test": rows})
+
+
+def test_thresholds_come_from_the_validation_rows(encoder):
+    pairs = {"sentence1": ["a cat sits", "a dog runs"], "sentence2": ["a cat is sitting", "the stock fell"]}
+    splits = {split: {**pairs, "label": [1, 0]} for split in ("dev", "test")}
+    assert load_task("same", splits).evaluate(encoder).scores == {
+        "average_precision": 100.0, "accuracy": 100.0, "f1": 100.0
+    }  # fmt: skip
+    turned = {**splits, "dev": {**pairs, "label": [0, 1]}}  # of a threshold nothing is known on such rows
+    assert load_task("same", turned).evaluate(encoder).scores["accuracy"] < 100.0
+    assert set(load_task("same", {"test": splits["test"]}).evaluate(encoder).scores) == {"average_precision"}

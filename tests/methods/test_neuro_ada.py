@@ -195,12 +195,41 @@ def test_the_result_may_be_wider_than_the_input():
     torch.testing.assert_close(z, dense(v.float(), index, values))
 
 
-def test_paths_by_size(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(neuro_ada, "SPARSE_PRODUCTS", ("cpu",))
-    assert [fastest(4096, k, cpu) for k in (1, 2, 8, 256, 257)] == ["gather", "gather", "csr", "csr", "scratch"]
-    monkeypatch.setattr(neuro_ada, "SPARSE_PRODUCTS", ())
-    assert [fastest(4096, k, cpu) for k in (1, 8, 32, 33)] == ["gather", "gather", "gather", "scratch"]
+def test_paths_by_size():
+    cpu, gpu, other = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    assert [fastest(4096, k, cpu) for k in (1, 2, 8, 512, 513)] == ["gather", "bags", "bags", "bags", "scratch"]
+    assert [fastest(4096, k, gpu) for k in (1, 2, 8, 256, 257)] == ["gather", "gather", "csr", "csr", "scratch"]
+    assert [fastest(4096, k, other) for k in (1, 8, 32, 33)] == ["gather", "gather", "gather", "scratch"]
+
+
+def test_the_order_of_columns_follows_the_index():
+    """Backward reads the synapses column by column; the order is kept while the index stays as it is, and no longer."""
+    torch.manual_seed(0)
+    module = module_on(torch.randn(M, N), k=3)
+    assert fastest(N, 3, torch.device("cpu")) == "bags"
+    with torch.no_grad():
+        module.values.normal_()
+    first = module._order()
+    assert module._order() is first
+    loaded, chosen = copy.deepcopy(module), copy.deepcopy(module)
+    loaded.load_state_dict({**module.state_dict(), "index": strongest(torch.randn(M, N), 3)})
+    chosen.index = strongest(torch.randn(M, N), 3)
+    for changed in (module, loaded, chosen):
+        v = torch.randn(4, 6, N, requires_grad=True)
+        z = changed(torch.zeros(4, 6, M), Context(x_in=v))
+        expected = dense(v, changed.index, changed.values)
+        grads = [torch.autograd.grad(out.square().sum(), v)[0] for out in (z, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_in_double_precision_is_merged_in_double_precision():
+    torch.manual_seed(0)
+    module = module_on(torch.randn(M, N)).double()
+    with torch.no_grad():
+        module.values.normal_()
+    change, _ = module.weight_delta(torch.randn(M, N, dtype=torch.float64), None)
+    assert change.dtype == torch.float64
+    assert torch.equal(change.gather(1, module.index.long()), module.values)
 
 
 class Allocations(TorchDispatchMode):
@@ -237,7 +266,7 @@ def tall():
     return torch.randn(2048, 1024)
 
 
-@pytest.mark.parametrize(("path", "k"), [("gather", 2), ("csr", 8), ("scratch", 256)])
+@pytest.mark.parametrize(("path", "k"), [("gather", 2), ("bags", 8), ("csr", 8), ("scratch", 256)])
 def test_no_second_matrix_is_made(tall, path, k):
     m, n = tall.shape
     index, values = strongest(tall.abs(), k), torch.randn(m, k, requires_grad=True)

@@ -38,7 +38,7 @@ def anteriors(model: nn.Module, adapter: str = "default") -> dict[str, str]:
 
 
 def adapted(base: nn.Module, targets: Any = "all-linear", awake: bool = True, **settings: Any) -> PeftModel:
-    fields = {"primitives": [{"name": "san_scaling", **settings}], "target_modules": targets}
+    fields = {"primitives": [{"name": "san_scaling", "zero_scale": 1.0, **settings}], "target_modules": targets}
     return get_peft_model(base, BioConfig(**fields, init_weights=not awake)).eval()
 
 
@@ -530,7 +530,7 @@ def test_every_adapter_has_links_of_its_own():
     model, x = wired(), torch.randn(3, 5, dtype=torch.float64)
     plain, first = output(chain().double(), x), output(model, x)
     second_config = BioConfig(
-        primitives=[{"name": "san_scaling", "wiring": WIRED}],
+        primitives=[{"name": "san_scaling", "zero_scale": 1.0, "wiring": WIRED}],
         target_modules=["lin0", "lin1", "out"],
         init_weights=False,
     )
@@ -661,7 +661,7 @@ def test_a_small_gain_propagates_in_half_precision():
     """A gain of 1.003 is 1 in bf16; its product with a feature often is another number."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16()
-    san = {"name": "san_scaling", "wiring": {"1": "0"}, "mode": "sp"}
+    san = {"name": "san_scaling", "zero_scale": 1.0, "wiring": {"1": "0"}, "mode": "sp"}
     model = get_peft_model(base, BioConfig(primitives=[san], target_modules=["0", "1"])).eval()
     first, second = model.base_model.model[0], model.base_model.model[1]
     x = torch.randn(64, 16).bfloat16()

@@ -48,45 +48,66 @@ def until(condition, seconds=PATIENCE):
     return found
 
 
+class Server:
+    """A PostgreSQL server on loopback, which can be ended and started again."""
+
+    def __init__(self, binaries, folder):
+        # The server refuses to run as root. Its folder must not be in one that root alone may enter.
+        self._as = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        if self._as:
+            shutil.chown(folder, "postgres", "postgres")
+        data, port, self._folder = f"{folder}/data", free_port(), folder
+        create = [binaries / "initdb", "-D", data, "-U", SERVER, "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"]
+        subprocess.run(create, check=True, capture_output=True, cwd=folder, **self._as)
+        self._serve = [binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "fsync=off"]
+        self._serve += ["-c", "listen_addresses=127.0.0.1", "-c", "shared_buffers=16MB", "-c", "max_connections=30"]
+        self.url = f"postgresql://{SERVER}@127.0.0.1:{port}"
+        self._process = None
+
+    def start(self):
+        with open(f"{self._folder}/log", "ab") as log:
+            self._process = subprocess.Popen(self._serve, stdout=log, stderr=log, cwd=self._folder, **self._as)
+        until(self._answers)
+
+    def stop(self, how=signal.SIGINT):
+        """By SIGINT connections are ended and what is committed stays; by SIGQUIT it does not tidy up."""
+        self._process.send_signal(how)
+        self._process.wait(timeout=30)
+
+    def _answers(self):
+        import psycopg
+
+        assert self._process.poll() is None, Path(self._folder, "log").read_text()
+        try:
+            return psycopg.connect(f"{self.url}/postgres").close() is None
+        except psycopg.OperationalError:
+            return False
+
+
 @pytest.fixture(scope="session")
-def postgresql():
-    """The address of a server on loopback that lives as long as the session, without the name of a database."""
+def server():
+    """A server that lives as long as the session."""
     binaries = _binaries()
     if binaries is None:
         tell = pytest.fail if os.environ.get(REQUIRED) == "required" else pytest.skip
         tell("PostgreSQL's server is not installed")
-    psycopg = pytest.importorskip("psycopg")
-    # The server refuses to run as root. Its folder must not be in one that root alone may enter.
-    as_user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    pytest.importorskip("psycopg")
     folder = tempfile.mkdtemp(prefix="bioadapt-postgresql-")
-    if as_user:
-        shutil.chown(folder, "postgres", "postgres")
-    data, port = f"{folder}/data", free_port()
-    create = [binaries / "initdb", "-D", data, "-U", SERVER, "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"]
-    serve = [binaries / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
-    serve += ["-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=30"]
     try:
-        subprocess.run(create, check=True, capture_output=True, cwd=folder, **as_user)
-        with open(f"{folder}/log", "wb") as log:
-            server = subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **as_user)
+        server = Server(binaries, folder)
+        server.start()
         try:
-            url = f"postgresql://{SERVER}@127.0.0.1:{port}"
-
-            def answers():
-                assert server.poll() is None, Path(folder, "log").read_text()
-                try:
-                    return psycopg.connect(f"{url}/postgres").close() is None
-                except psycopg.OperationalError:
-                    return False
-
-            until(answers)
-            yield url
+            yield server
         finally:
-            # Immediate shutdown: its data are thrown away.
-            server.send_signal(signal.SIGQUIT)
-            server.wait(timeout=30)
+            server.stop(signal.SIGQUIT)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql(server):
+    """The server's address, without the name of a database."""
+    return server.url
 
 
 @pytest.fixture

@@ -1,14 +1,20 @@
-"""Objectives without any training, for the tests of what runs a study; importable, so that fresh processes can."""
+"""Objectives without any training, and what else fresh processes run in the tests; imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.util import Finalize
 from pathlib import Path
 
+import optuna
+
 LEVELS = {"a": 4, "b": 4, "c": 3}
+RETURNED = {"text": "very good", "number as text": "0.5", "nothing": None}
 BEST = 2.0 + 1.0 + 3.0
 
 
@@ -23,8 +29,9 @@ class FakeObjective:
 
     Args:
         seconds: how long a trial takes.
-        faults: what goes wrong where ``a`` has this value: ``raise``, ``nan``, ``kill``, ``hang``, ``memory``, or
-            ``exit``.
+        faults: what goes wrong where ``a`` has this value: ``raise``, ``nan``, ``kill``, ``hang``, ``memory``,
+            ``exit``, ``text``, ``number as text``, ``nothing``, ``lock``, ``prunes itself``; ``suggest`` and
+            ``describe`` go wrong in the worker, and ``worker`` kills that, once if there is a log.
         log: folder in which every started trial leaves a file ``PID-TIME``.
     """
 
@@ -34,9 +41,20 @@ class FakeObjective:
     features = None
 
     def suggest(self, trial):
-        return {name: trial.suggest_categorical(name, list(range(levels))) for name, levels in LEVELS.items()}
+        params = {name: trial.suggest_categorical(name, list(range(levels))) for name, levels in LEVELS.items()}
+        fault = (self.faults or {}).get(params["a"])
+        if fault == "suggest":
+            raise KeyError("no such parameter")
+        if fault == "worker":
+            once = Path(self.log, "worker")
+            if not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return params
 
     def describe(self, params):
+        if (self.faults or {}).get(params["a"]) == "describe":
+            return {"parameters": threading.Lock()}
         return {"parameters": 10 * params["a"], "configuration": {"slots": []}}
 
     def run(self, params, report):
@@ -56,6 +74,79 @@ class FakeObjective:
             raise MemoryError
         if fault == "exit":
             os._exit(3)
+        if fault in RETURNED:
+            return RETURNED[fault]
+        if fault == "lock":
+            return threading.Lock()
+        if fault == "prunes itself":
+            raise optuna.TrialPruned
         report(1, value_of(params) / 2)
         time.sleep(self.seconds / 2)
         return value_of(params)
+
+
+class Unusable(FakeObjective):
+    """Loads everywhere; no worker can begin with it."""
+
+    @property
+    def features(self):
+        raise LookupError("no features")
+
+
+class Holding(FakeObjective):
+    """Has what cannot be copied into another process."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Nowhere(FakeObjective):
+    """Loads in no other process."""
+
+    def __reduce__(self):
+        return (import_module, ("nowhere",))
+
+
+def echo(argument, report):
+    """What a child runs here: the argument says what."""
+    if argument == "raise":
+        raise ValueError("no  such\nthing")
+    if argument == "memory":
+        raise MemoryError
+    if argument == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if argument == "exit":
+        os.write(2, b"the last words\n")
+        os._exit(3)
+    if argument == "hang":
+        time.sleep(600)
+    if argument == "report":
+        for step in range(100):
+            report(step, step / 2)
+    return os.getpid()
+
+
+class Unimportable:
+    """A target that no other process can load."""
+
+    def __call__(self, argument, report):
+        return argument
+
+    def __reduce__(self):
+        return (import_module, ("nowhere",))
+
+
+def tidy_up_later(path, report):
+    """Leaves a file when its process ends in order."""
+    Finalize(None, path.touch, exitpriority=0)
+
+
+def work_or_end(wanted):
+    """As the runner's own worker processes: SIGTERM is an orderly end."""
+    from bioadapt.search.study.isolation import packed, processes
+    from bioadapt.search.study.runner import _worker
+
+    here, there = processes().Pipe()
+    with here, there:
+        _worker(packed(wanted), there)

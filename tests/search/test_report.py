@@ -18,8 +18,10 @@ pytest.importorskip("matplotlib")
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
+from typer.testing import CliRunner
 
 from bioadapt import BioConfig
+from bioadapt.cli import app
 from bioadapt.search.report import render, write_report
 from bioadapt.search.report.wording import as_code, in_words
 from bioadapt.search.space import describe
@@ -350,6 +352,20 @@ def test_from_a_storage_to_a_file(space, tmp_path):
         write_report("minilm-stbs", url, tmp_path / "report.html")
 
 
+def test_the_study_as_json(space, tmp_path):
+    url = f"{tmp_path}/s.journal"
+    study = searched(space, storage=open_storage(url), trials=4)
+    done = CliRunner().invoke(app, ["report", "minilm-stsb", "--storage", url, "--json"])
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.output)
+    assert (record["study"], record["direction"]) == ("minilm-stsb", "MAXIMIZE")
+    assert [trial["number"] for trial in record["trials"]] == [trial.number for trial in study.trials]
+    for told, trial in zip(record["trials"], study.trials, strict=True):
+        assert (told["state"], told["params"]) == (trial.state.name, trial.params)
+        assert told["value"] == trial.value
+    assert not list(tmp_path.glob("*.html"))
+
+
 def test_what_cannot_be_reported_is_refused_and_nothing_is_made(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.journal: there is no such file"):
         write_report("s", f"{tmp_path}/none.journal", tmp_path / "report.html")
@@ -358,3 +374,99 @@ def test_what_cannot_be_reported_is_refused_and_nothing_is_made(tmp_path):
     with pytest.raises(ValueError, match="2 objectives"):
         write_report("two", url, tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["two.journal"]
+
+
+# -- other people's studies ------------------------------------------------------------------------------------------
+
+
+STRANGE = ("mnist", 3, [1, 2], None, {"a": 1}, True, {"name": 5, "metrics": "acc"}, [{"number": "x"}])
+
+
+def theirs(values=(0.5, 0.25, 1.0), **attributes):
+    study = optuna.create_study(study_name="theirs", sampler=RandomSampler(seed=0))
+    for name, value in attributes.items():
+        study.set_user_attr(name, value)
+    study.optimize(lambda trial: values[trial.number % len(values)] * (1 + 0 * trial.suggest_float("x", 0, 1)), 12)
+    return study
+
+
+@pytest.mark.parametrize("name", ["settings", "space", "task", "lora", "confirmation", "final", "tickets"])
+def test_attributes_that_another_program_gave_a_study_are_not_taken_for_ours(name):
+    for value in STRANGE:
+        page = Page(render(theirs(**{name: value})))
+        assert "An Optuna study." in page.text and "12 trials" in page.text
+        assert "the best of 12 complete trials is trial 1 with 0.25" in page.text
+
+
+@pytest.mark.parametrize("name", ["configuration", "configs", "parameters", "seconds", "failure", "standard_error"])
+@pytest.mark.filterwarnings("ignore:.*standard_error")
+def test_attributes_that_another_program_gave_a_trial_are_not_taken_for_ours(name):
+    study = theirs()
+    there = {"params": {"x": 0.5}, "distributions": {"x": optuna.distributions.FloatDistribution(0, 1)}}
+    for value in (*STRANGE, {"slots": [1]}, {"slots": "abc"}, {"slots": [{"primitive": "nowhere"}]}):
+        study.add_trial(create_trial(value=0.125, user_attrs={name: value}, **there))
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={name: value}))
+    page = Page(render(study))
+    assert "is trial 12 with 0.125" in page.text and "x=0.5" in page.text
+
+
+def test_a_standard_error_that_is_no_number_is_ignored_with_a_warning():
+    study = theirs()
+    study.add_trial(create_trial(value=0.5, user_attrs={"standard_error": "small"}))
+    with pytest.warns(UserWarning, match="trial 12: its user attribute standard_error='small' is no finite number"):
+        render(study)
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ((1e308, -1e308), "-1e+308"),
+        ((1e308,), "1e+308"),
+        ((1.7e308, 1.0), "1.00"),
+        ((float("inf"), 2.0), "2.00"),
+        ((1e-320, 1.0), "1e-320"),
+    ],
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_values_at_the_end_of_the_numbers_are_shown(values, best):
+    study = theirs(values)
+    study.add_trial(create_trial(value=values[0], intermediate_values={0: 1e308, 1: -1e308}))
+    page = Page(render(study))
+    assert f"with {best}." in page.text and len(page.text) < 20_000
+    assert "nan" not in page.html.replace("nano", "")
+
+
+def test_a_winner_of_a_primitive_that_is_not_installed_can_be_copied():
+    entries = [{"name": "from_another_package", "pools": 3, "zero_scale": 2.0}, {"name": "lateral_inhibition"}]
+    code = as_code([{"primitives": entries, "target_modules": "x", "rank": None, "composition": "staged"}], 0.01)
+    assert code.splitlines()[0] == (
+        "# needs the package that registers 'from_another_package', which is not installed here"
+    )
+    assert "{'name': 'from_another_package', 'pools': 3, 'zero_scale': 2.0}" in code
+    # An entry of a time without that setting has trained without a factor.
+    assert "{'name': 'lateral_inhibition', 'zero_scale': 1.0}" in code
+
+
+def test_a_search_whose_primitives_are_not_installed_is_a_report(space, monkeypatch):
+    study = finished(space, searched(space, name="absent", trials=12))
+    text = json.dumps(study.user_attrs).replace("lateral_inhibition", "from_another_package")
+    for name, value in json.loads(text).items():
+        study.set_user_attr(name, value)
+    final = json.loads(text)["final"]
+    final["winner"]["configs"] = [
+        {"primitives": [{"name": "from_another_package"}], "target_modules": "x", "rank": None, "composition": "staged"}
+    ]
+    study.set_user_attr("final", final)
+    page = Page(render(study))
+    assert "needs the package that registers 'from_another_package'" in page.text
+    assert "Undecided: LoRA + bio is 0.27 points above" in page.text
+
+
+def test_a_password_is_not_shown_where_a_study_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "bioadapt.search.report.page.open_storage", lambda url, create: open_storage(f"{tmp_path}/s.journal")
+    )
+    for url in ("postgresql://me:se#c/r?et@h/db", "postgresql://h/db?user=me&password=se%23cret"):
+        with pytest.raises(ValueError, match=r"study 's' is not in postgresql://.*\*\*\*") as error:
+            write_report("s", url, tmp_path / "report.html")
+        assert "et@" not in str(error.value) and "cret" not in str(error.value)

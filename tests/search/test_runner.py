@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import subprocess
+import sys
 from collections import Counter
-from importlib import import_module
-from multiprocessing.util import Finalize
 
 import numpy as np
 import pytest
@@ -18,34 +17,26 @@ pytest.importorskip("psutil")
 
 import optuna
 from optuna.trial import TrialState
-from search.fake_objective import FakeObjective, value_of
+from search.conftest import until
+from search.fake_objective import (
+    FakeObjective,
+    Holding,
+    Nowhere,
+    Unimportable,
+    Unusable,
+    echo,
+    tidy_up_later,
+    value_of,
+    work_or_end,
+)
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
 from bioadapt.search.contest import finale
 from bioadapt.search.settings import budget
-from bioadapt.search.study import Child, Failed, Job, NotFound, Stopped, prepare, run_study
-from bioadapt.search.study.isolation import packed, processes
+from bioadapt.search.study import Child, Failed, Job, NotFound, Stopped, prepare, run_study, runner
+from bioadapt.search.study.isolation import processes
 from bioadapt.search.study.progress import progress
-from bioadapt.search.study.tickets import count_tickets
-
-
-def echo(argument, report):
-    """What a child runs here: the argument says what."""
-    if argument == "raise":
-        raise ValueError("no  such\nthing")
-    if argument == "memory":
-        raise MemoryError
-    if argument == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if argument == "exit":
-        os.write(2, b"the last words\n")
-        os._exit(3)
-    if argument == "hang":
-        time.sleep(600)
-    if argument == "report":
-        for step in range(100):
-            report(step, step / 2)
-    return os.getpid()
+from bioadapt.search.study.tickets import DIED, count_tickets
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +60,6 @@ def test_whatever_happens_in_the_child_is_a_reason_in_words(child, argument, sai
     with pytest.raises(Failed, match=said):
         child.call(argument, timeout=0.2 if argument == "hang" else 60)
     assert (child.call("pid") == before) == survives
-
-
-class Unimportable:
-    """A target that no other process can load."""
-
-    def __call__(self, argument, report):
-        return argument
-
-    def __reduce__(self):
-        return (import_module, ("nowhere",))
-
-
-def tidy_up_later(path, report):
-    Finalize(None, path.touch, exitpriority=0)
 
 
 def test_an_idle_child_tidies_up(tmp_path):
@@ -137,6 +114,107 @@ def test_failures_cost_a_ticket_each_and_nothing_else(tmp_path):
         assert trial.user_attrs["worker"]["pid"] == os.getpid()
 
 
+WRONG = {
+    "text": "the objective returned 'very good' (str), and not a number",
+    "number as text": "the objective returned '0.5' (str), and not a number",
+    "nothing": "the objective returned 'None' (NoneType), and not a number",
+    "lock": "what was returned cannot be sent back: cannot pickle '_thread.lock' object",
+    "suggest": "KeyError: 'no such parameter'",
+    "describe": "TypeError: Object of type lock is not JSON serializable",
+    "prunes itself": None,
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_an_objective_gets_wrong_fails_its_trial_and_not_the_worker(tmp_path, fault):
+    first = [{"a": a, "b": 2, "c": 1} for a in (0, 3)]
+    prepare(str(tmp_path / "study.journal"), "fake", 2, first)
+    study = run_study(job(tmp_path, FakeObjective(faults={0: fault})))
+    wrong, right = study.trials
+    assert right.state == TrialState.COMPLETE and right.value == value_of(right.params)
+    assert wrong.state == (TrialState.FAIL if WRONG[fault] else TrialState.PRUNED)
+    assert wrong.user_attrs.get("failure") == WRONG[fault]
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    prepare(str(tmp_path / "study.journal"), "fake", 3, [{"a": 0, "b": 2, "c": 1}])
+    study = run_study(job(tmp_path, FakeObjective(faults={0: "worker"}, log=str(log)), timeout=600), 2)
+    states = Counter(trial.state for trial in study.trials)
+    assert states[TrialState.FAIL] == 1 and count_tickets(study) == 3
+    assert study.trials[0].user_attrs["failure"] == DIED
+    (again,) = [trial for trial in study.trials if trial.system_attrs.get("retry_history")]
+    assert again.state == TrialState.COMPLETE and again.params == {"a": 0, "b": 2, "c": 1}
+
+
+def test_workers_that_all_die_are_not_replaced_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_PAUSE", 0.01)
+    monkeypatch.setattr(runner, "DEATHS", 1)
+    study = prepare(str(tmp_path / "study.journal"), "fake", 2)
+    said = "all workers have died, 2 trials are left; the last one: LookupError: no features; the same call goes on"
+    with pytest.raises(RuntimeError, match=said):
+        run_study(job(tmp_path, Unusable()), 2)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 2
+
+
+# As in a cell of a notebook: the class is in a module that no other process can import.
+IN_A_NOTEBOOK = """
+import sys
+from bioadapt.search.study import Job, prepare, run_study
+
+scale = 10.0
+
+def score(x):
+    return scale * x
+
+class Objective:
+    features = None
+    def suggest(self, trial): return {"x": trial.suggest_float("x", 0, 1)}
+    def describe(self, params): return {}
+    def run(self, params, report): return score(params["x"])
+
+for workers in (1, 2):
+    prepare(sys.argv[1], f"by {workers}", 3)
+    study = run_study(Job(sys.argv[1], f"by {workers}", Objective()), workers)
+    print([trial.state.name for trial in study.trials], all(t.value == 10 * t.params["x"] for t in study.trials))
+"""
+
+
+def test_what_a_notebook_defines_travels_by_value(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_NOTEBOOK, str(tmp_path / "s.journal")], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["['COMPLETE', 'COMPLETE', 'COMPLETE'] True"] * 2, done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("objective", "error", "said"),
+    [
+        (Holding, ValueError, "cannot be sent to another process: cannot pickle '_thread.lock'.*has to make itself"),
+        (Nowhere, RuntimeError, "does not load in another process: ModuleNotFoundError: .*nowhere"),
+    ],
+    ids=["cannot be sent", "does not load"],
+)
+def test_an_objective_that_cannot_travel_is_refused_before_any_trial(tmp_path, workers, objective, error, said):
+    study = prepare(str(tmp_path / "study.journal"), "fake", 2)
+    with pytest.raises(error, match=said):
+        run_study(job(tmp_path, objective()), workers)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 2
+
+
+def test_a_full_disk_ends_a_study_in_a_line(tmp_path, monkeypatch):
+    prepare(str(tmp_path / "study.journal"), "fake", 1)
+
+    def full(self, logs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bioadapt.search.study.journal.Journal.append_logs", full)
+    with pytest.raises(RuntimeError, match="study 'fake': OSError: .*No space left on device; the same call goes on"):
+        run_study(job(tmp_path))
+
+
 def test_the_same_call_goes_on_and_more_trials_are_added_to_what_is_there(tmp_path):
     storage = str(tmp_path / "study.journal")
     prepare(storage, "fake", 3)
@@ -151,13 +229,6 @@ def test_the_same_call_goes_on_and_more_trials_are_added_to_what_is_there(tmp_pa
     prepare(storage, "whole", 5)
     whole = run_study(Job(storage, "whole", FakeObjective()))
     assert [trial.params for trial in whole.trials] == [trial.params for trial in study.trials]
-
-
-def until(condition, seconds=60):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
 
 
 def running(study):
@@ -188,15 +259,6 @@ def test_a_worker_that_dies_in_mid_trial_loses_that_trial_alone(tmp_path, sign):
     assert failed.user_attrs["failure"] == ("worker died" if sign == signal.SIGKILL else "interrupted")
     (again,) = [trial for trial in study.trials if trial.system_attrs.get("retry_history")]
     assert again.params == failed.params == {"a": 3, "b": 2, "c": 1}
-
-
-def work_or_end(wanted):
-    """As the runner's own worker processes: SIGTERM is an orderly end."""
-    from bioadapt.search.study.runner import _worker
-
-    here, there = processes().Pipe()
-    with here, there:
-        _worker(packed(wanted), there)
 
 
 def alive(pid):
@@ -313,17 +375,21 @@ def test_the_interval_covers_rows_and_seeds():
     def of(shift):
         return [result("x", seed, np.clip(rows[0] + shift[seed], 0, 1)) for seed in range(3)]
 
-    one = finale.difference(of([0, 0, 0])[:1], [result("y", 0, rows[1])], "accuracy")
+    def difference(first, second):
+        records = [{**r, "name": finale.WINNER} for r in first] + [{**r, "name": "rival"} for r in second]
+        (found,) = finale.summary(records, "accuracy")["differences"]
+        return found["estimate"], found["low"], found["high"]
+
+    estimate, *bounds = difference(of([0, 0, 0])[:1], [result("y", 0, rows[1])])
     a, b = (Evaluation({"accuracy": 100 * r.mean()}, {"accuracy": r.astype(float)}, np.zeros(200, int)) for r in rows)
     plain = paired_interval(a, b, "accuracy")
-    assert one.estimate == pytest.approx(plain.estimate)
-    assert (one.low, one.high) == pytest.approx((plain.low, plain.high), abs=1.0)
+    assert estimate == pytest.approx(plain.estimate)
+    assert bounds == pytest.approx([plain.low, plain.high], abs=1.0)
     # Seeds that differ much make it wider, rows that are the same do not.
     same, noisy = of([0, 0, 0]), of([0, 0.3, -0.3])
-    zero = finale.difference(same, same, "accuracy")
-    assert (zero.estimate, zero.low, zero.high) == (0, 0, 0)
-    wide = finale.difference(noisy, same, "accuracy")
-    assert wide.high - wide.low > 5 and wide.low <= wide.estimate <= wide.high
+    assert difference(same, same) == (0, 0, 0)
+    estimate, low, high = difference(noisy, same)
+    assert high - low > 5 and low <= estimate <= high
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ from bioadapt.evaluation.training import Diverged, transformer_of
 from bioadapt.search.contest import Search, finale
 from bioadapt.search.contest.objective import Bench, TooSlow, without_test
 from bioadapt.search.settings import SearchSettings
+from bioadapt.search.space import describe
 from bioadapt.search.study import open_storage
 from bioadapt.search.study.tickets import this_worker
 
@@ -76,7 +78,6 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     # Ended in the middle, as by Ctrl-C: the phases before are not repeated.
     with monkeypatch.context() as ended:
-        ended.setattr(finale, "RESAMPLES", 50)
         ended.setattr("bioadapt.search.contest.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
@@ -172,3 +173,73 @@ def test_the_package_can_be_called():
         bioadapt.search.serch  # noqa: B018
     with pytest.raises(AttributeError, match="serch"):
         bioadapt.serch  # noqa: B018
+
+
+class FakeChild:
+    """Answers at once what a training would have: confirmations by the configuration, tests by the contender."""
+
+    confirmed, tested = [], []
+
+    def __init__(self, target):
+        self.target = target
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def call(self, argument):
+        if isinstance(self.target, finale.Confirmation):
+            record, seed = argument
+            self.confirmed.append((record["learning_rate"], seed))
+            return 80 + 1000 * record["learning_rate"]
+        name, seed = argument
+        self.tested.append((self.target.winner.learning_rate, name, seed))
+        rows = [0.5, 1.0, 0.0, 1.0] if name == finale.WINNER else [0.5, 0.0, 1.0, 1.0]
+        return {
+            "name": name, "seed": seed, "score": 80.0, "rows": rows, "gold": [0.0, 1.0, 0.0, 1.0], "parameters": 5,
+            "epochs": 1.0, "seconds": 1.0,
+        }  # fmt: skip
+
+
+def test_more_trials_for_a_finished_search_are_confirmed_tested_and_counted_anew(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("bioadapt.search.contest.contest.Child", FakeChild)
+    monkeypatch.setattr(finale, "RESAMPLES", 20)
+    monkeypatch.setattr(FakeChild, "confirmed", [])
+    monkeypatch.setattr(FakeChild, "tested", [])
+    job = Search(replace(settings(data), output=str(tmp_path / "out"), confirm=2), Console(quiet=True))
+    study = job._begin()
+    lora = {"params": {"rank": 8}, "folder": "nowhere", "trials": 2}
+
+    def tried(value, rate):
+        params = {**job.space.alone(PRIMITIVES[0]), "learning_rate": rate}
+        attributes = describe(job.space, params)
+        study.add_trial(optuna.trial.create_trial(
+            value=value, params=params, user_attrs=attributes,
+            distributions={name: job.space.distributions[name] for name in params},
+        ))  # fmt: skip
+
+    def ended():
+        job._confirm(study, lora)
+        return job._final(study, lora)
+
+    tried(80.0, 1e-3)
+    tried(81.0, 5e-4)
+    first = ended()
+    assert first["winner"]["number"] == 0 and first["configurations_tried"] == 2 and first["test_accesses"] == 4
+    assert "as trials were added" not in first["verdict"] and len(FakeChild.confirmed) == 2
+    assert ended() == first and len(FakeChild.tested) == 4  # nothing new: nothing is trained again
+
+    tried(70.0, 2e-4)  # not among the best
+    second = ended()
+    assert second["winner"] == first["winner"] and second["configurations_tried"] == 3
+    assert second["test_accesses"] == 4 == len(FakeChild.tested) and len(FakeChild.confirmed) == 2
+    assert "The LoRA was tuned in 2 trials, while the search had 3." in second["verdict"]
+
+    tried(90.0, 5e-3)
+    third = ended()
+    assert third["winner"]["number"] == 3 and third["configurations_tried"] == 4
+    assert third["test_accesses"] == 8 == len(FakeChild.tested) and len(FakeChild.confirmed) == 3
+    assert "has been opened for 2 winners" in third["verdict"]
+    assert study.user_attrs["final"] == third and study.user_attrs["confirmation"][0]["number"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
+from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import pytest
@@ -316,32 +317,39 @@ def test_adapters_over_a_lora_are_saved_and_loaded(tmp_path):
         load_adapters(below(), tmp_path / "lora")
 
 
-def test_a_strength_is_the_learning_rate_of_what_starts_at_zero():
-    import re
+def test_a_strength_is_a_factor_on_what_is_zero_at_birth():
+    space = SearchSpace(SearchedModel.of(bert(), [POINTWISE, CAUSAL, WEIGHT]))
+    scales = {}
+    for rank in (4, None):
+        for config in space.configs(replace(both(space), rank=rank)):
+            scales |= {(entry["name"], rank): entry["zero_scale"] for entry in config.primitives}
+    usual = {name: primitive_info(name).fresh_zero_scale for name in (POINTWISE, CAUSAL, WEIGHT)}
+    # Under a rank the up-projection is the zero, and what the primitives share with it is 1.
+    assert scales == {
+        (CAUSAL, 4): 3.0, (CAUSAL, None): 3.0 * usual[CAUSAL],
+        (POINTWISE, 4): 0.3, (POINTWISE, None): pytest.approx(0.3 * usual[POINTWISE]),
+        (WEIGHT, 4): 3.0 * usual[WEIGHT], (WEIGHT, None): 3.0 * usual[WEIGHT],
+    }  # fmt: skip
 
-    space = SearchSpace(SearchedModel.of(bert(), [POINTWISE, CAUSAL, WEIGHT, "neuro_lora"]))
-    configuration = both(space)
-    slots = (*configuration.slots, Slot("neuro_lora", "lower", "output.dense", 0.3))
-    adapted = add_adapters(bert(), space.configs(Configuration(slots, None, "serial", 0.01)))
-    rates = learning_rates(adapted, slots, 0.01)
 
-    def rate_of(name):
-        matching = [rate for pattern, rate in rates.items() if re.search(pattern, name)]
-        return matching[0] if matching else 0.01
+def test_a_strength_is_how_fast_it_learns():
+    space = SearchSpace(SearchedModel.of(bert(), [POINTWISE]))
+    tokens, moved = torch.arange(12).view(2, 6), {}
+    for strength in (1.0, 3.0):
+        slots = (Slot(POINTWISE, "all", "output.dense", strength),)
+        torch.manual_seed(0)
+        model = add_adapters(bert().eval(), space.configs(Configuration(slots, None, "serial", 1e-4)))
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        before = model(tokens).last_hidden_state
+        (before * torch.linspace(-1, 1, before.shape[-1])).sum().backward()
+        optimiser.step()
+        moved[strength] = (model(tokens).last_hidden_state - before).norm().item()
+    assert moved[3.0] / moved[1.0] == pytest.approx(3.0, rel=0.05)
 
-    found = {
-        name.partition("nrn_circuit.")[2].split(".", 1)[1]: rate_of(name)
-        for name, p in adapted.named_parameters()
-        if p.requires_grad
-    }
-    assert found["lateral_inhibition.gate"] == pytest.approx(0.003)
-    assert found["lateral_inhibition.pools"] == 0.01
-    assert found["leaky_integrator.writer"] == pytest.approx(0.03)
-    assert found["leaky_integrator.reader"] == found["leaky_integrator.gate"] == 0.01
-    assert {rate for name, rate in found.items() if name.startswith("neuro_lora.")} == {0.003}
-    for primitive in (POINTWISE, CAUSAL, WEIGHT):
-        raised = [name for name, rate in found.items() if name.startswith(primitive) and rate != 0.01]
-        assert len(set(raised)) == 1
+
+def test_the_rates_that_strengths_were_are_none():
+    with pytest.warns(DeprecationWarning, match="zero_scale"):
+        assert learning_rates(bert(), both(None).slots, 0.01) == {}
 
 
 def test_the_rate_of_a_gate_times_s_is_the_gate_times_s():

@@ -24,6 +24,7 @@ from optuna.trial import TrialState, create_trial
 from search.conftest import free_port, until
 
 from bioadapt.search.study import database, open_storage, recover, settled, ticket, tickets
+from bioadapt.search.study.address import hidden
 from bioadapt.search.study.tickets import (
     DIED,
     INTERRUPTED,
@@ -110,6 +111,45 @@ def test_an_address_where_nothing_answers_is_an_error_in_a_line(monkeypatch):
     with pytest.raises(ConnectionError, match=r"me:\*\*\*@127.0.0.1:1/x' cannot be opened: .*refused") as error:
         open_storage("postgresql://me:secret@127.0.0.1:1/x")
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:se#cret@h/db", "postgresql://me:***@h/db"),
+        ("postgresql://me:se/cret@h/db", "postgresql://me:***@h/db"),
+        ("postgresql://me:se?cret@h/db", "postgresql://me:***@h/db"),
+        ("postgresql+psycopg://me:se%40cret@h:5432/db", "postgresql+psycopg://me:***@h:5432/db"),
+        ("postgresql://h/db?user=me&password=secret", "postgresql://h/db?password=***&user=me"),
+        ("postgresql://me@h/db?sslpassword=se%26cret&x=1", "postgresql://me@h/db?sslpassword=***&x=1"),
+        ("mysql://me@h/db?passwd=secret", "mysql://me@h/db?passwd=***"),
+        ("grpc://me:secret@h:13000", "grpc://me:***@h:13000"),
+        ("postgresql://me:secret@h:port/db", "postgresql://me:***@h:port/db"),
+        ("postgresql://me:se@cret@h/db", "postgresql://***"),
+        ("postgres:me:secret@h/db", "postgres://me:***@h/db"),
+        ("sqlite:///a b/ö.db", "sqlite:///a b/ö.db"),
+        ("a@b/study.journal", "a@b/study.journal"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(address, shown):
+    assert hidden(address) == shown
+
+
+@pytest.mark.parametrize("password", ["se#cret", "se/cret", "se?cret", "se%40cret", "se@cret", "s@e?c@cret"])
+def test_no_error_tells_a_password(password, monkeypatch):
+    pytest.importorskip("psycopg")
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(
+        GrpcStorageProxy, "wait_server_ready", lambda self, timeout: (_ for _ in ()).throw(ConnectionError())
+    )
+    for kind in ("postgresql", "postgres", "postgresql+psycopg", "grpc"):
+        with pytest.raises((ConnectionError, ValueError)) as error:
+            open_storage(f"{kind}://me:{password}@127.0.0.1:1/x")
+        assert "cret" not in str(error.value) and "***" in str(error.value)
+    with pytest.raises(ConnectionError) as error:
+        open_storage("postgresql://127.0.0.1:1/x?user=me&password=secret")
+    assert "secret" not in str(error.value)
 
 
 # -- tickets ---------------------------------------------------------------------------------------------------------

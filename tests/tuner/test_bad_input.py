@@ -65,8 +65,8 @@ WRONG = [
     (dict(primitives=[{"name": "homeostatic_scaling", "rate": float("nan")}]), ["'rate'", "nan"]),
     (dict(primitives=[{"name": "homeostatic_scaling", "rate": -0.1}]), ["'rate'", "-0.1"]),
     (dict(primitives=[]), ["primitives=[]", "list_primitives"]),
-    (dict(primitives="neuro_ada"), ["primitives='neuro_ada'", "list"]),
-    (dict(primitives={"name": "neuro_ada"}), ["primitives=", "list"]),
+    (dict(primitives=b"neuro_ada"), ["primitives=b'neuro_ada'", "list"]),
+    (dict(primitives=7), ["primitives=7", "list"]),
     (dict(primitives=None), ["primitives=None"]),
     (dict(primitives=[{"k": 3}]), ["primitives[0]", "'name'"]),
     (dict(primitives=[3]), ["primitives[0]=3"]),
@@ -75,6 +75,26 @@ WRONG = [
     (dict(primitives=["synaptic_scaling", "homeostatic_scaling"]), ["'homeostatic_scaling'", "twice"]),
     (dict(rank=0), ["rank=0", "at least 1"]),
     (dict(rank=2.0), ["rank=2.0"]),
+    (dict(rank="4"), ["rank='4'", "integer"]),
+    (dict(seed="four"), ["seed='four'", "integer"]),
+    (dict(seed=1.5), ["seed=1.5"]),
+    (dict(seed=None), ["seed=None"]),
+    (dict(causal="yes"), ["causal='yes'", "True, False"]),
+    (dict(causal=1), ["causal=1"]),
+    (dict(init_weights="no"), ["init_weights='no'", "True or False"]),
+    (dict(inference_mode="off"), ["inference_mode='off'"]),
+    (dict(revision=3), ["revision=3"]),
+    (dict(peft_type="LORA"), ["peft_type='LORA'", "BIO"]),
+    (dict(target_modules=3), ["target_modules=3", "list of names"]),
+    (dict(target_modules=["lin0", 3]), ["target_modules", "3 is no name"]),
+    (dict(target_modules=[""]), ["target_modules", "'' is no name"]),
+    (dict(target_modules=[]), ["target_modules", "names no module", "None"]),
+    (dict(exclude_modules=[None]), ["exclude_modules", "None is no name"]),
+    (dict(modules_to_save=5), ["modules_to_save=5"]),
+    (dict(layers_to_transform=-1), ["layers_to_transform=-1", "from 0"]),
+    (dict(layers_to_transform=[0, 1.5]), ["layers_to_transform=1.5"]),
+    (dict(layers_to_transform="0"), ["layers_to_transform='0'"]),
+    (dict(layers_to_transform=[]), ["layers_to_transform=[]"]),
     (dict(rank=True), ["rank=True"]),
     (dict(primitives=["neuro_ada"], rank=4), ["rank=4", "'neuro_ada'"]),
     (dict(composition="stages"), ["composition='stages'", "'staged'"]),
@@ -96,7 +116,14 @@ def test_an_unknown_field_names_the_nearest():
         "'target_module'",
         "'target_modules'",
     )
-    refused(lambda: BioConfig(primitives=["neuro_ada"], lora_alpha=16), TypeError, "'lora_alpha'", "16")
+    for words, said in (
+        ({"r": 8}, "rank"),
+        ({"lora_alpha": 16}, "zero_scale"),
+        ({"lora_dropout": 0.1}, "fly_lora"),
+        ({"learning_rate": 1e-3}, "TrainingArguments"),
+    ):
+        (name, value), *_ = words.items()
+        refused(lambda w=words: BioConfig(["neuro_ada"], **w), TypeError, repr(name), repr(value), said)
 
 
 # -- targets --
@@ -114,6 +141,31 @@ def test_a_target_that_matches_nothing_names_the_nearest():
     model, _ = adapted("mlp", "pointwise")
     with unchanged(model):
         refused(lambda: model.add_adapter("other", awake("pointwise", ["lim0"])), ValueError, "lim0", "'lin0'")
+
+
+@pytest.mark.parametrize("targets", [["output.dense"], None])
+def test_a_layer_that_is_not_there_names_those_that_are(targets):
+    base = bert()
+    there = len(base.encoder.layer)
+    said = ", ".join(map(str, range(there)))
+    for asked, absent in (([0, there], f"no layer {there} "), (99, "no layer 99 "), (range(98, 100), "98, 99")):
+        config = awake("pointwise", targets, layers_to_transform=asked)
+        with unchanged(base):
+            refused(lambda c=config: get_peft_model(base, c), ValueError, "layers_to_transform=", absent, said)
+    model = get_peft_model(base, awake("pointwise", targets, layers_to_transform=[0, there - 1]))
+    reached = {int(layer.path.split(".")[2]) for layer in model.base_model.layers()}
+    assert reached == {0, there - 1}
+
+
+def test_a_population_is_no_larger_than_what_it_serves():
+    base, _ = base_and_inputs("mlp")
+    width = base.lin0.out_features
+    with unchanged(base):
+        refused(
+            lambda: get_peft_model(base, awake("pointwise", ["lin0"], rank=width + 1)), ValueError, f"rank={width + 1}",
+            f"{width} features", "lin0",
+        )  # fmt: skip
+    assert get_peft_model(base, awake("pointwise", ["lin0"], rank=width)).peft_config["default"].rank == width
 
 
 def test_a_target_that_a_primitive_cannot_serve_is_refused_on_every_path():
@@ -162,7 +214,7 @@ def both_ways():
 
 
 def test_a_global_primitive_on_a_causal_model_is_refused_at_injection(both_ways):
-    words = ["mean_over_all", "h.0.attn.c_proj", "later tokens"]
+    words = ["mean_over_all", "h.0.attn.c_attn", "later tokens"]
     for base in (gpt2(), gpt2().transformer):
         with unchanged(base):
             refused(lambda b=base: get_peft_model(b, awake([both_ways])), ValueError, *words)

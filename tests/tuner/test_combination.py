@@ -185,8 +185,9 @@ def test_gains_are_averaged_as_they_are_or_as_logarithms():
     model.add_weighted_adapter(names, [0.25, 0.75], "powers", combination_type="log")
     for layer in layers(model):
         one, other, mean, powers = (layer.circuits[name]["san_scaling"] for name in (*names, "mean", "powers"))
-        torch.testing.assert_close(1 + mean.theta, 0.25 * (1 + one.theta) + 0.75 * (1 + other.theta))
-        torch.testing.assert_close(1 + powers.theta, (1 + one.theta) ** 0.25 * (1 + other.theta) ** 0.75)
+        first, second = (1 + part.change_of_gain() for part in (one, other))
+        torch.testing.assert_close(1 + mean.change_of_gain(), 0.25 * first + 0.75 * second)
+        torch.testing.assert_close(1 + powers.change_of_gain(), first**0.25 * second**0.75)
         torch.testing.assert_close(mean.shift, 0.25 * one.shift + 0.75 * other.shift)
     with torch.no_grad():
         layers(model)[0].circuits[names[0]]["san_scaling"].theta[0] = -1.5

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bioadapt import BioConfig, BioTrainerCallback, auxiliary_loss, list_primitives, primitive_info
-from bioadapt.tuner.learning import scopes_of
+from bioadapt.tuner.learning import learning_of
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50)
 DETERMINISTIC = [name for name in list_primitives() if not primitive_info(name).stochastic]
@@ -70,7 +70,7 @@ def siamese_training(build, checkpointing):
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
         model.enable_input_require_grads()
-    optimizer = optimizer_of(model, lr=1e-3)  # large steps would make much of a rounding
+    optimizer = optimizer_of(model, lr=1e-4)  # large steps would make much of a rounding
     torch.manual_seed(2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_a_copy_learns_by_itself(duplicate):
 # -- auxiliary terms --
 
 
-def test_auxiliary_loss_sums_the_terms_once():
+def test_auxiliary_loss_takes_the_terms_once_and_in_the_mean_over_tokens():
     model = awake(bert(), PREDICTION)
     assert auxiliary_loss(model).item() == 0.0
     torch.manual_seed(4)
@@ -163,18 +163,22 @@ def test_auxiliary_loss_sums_the_terms_once():
     assert one.requires_grad and one.item() > 0
     assert auxiliary_loss(model).item() == 0.0
     model(**given), model(**given)
-    torch.testing.assert_close(auxiliary_loss(model), 2 * one)
+    torch.testing.assert_close(auxiliary_loss(model), one)
     doubled = awake(bert(), [{"name": "predictive_coding", "auxiliary": 1.0}])
     doubled(**given)
     torch.testing.assert_close(auxiliary_loss(doubled), 2 * one)
 
 
-def test_auxiliary_terms_of_eval_forwards_are_not_kept():
-    model = awake(bert(), PREDICTION).eval()
-    model(**batch())
+def test_auxiliary_terms_of_forwards_without_a_gradient_are_not_kept():
+    model, given = awake(bert(), PREDICTION), batch()
+    model(**given)
+    one = auxiliary_loss(model)
+    model.eval()(**given)
+    assert auxiliary_loss(model).item() == 0.0
     with torch.no_grad():
         model.train()(**batch())
-    assert auxiliary_loss(model).item() == 0.0
+    model(**given)
+    torch.testing.assert_close(auxiliary_loss(model), one)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
@@ -186,8 +190,8 @@ def test_injected_gradients_equal_those_of_the_added_loss(checkpointing):
         if injected and checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
             model.enable_input_require_grads()
-        for scope in scopes_of(model):
-            scope.injected = injected
+        for learning in learning_of(model):
+            learning.terms.factor = injected
         loss = pooled(model, given).sum()
         extra = auxiliary_loss(model)
         assert (extra.item() > 0) is (injected is None)
@@ -197,13 +201,24 @@ def test_injected_gradients_equal_those_of_the_added_loss(checkpointing):
         torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_reentrant_checkpointing_without_the_callback_is_refused():
-    model = awake(bert(), PREDICTION)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
-    model(**batch())
-    with pytest.raises(RuntimeError, match="BioTrainerCallback"):
-        auxiliary_loss(model)
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_reentrant_checkpointing_needs_no_callback():
+    found = []
+    for checkpointing in (False, True):
+        model, (first, second) = awake(bert(), PREDICTION), (batch(), batch(3, 7, 2))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.enable_input_require_grads()
+        loss = pooled(model, first).sum() + pooled(model, second).sum()
+        extra = auxiliary_loss(model)
+        ((loss + 3 * extra) / 2).backward()
+        found.append((extra.detach(), gradients_of(model)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_trainer_needs_the_callback_alone(tmp_path):
@@ -218,7 +233,7 @@ def test_trainer_needs_the_callback_alone(tmp_path):
             learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         Trainer(model, args, train_dataset=rows, callbacks=callbacks).train()
-        assert all(scope.injected is None for scope in scopes_of(model))
+        assert all(learning.terms.factor is None for learning in learning_of(model))
         return {name: value.clone() for name, value in model.state_dict().items() if "nrn_circuit" in name}
 
     plain, helped = trained([]), trained([BioTrainerCallback()])

@@ -8,11 +8,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 from tuner.helpers import (
     KINDS,
     PRIMITIVES,
+    B,
     D,
     Host,
+    T,
     adapted,
     awake,
     base_and_inputs,
@@ -26,6 +29,8 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+
+from bioadapt import list_primitives, primitive_info
 
 MERGING_PAIRS = pairs(merging=True)
 
@@ -224,3 +229,80 @@ def test_what_rounding_loses_is_told(dtype, size, lost):
         model.merge_adapter()
     assert layer.lost_in_rounding == lost
     assert any("100% of the weights to be changed are too coarse" in str(w.message) for w in told) is (lost == 1.0)
+
+
+# -- weights of double precision, and weights that are not the layer's own --
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("name", [name for name in list_primitives() if primitive_info(name).mergeable])
+def test_a_merge_in_double_precision_is_one(name, rank):
+    """The adapter's own numbers are fp32, and its forward is; a weight that passes through fp32 is off by as much."""
+    if rank is not None and primitive_info(name).kind == "weight":
+        pytest.skip("it has a size of its own")
+    torch.manual_seed(0)
+    layer = nn.Linear(D, D).double()
+    model = get_peft_model(Host(lin0=layer), awake([name], ["lin0"], rank=rank)).eval()
+    inputs, before = torch.randn(B, T, D, dtype=torch.float64), layer.weight.detach().clone()
+    wanted = output(model, inputs)
+    merged = model.merge_and_unload()
+    assert merged.lin0.weight.dtype == torch.float64 and not torch.equal(merged.lin0.weight, before)
+    assert close(output(merged, inputs), wanted, 1e-6)
+    assert not torch.equal(merged.lin0.weight, merged.lin0.weight.float().double()), "it went through fp32"
+
+
+def test_a_sparse_merge_in_double_precision_changes_its_synapses_alone():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).double()
+    before = layer.weight.detach().clone()
+    model = get_peft_model(Host(lin0=layer), awake([{"name": "neuro_ada", "k": 2}], ["lin0"]))
+    values = model.base_model.model.lin0.circuits["default"]["neuro_ada"]
+    wanted = before.scatter_add(1, values.index.long(), (values.zero_scale * values.values.detach()).double())
+    merged = model.merge_and_unload().lin0.weight
+    assert ((merged != before).sum(1) == 2).all()
+    assert close(merged, wanted, 1e-9)
+
+
+class Quantising(nn.Linear):
+    """As optimum-quanto's layers: the forward computes with something else than the weight it shows."""
+
+    __module__ = "optimum.quanto.nn.qlinear"
+
+
+class Packed(torch.Tensor):
+    """As a tensor of a quantiser that PEFT does not know."""
+
+
+def _packed() -> nn.Linear:
+    layer = nn.Linear(D, D)
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
+    return layer
+
+
+COMPUTED = {
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, D)),
+    "weight norm of old": lambda: nn.utils.weight_norm(nn.Linear(D, D)),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, D)),
+    "spectral norm of old": lambda: nn.utils.spectral_norm(nn.Linear(D, D)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(D, D)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(D, D), "weight", 0.5),
+    "pruned bias": lambda: prune.l1_unstructured(nn.Linear(D, D), "bias", 0.5),
+    "convolution": lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(D, D, 1)),
+    "quantising": lambda: Quantising(D, D),
+    "packed": _packed,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("primitives", ["mergeable", ["neuro_ada"]], ids=str)
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_is_merged_exactly_or_refused_by_name(kind, primitives):
+    torch.manual_seed(0)
+    spatial = kind == "convolution"
+    first = nn.Conv1d(D, D, 1) if spatial else nn.Linear(D, D)
+    model = get_peft_model(Host(lin0=first, lin1=COMPUTED[kind]()), awake(primitives, ["lin0", "lin1"])).eval()
+    inputs = torch.randn(B, D, T) if spatial else torch.randn(B, T, D)
+    wanted = output(model, inputs)
+    with unchanged(model), pytest.raises(ValueError, match="lin1.*(computes its|form of numbers|quantises)"):
+        model.merge_and_unload()
+    assert torch.equal(output(model, inputs), wanted)

@@ -61,7 +61,10 @@ def test_every_spelling_finds_its_modules(fields, expected, tmp_path):
 
 def test_layers_are_chosen_among_the_defaults():
     model = get_peft_model(bert(), awake("pointwise", layers_to_transform=[1]))
-    assert paths(model) == ["encoder.layer.1.attention.output.dense", "encoder.layer.1.output.dense"]
+    assert paths(model) == [
+        f"encoder.layer.1.{name}"
+        for name in ("attention.output.dense", "attention.self.key", "attention.self.value", "output.dense")
+    ]
 
 
 def test_defaults_do_not_stick_to_the_users_configuration():
@@ -70,7 +73,7 @@ def test_defaults_do_not_stick_to_the_users_configuration():
     second = get_peft_model(gpt2(), config)
     assert config.target_modules is None
     assert paths(first)[0].startswith("encoder.layer.0.") and paths(second)[0].startswith("transformer.h.0.")
-    assert second.peft_config["default"].target_modules == {"attn.c_proj", "crossattention.c_proj", "mlp.c_proj"}
+    assert second.peft_config["default"].target_modules == {"c_attn", "mlp.c_proj"}
 
 
 def test_all_linear_over_another_adapter_means_the_same_layers():

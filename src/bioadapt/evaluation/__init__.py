@@ -1,6 +1,8 @@
 """Tasks with real data, the fair comparison of adapters on them, and its statistics. Needs the extra ``demo``."""
 
 from .._extras import MissingExtra
+from .comparison import Comparison, compare
+from .protocol import EvaluationSettings, evaluate
 from .statistics import Evaluation, Interval, paired_interval, score_interval
 from .tasks import (
     ClassificationTask,
@@ -19,7 +21,9 @@ from .tasks import (
 __all__ = [
     "ClassificationTask",
     "ClusteringTask",
+    "Comparison",
     "Evaluation",
+    "EvaluationSettings",
     "ImageTask",
     "Interval",
     "LanguageModellingTask",
@@ -29,6 +33,8 @@ __all__ = [
     "RetrievalTask",
     "StsTask",
     "Task",
+    "compare",
+    "evaluate",
     "list_tasks",
     "load_task",
     "paired_interval",

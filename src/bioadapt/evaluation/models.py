@@ -157,7 +157,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
     """
     name = NICKNAMES.get(name, name)
     if not fits(name, task):
-        raise ValueError(f"model {name!r} is a {kind_of(name)}, task {task.name!r} is for a {task.reads}")
+        raise ValueError(f"model {name!r} is {kind_of(name)}, task {task.name!r} is for {task.reads}")
     if task.reads == SENTENCES:
         return load_encoder(name, device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -187,7 +187,8 @@ def kind_of(name: str) -> str | None:
         return None
     if type(config) in AutoModelForImageClassification._model_mapping:
         return IMAGES
-    return LANGUAGE if any("CausalLM" in kind for kind in config.architectures or ()) else SENTENCES
+    causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+    return LANGUAGE if causal else SENTENCES
 
 
 def fits(name: str, task: Task) -> bool:

@@ -13,16 +13,23 @@ from .tasks.task import Task
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c")
+_COLOURS = ("#7f7f7f", "#1f77b4", "#17becf", "#2ca02c", "#d62728", "#9467bd")
 
 
-def draw(contenders: Sequence[Any], task: Task, differences: Mapping[str, Mapping[str, Interval]], path: Path) -> None:
+def draw(
+    contenders: Sequence[Any],
+    task: Task,
+    candidate: str,
+    differences: Mapping[str, Mapping[str, Interval]],
+    path: Path,
+) -> None:
     """Write a PNG with validation curves, test scores and paired differences.
 
     Args:
         contenders: objects with ``name``, ``test`` (an `Evaluation`) and ``curve`` (epoch, validation score).
         task: names the metric.
-        differences: name -> metric -> interval of "LoRA + bio minus it".
+        candidate: whose differences they are.
+        differences: name -> metric -> interval of "candidate minus it".
         path: where the picture goes.
     """
     figures = require("matplotlib.figure")  # without pyplot there is no display to be missing
@@ -39,7 +46,7 @@ def draw(contenders: Sequence[Any], task: Task, differences: Mapping[str, Mappin
         gaps,
         {name: intervals[metric] for name, intervals in differences.items()},
         colours,
-        f"LoRA + bio minus it, points of {metric}",
+        f"{candidate} minus it, points of {metric}",
     )
     figure.suptitle(f"{task.name}: bars are 95 % bootstrap intervals over test rows, one training seed")
     figure.savefig(path, dpi=120)

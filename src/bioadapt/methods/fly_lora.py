@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Host, LocalRule, OnWeight, Primitive, setting
 from bioadapt.registry import register_primitive
 
 AVERAGING = 0.01  # share of the newest step in the running averages, once a hundred steps have been seen
@@ -32,6 +32,22 @@ class _Linear(torch.autograd.Function):
         on_x = grad @ matrix.to(grad.dtype) if ctx.needs_input_grad[0] else None
         on_matrix = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return on_x, on_matrix
+
+
+class _Projection(torch.autograd.Function):
+    """Keeps the matrix alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        ctx.dtype = x.dtype
+        full = in_full(x)
+        return full @ matrix.to(full.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        return (grad @ matrix.to(grad.dtype)).to(ctx.dtype), None
 
 
 class _Chosen(torch.autograd.Function):
@@ -76,6 +92,14 @@ def linear(x: Tensor, matrix: Tensor) -> Tensor:
     return _Linear.apply(x, matrix)
 
 
+def projection(x: Tensor, matrix: Tensor) -> Tensor:
+    """x matrix^T in fp32 at least: x (..., n), frozen matrix (r, n) -> (..., r).
+
+    In half precision a few of a hundred tokens would choose other units.
+    """
+    return _Projection.apply(x, matrix)
+
+
 def chosen(y: Tensor, index: Tensor | None) -> Tensor:
     """The units that were chosen: y (..., blocks r), index (..., blocks, k) -> (..., blocks, k); None is all of y."""
     return y if index is None else _Chosen.apply(y, index)
@@ -108,12 +132,17 @@ def sparse_projection(shape: tuple[int, int], entries: int, size: float, kind: s
     return torch.zeros(shape, device="cpu", dtype=torch.float32).scatter_(1, torch.stack(places), size * values)
 
 
-def fingerprint(matrix: Tensor) -> Tensor:
-    """SHA-256 over the places and the bytes of a matrix's non-zero numbers, as uint8 (32,)."""
+def fingerprint(matrix: Tensor, *, values: bool = True) -> Tensor:
+    """SHA-256 over the places and, with ``values``, the bytes of a matrix's non-zero numbers, as uint8 (32,).
+
+    The places are made of random integers and tell one seed, layer and size from another. Gaussian values of one seed
+    differ in the last bits between processors, so that a matrix that is drawn again is known by its places alone.
+    """
     matrix = matrix.detach().cpu().float()
     places = matrix.nonzero(as_tuple=True)
     digest = hashlib.sha256(torch.stack(places).int().numpy().tobytes())
-    digest.update(matrix[places].numpy().tobytes())
+    if values:
+        digest.update(matrix[places].numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu")
 
 
@@ -131,7 +160,7 @@ def _units(values: Tensor, index: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 @register_primitive("fly_lora", stage="competition", kind="weight", zero_at="update", learns=True, needs_input=True)
-class FlyLora(Primitive):
+class FlyLora(LocalRule, OnWeight):
     """A frozen sparse random projection; the k of its r units that answer most strongly write into the output.
 
     Biology: in the fly's mushroom body a few thousand Kenyon cells each read a random handful of olfactory inputs,
@@ -151,10 +180,13 @@ class FlyLora(Primitive):
 
     Deviations: the paper's equation ranks the signed y + d, its text magnitudes; the text is followed, and
     ``score="signed"`` is the equation. The gradient reaches v through the adapter, which the authors' code cuts off
-    (``detach_input=True`` does as well). d moves once per step of the optimiser, not in every forward. With k < r the
-    map is not linear, so merging B A is not exact; what an approximate merge puts in its place scales each unit by the
-    share of its energy that was chosen, pi_i = E[1(i in S) y_i^2] / E[y_i^2], which for uncorrelated y_i is the linear
-    map of least squared error.
+    (``detach_input=True`` does as well). d moves by ``rate`` once per step of the optimiser. The authors' code moves it
+    in every forward, also where checkpointing repeats one: in their recipe, 16 batches of 8 samples a step, each run
+    twice, 32 times a step, so that ``rate=0.032`` lets it go as far here. ``per_forward=True`` moves it in every
+    training forward, each replica its own, and refuses gradient checkpointing. With k < r the map is not linear, so
+    merging B A is not exact; what an approximate merge puts in its place scales each unit by the share of its energy
+    that was chosen, pi_i = E[1(i in S) y_i^2] / E[y_i^2], which for uncorrelated y_i is the linear map of least squared
+    error.
     """
 
     any_dtype: ClassVar[bool] = True
@@ -170,6 +202,7 @@ class FlyLora(Primitive):
     score: str = setting("magnitude", choices=("magnitude", "signed"), meaning="what units compete by: |y| or y")
     projection: str = setting("gaussian", choices=("gaussian", "rademacher"), meaning="the entries of A")
     rate: float = setting(1e-3, low=0.0, high=1.0, meaning="step of the excitability d that balances the load")
+    per_forward: bool = setting(False, meaning="whether d moves in every training forward, not once per optimiser step")
     dropout: float = setting(0.0, low=0.0, high=0.9, meaning="dropout of the layer's input, in training")
     detach_input: bool = setting(False, meaning="whether no gradient reaches the layer's input through the adapter")
     save_projection: bool = setting(False, meaning="whether A is saved, instead of being drawn again from the seed")
@@ -194,7 +227,7 @@ class FlyLora(Primitive):
         source = host.generator(f"projection/{self.d_out}x{n}/{self.r}/{entries}/{self.projection}")
         matrix = sparse_projection((units, n), entries, 1 / self.r, self.projection, source)
         self.register_buffer("A", matrix, persistent=self.save_projection)
-        self.register_buffer("fingerprint", fingerprint(matrix))
+        self.register_buffer("fingerprint", fingerprint(matrix, values=self.save_projection))
         self.B = nn.Parameter(torch.zeros(self.d_out, units))
         self.register_buffer("d", _at_rest(units))
         averaged: dict[str, tuple[int, ...]] = {}
@@ -210,11 +243,11 @@ class FlyLora(Primitive):
         v = context.x_in.detach() if self.detach_input else context.x_in
         if self.dropout and self.training:
             v = dropout(v, self.dropout)
-        values, index = self.compete(v, linear(v, self.A), context)
-        return readout(values, index, self.B, self.scale)
+        values, index = self.compete(v, projection(v, self.A), context)
+        return readout(values.to(v.dtype), index, self.B, self.scale)
 
     def compete(self, v: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """Input v (B, T, n), projection y (B, T, blocks r) -> values (B, T, blocks, k) and their indices.
+        """Input v (B, T, n), projection y (B, T, blocks r) in fp32 -> values (B, T, blocks, k) and their indices.
 
         The indices are None, and the values (B, T, r), where all units write.
         """
@@ -225,15 +258,33 @@ class FlyLora(Primitive):
         """Local indices of the k units of each block that write, (B, T, blocks, k), observed for the local rules."""
         if self.k == self.r:
             return None
-        y = in_full(y)
         score = (y.abs() if self.score == "magnitude" else y) + self.d
         # Indices, not a comparison with the k-th score, so that ties cannot change k.
         index = score.unflatten(-1, (self.blocks, self.r)).topk(self.k, dim=-1, sorted=False).indices
         if self.training and context.observing:
-            self.observe(context, **self.statistics(y, index, context.mask))
+            statistics = self.statistics(y, index, context.mask)
+            self.observe(context, **statistics)
+            if self.per_forward and self._is_trained():
+                self._refuse_repetition()
+                self.balance(statistics["load"])
         return index.to(torch.uint8 if self.r <= 256 else torch.int16)
 
     # -- local rules --
+
+    def _refuse_repetition(self) -> None:
+        if torch._C._current_graph_task_id() >= 0:  # a forward within a backward
+            raise RuntimeError(
+                f"{self.name} with per_forward=True has moved its excitability since the forward that gradient "
+                "checkpointing repeats here, which would now choose other units: use per_forward=False, or train "
+                "without gradient checkpointing"
+            )
+
+    def balance(self, load: Tensor) -> None:
+        """Make units that were chosen less often than the mean more excitable, and the others less.
+
+        Loads that are alike, as those of no token, or no numbers, move nothing.
+        """
+        self.d.add_(self.rate * torch.sign(load.mean() - load).nan_to_num(0.0))
 
     def statistics(self, y: Tensor, index: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Of the real tokens: how many chose each unit, and what `weight_delta` needs to know."""
@@ -241,7 +292,7 @@ class FlyLora(Primitive):
         if mask is not None:
             y, won = y.masked_fill(~mask[..., None], 0.0), won.masked_fill(~mask[..., None], 0.0)
         y, won = y.flatten(0, -2), won.flatten(0, -2)
-        found = {"load": won.sum(0)}
+        found = {"load": won.sum(0) + 0.0 * y.sum(0)}  # no number where y is none
         if self.approximates:
             energy = y.square()
             every = max(1, math.ceil(len(y) / WITNESSES))
@@ -263,7 +314,8 @@ class FlyLora(Primitive):
     def learn(self, fresh: Tensor) -> None:
         load = self.observed_load
         fresh = fresh * (load.sum() > 0)
-        self.d.add_(fresh * self.rate * torch.sign(load.mean() - load))
+        if not self.per_forward:
+            self.balance(load)
         if self.approximates:
             self.steps.add_(fresh)
             newest = fresh * (1 / self.steps.clamp(min=1)).clamp(min=AVERAGING)
@@ -300,7 +352,7 @@ class FlyLora(Primitive):
             state["B"] = torch.cat([size * part.B.detach() for size, part in zip(sized, parts, strict=True)], dim=1)
             state["fingerprint"] = fingerprint(state["A"]).to(state["B"].device)
         else:
-            if any(part.fingerprint.tolist() != first.fingerprint.tolist() for part in parts):
+            if any(not torch.allclose(part.A, first.A.to(part.A.device), atol=1e-5) for part in parts):
                 raise ValueError(
                     f"{way!r} blends columns of B, which only means something where A is the same: these adapters have "
                     "projections of different seeds. 'route' and 'dense' need no common A"
@@ -339,13 +391,16 @@ class FlyLora(Primitive):
         if "fingerprint" not in tensors:
             return
         given = tensors["fingerprint"]
-        own = fingerprint(tensors["A"]) if "A" in tensors else self.fingerprint
-        if given.tolist() != own.tolist():
-            other = "the A beside it" if "A" in tensors else "this layer's A"
+        if "A" in tensors:
+            other, accepted = "the A beside it", [fingerprint(tensors["A"])]
+        else:  # values counted in earlier files that leave A to the seed, too
+            other, accepted = "this layer's A", [fingerprint(self.A, values=values) for values in (False, True)]
+        if all(given.tolist() != own.tolist() for own in accepted):
             raise ValueError(
                 f"the checkpoint was trained with the projection A of fingerprint {_short(given)}, {other} has "
-                f"{_short(own)}: seed, layer, r, rho and projection must be those of training, unless "
-                "save_projection=True kept A itself"
+                f"{_short(accepted[0])}: seed, layer, r, rho and projection must be those of training, unless "
+                "save_projection=True kept A itself. An early version's file has to be loaded on the kind of processor "
+                "that wrote it, too, since its fingerprint covers the last bits of A"
             )
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
-from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
-from bioadapt.primitives.frames import base_weight
+from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
+from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
 BYTES = 2**22  # of any one transient: tokens and rows are taken in pieces of about that size
 SCRATCH_SHARE, SCRATCH_ROWS = 8, 64  # a scratch holds one in so many of the matrix's rows, but some in any case
-
-SPARSE_PRODUCTS = ("cuda", "cpu") if torch.backends.mkl.is_available() else ("cuda",)
 
 
 def _pieces(count: int, bytes_each: int, at_most: int | None = None) -> list[slice]:
@@ -25,9 +24,12 @@ def _pieces(count: int, bytes_each: int, at_most: int | None = None) -> list[sli
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-# -- three ways to multiply by the matrix A (m, n) that holds ``values`` at ``index``, both (m, k) --
+# -- four ways to multiply by the matrix A (m, n) that holds ``values`` at ``index``, both (m, k) --
 #
 # v (N, n), z and grad (N, m) may be in half precision; sums are taken in the dtype of ``values``.
+
+
+Order = tuple[Tensor, Tensor]  # what `by_column` gives
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,34 @@ class Path:
 
     Attributes:
         product: ``(v, index, values, z)``: z = v A^T.
-        back: ``(grad, index, values, on_v)``: on_v = grad A.
-        correlate: ``(v, index, grad, total)``: total_ij += the sum over tokens of grad_i v[index_ij].
+        back: ``(v, grad, index, values, on_v, on_values, order)``: on_v = grad A, and on_values_ij += the sum over
+            tokens of grad_i v[index_ij]; each of the two may be None. ``order`` may be None.
     """
 
     product: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    back: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-    correlate: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Order | None], None]
+
+
+def _apart(
+    back: Callable[[Tensor, Tensor, Tensor, Tensor], None], correlate: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Order | None], None]:
+    """Both gradients, one after the other."""
+
+    def both(
+        v: Tensor,
+        grad: Tensor,
+        index: Tensor,
+        values: Tensor,
+        on_v: Tensor | None,
+        on_values: Tensor | None,
+        order: Order | None,
+    ) -> None:
+        if on_v is not None:
+            back(grad, index, values, on_v)
+        if on_values is not None:
+            correlate(v, index, grad, on_values)
+
+    return both
 
 
 def _gather(v: Tensor, index: Tensor, values: Tensor, z: Tensor) -> None:
@@ -67,6 +90,58 @@ def _gather_correlate(v: Tensor, index: Tensor, grad: Tensor, total: Tensor) -> 
         g = grad[part].to(total.dtype)
         for j, chosen in enumerate(index.T):
             total[:, j] += (v[part].index_select(1, chosen) * g).sum(0)
+
+
+def by_column(index: Tensor, columns: int) -> Order:
+    """The synapses sorted by the column that they read: their places in ``index`` read row by row (m k,), and where
+    each column's begin (columns,), int32."""
+    sorted_columns, order = index.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(sorted_columns, torch.arange(columns, dtype=index.dtype, device=index.device))
+    return order.int(), starts.int()
+
+
+def _bags(v: Tensor, index: Tensor, values: Tensor, z: Tensor) -> None:
+    """Each neuron's synapses are a bag of words, each of these a channel of all tokens."""
+    starts = torch.arange(0, index.numel(), index.shape[1], dtype=index.dtype)
+    for part in _pieces(len(v), 4 * max(len(index), v.shape[1])):
+        z[part] = _bag_sums(index.reshape(-1), _channels(v[part], values), starts, values.reshape(-1))
+
+
+def _bags_back(
+    v: Tensor,
+    grad: Tensor,
+    index: Tensor,
+    values: Tensor,
+    on_v: Tensor | None,
+    on_values: Tensor | None,
+    order: Order | None,
+) -> None:
+    rows, k = index.shape
+    if on_v is not None:
+        places, by_column_starts = by_column(index, on_v.shape[1]) if order is None else order
+        neurons, weights = places // k, values.reshape(-1)[places]
+    if on_values is not None:
+        starts = torch.arange(0, rows * k, k, dtype=index.dtype)
+        bag_of = torch.arange(rows, dtype=index.dtype).repeat_interleave(k)
+    for part in _pieces(len(v), 4 * max(rows, v.shape[1])):
+        g = _channels(grad[part], values)
+        if on_v is not None:
+            on_v[part] = _bag_sums(neurons, g, by_column_starts, weights)
+        if on_values is not None:
+            # What autograd calls for the weights of sums (mode 0): the dot product of each word and its bag's gradient.
+            on_values += torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                g, _channels(v[part], values), index.reshape(-1), starts, bag_of, 0
+            ).view(rows, k)
+
+
+def _bag_sums(words: Tensor, channels: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """(tokens, bags) of channels (words, tokens)."""
+    return embedding_bag(words, channels, starts, mode="sum", per_sample_weights=weights).T
+
+
+def _channels(v: Tensor, like: Tensor) -> Tensor:
+    """(tokens, channels) -> (channels, tokens)."""
+    return v.T.to(like.dtype).contiguous()
 
 
 def _csr(index: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -135,9 +210,10 @@ def _scratch_correlate(v: Tensor, index: Tensor, grad: Tensor, total: Tensor) ->
 
 
 PATHS = {
-    "gather": Path(_gather, _gather_back, _gather_correlate),
-    "csr": Path(_csr_product, _csr_back, _csr_correlate),
-    "scratch": Path(_scratch, _scratch_back, _scratch_correlate),
+    "gather": Path(_gather, _apart(_gather_back, _gather_correlate)),
+    "bags": Path(_bags, _bags_back),
+    "csr": Path(_csr_product, _apart(_csr_back, _csr_correlate)),
+    "scratch": Path(_scratch, _apart(_scratch_back, _scratch_correlate)),
 }
 
 
@@ -145,10 +221,14 @@ def fastest(columns: int, k: int, device: torch.device) -> str:
     """The path for k synapses of ``columns``.
 
     Measured on a 2-core CPU with 1 to 4096 tokens and 384 to 4096 features, where the number of tokens and of rows
-    moved the borders by less than a factor of two: the loop is overtaken at k = 3, the sparse matrix at k = columns /
-    16, and the loop where there are no sparse products at k = columns / 128.
+    moved the borders by less than a factor of two: the loop is overtaken by bags at k = 2 and by the sparse matrix at
+    k = 3, both of these by the scratch at k = columns / 8 and columns / 16, and the loop at k = columns / 128.
     """
-    if device.type in SPARSE_PRODUCTS and not torch.compiler.is_compiling():  # which cannot trace sparse tensors
+    if torch.compiler.is_compiling():  # which traces neither sparse tensors nor bags
+        return "gather" if 128 * k <= columns else "scratch"
+    if device.type == "cpu":
+        return "gather" if k == 1 else "bags" if 8 * k <= columns else "scratch"
+    if device.type == "cuda":
         return "gather" if k <= 2 else "csr" if 16 * k <= columns else "scratch"
     return "gather" if 128 * k <= columns else "scratch"
 
@@ -157,9 +237,17 @@ class _SparseProduct(torch.autograd.Function):
     """Keeps the input as it came, the indices and the values."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        index: Tensor,
+        values: Tensor,
+        dtype: torch.dtype,
+        path: str,
+        order: Callable[[], Order] | None,
+    ) -> Tensor:
         ctx.save_for_backward(v, index, values)
-        ctx.path = path
+        ctx.path, ctx.order = path, order
         z = v.new_empty(*v.shape[:-1], len(index), dtype=dtype)
         PATHS[path].product(_rows(v), index, values.to(_wide(v, values)), _rows(z))
         return z
@@ -167,16 +255,16 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, index, values = ctx.saved_tensors
-        path, wide = PATHS[ctx.path], _wide(v, values)
-        on_v, on_values = None, None
+        wide = _wide(v, values)
+        on_v, on_values, order = None, None, None
         if ctx.needs_input_grad[0]:
             on_v = torch.empty_like(v, memory_format=torch.contiguous_format)
-            path.back(_rows(grad), index, values.to(wide), _rows(on_v))
+            order = ctx.order and ctx.order()
         if ctx.needs_input_grad[2]:
             on_values = values.new_zeros(values.shape, dtype=wide)
-            path.correlate(_rows(v), index, _rows(grad), on_values)
-            on_values = on_values.to(values.dtype)
-        return on_v, None, on_values, None, None
+        rows = None if on_v is None else _rows(on_v)
+        PATHS[ctx.path].back(_rows(v), _rows(grad), index, values.to(wide), rows, on_values, order)
+        return on_v, None, None if on_values is None else on_values.to(values.dtype), None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -190,7 +278,12 @@ def _wide(v: Tensor, values: Tensor) -> torch.dtype:
 
 
 def sparse_product(
-    v: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype | None = None, path: str | None = None
+    v: Tensor,
+    index: Tensor,
+    values: Tensor,
+    dtype: torch.dtype | None = None,
+    path: str | None = None,
+    order: Callable[[], Order] | None = None,
 ) -> Tensor:
     """z_i = sum_j values_ij v[index_ij].
 
@@ -200,12 +293,13 @@ def sparse_product(
         values: (m, k).
         dtype: of the result; that of v if None. Sums are taken in fp32 at least.
         path: a key of `PATHS`; the fastest if None.
+        order: gives `by_column` of the index, for backward, where somebody has it; it is made anew if None.
 
     Returns:
         (..., m).
     """
     path = path or fastest(v.shape[-1], index.shape[1], v.device)
-    return _SparseProduct.apply(v, index, values, dtype or v.dtype, path)
+    return _SparseProduct.apply(v, index, values, dtype or v.dtype, path, order if path == "bags" else None)
 
 
 def strongest(score: Tensor, k: int) -> Tensor:
@@ -259,7 +353,7 @@ def _looked_up(wanted: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 @register_primitive("neuro_ada", stage="dendritic", kind="weight", zero_at="update", merge="weight", needs_input=True)
-class NeuroAda(Primitive):
+class NeuroAda(OnWeight):
     """Every output neuron may change its k strongest input synapses, and no others.
 
     Biology: plasticity is not spread evenly over a neuron's thousands of synapses; the few large ones carry most of the
@@ -305,6 +399,7 @@ class NeuroAda(Primitive):
         self.values = nn.Parameter(torch.zeros(adapting, self.k, dtype=torch.float32))
         self.path: str | None = None  # of the layer, where it is part of a model
         self._unsure = self.selection == "gradient"  # whether a choice has been made
+        self._sorted: tuple[Tensor, int, Order] | None = None  # the index, its version, and what `by_column` made of it
 
     def _score(self, host: Host) -> Tensor:
         """How eligible each synapse is, (d_out, d_in)."""
@@ -333,11 +428,20 @@ class NeuroAda(Primitive):
             )
         self._unsure = False  # the buffer is asked once: on an accelerator that waits for all that is under way
 
+    def _order(self) -> Order:
+        """`by_column` of the index, made once for every state of it."""
+        if self._sorted is None or self._sorted[0] is not self.index or self._sorted[1] != self.index._version:
+            self._sorted = self.index, self.index._version, by_column(self.index, self.d_in)
+        return self._sorted[2]
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, index=self.d_in, rows=self.d_out)
+
     def transform(self, x: Tensor, context: Context) -> Tensor:
         if self._unsure and self.training and self.path is not None:
             self._check_chosen()
         values = self.values if self.zero_scale == 1 else self.zero_scale * self.values
-        z = sparse_product(context.x_in, self.index, values, x.dtype)
+        z = sparse_product(context.x_in, self.index, values, x.dtype, order=self._order)
         if self.rows is None:
             return z
         return z.new_zeros(*z.shape[:-1], self.d_out).index_copy(-1, self.rows.long(), z)
@@ -368,8 +472,8 @@ class NeuroAda(Primitive):
         return first.settings() | {"k": index.shape[1]}, state
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        values = self.zero_scale * self.values.detach().float()
-        change = torch.zeros_like(weight, dtype=torch.float32)
+        values = self.zero_scale * self.values.detach().to(weight.dtype)
+        change = torch.zeros_like(weight)
         if self.rows is None:
             return change.scatter_(1, self.index.long(), values), None
         return change.index_put_((self.rows.long()[:, None], self.index.long()), values), None

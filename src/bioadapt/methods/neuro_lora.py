@@ -99,17 +99,16 @@ class NeuroLora(FlyLora):
         return super().blended(parts, blend) | gates
 
     def compete(self, v: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        drive, full = self.drive(v, y), in_full(y)
-        index = self.winners(gain(drive.detach()) * full.detach(), context)
-        values = gain(chosen(drive, index)) * chosen(full, index)  # behind the choice, so that few are kept
-        return values.to(y.dtype), index
+        drive = self.drive(v, y)
+        index = self.winners(gain(drive.detach()) * y.detach(), context)
+        return gain(chosen(drive, index)) * chosen(y, index), index  # behind the choice, so that few are kept
 
     def drive(self, v: Tensor, y: Tensor) -> Tensor:
         """What the context says to each unit, (B, T, blocks r), in full precision."""
         if self.gate_input == "token":
             latent = in_full(linear(v, self.V)).unflatten(-1, (self.blocks, self.gate_width))
         else:
-            own = in_full(y).unflatten(-1, (self.blocks, self.r))
+            own = y.unflatten(-1, (self.blocks, self.r))
             latent = torch.einsum("...br,bgr->...bg", own, self._as(own, self.V).unflatten(0, (self.blocks, -1)))
         spoken = torch.einsum("...bg,brg->...br", silu(latent), self._as(latent, self.U))
         return spoken.flatten(-2) + self._as(latent, self.c)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.methods._wiring import anterior_of, check_expressions, knows
-from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", zero_scale=16.0, merge="weight")
-class SanScaling(Primitive):
+@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", zero_scale=32.0, merge="weight")
+class SanScaling(OnWeight):
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 
     Biology: how much transmitter a neuron releases decides, in the long run, whether the synapses that receive it are

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .base import Context, Host
+
+
+def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
+    """Refuse indices of a checkpoint that point at nothing.
+
+    Args:
+        tensors: of the checkpoint, by their names in the primitive.
+        ends: for each name of indices, the number of places there are.
+
+    Raises:
+        ValueError: naming the tensor and the index.
+    """
+    for name, end in ends.items():
+        given = tensors.get(name)
+        if given is None or given.is_meta or not given.numel():
+            continue
+        for value in (int(given.min()), int(given.max())):
+            if not 0 <= value < end:
+                raise ValueError(f"{name} of the checkpoint holds the index {value}; accepted is from 0 to {end - 1}")
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -116,6 +136,11 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean((0, 1))
     real = mask.reshape(*mask.shape, *(1,) * (values.dim() - 2))
     return torch.where(real, values, 0.0).sum((0, 1)) / mask.sum().clamp(min=1)
+
+
+def token_count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """How many real tokens there are, as a number on the device of x (B, T, ...)."""
+    return x.new_full((), x.shape[0] * x.shape[1]) if mask is None else mask.sum()
 
 
 def report_loss(context: Context, weight: float, penalty: Tensor) -> None:

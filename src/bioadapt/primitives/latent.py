@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, Primitive
+from .base import Context, Primitive, added
 from .time import readings
 
 
@@ -58,8 +58,9 @@ class Latent(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(x, context, x.new_ones(1))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.written(x, context, scale), itself)
 
     def written(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
         """``gate`` times the change."""

@@ -63,14 +63,9 @@ class Modulation(Primitive):
         raise NotImplementedError(f"{type(self).__name__} must define factors")
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return modulated(x, *self.factors(x, context))
-
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self._modulated(x, context, with_x=False)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return self._modulated(x, context, with_x=True)
-
-    def _modulated(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         gain, channels = self.factors(x, context)
-        return modulated(x, gain, self.scaled_gate[:, None] * channels, with_x)
+        return x * (gain @ channels.mT)
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        gain, channels = self.factors(x, context)
+        return modulated(x, gain, scale[:, None] * channels, with_x)

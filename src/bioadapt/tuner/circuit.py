@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BioConfig
-from ..primitives.base import STAGES, Context, Host, Primitive, autocast_off, born_in_fp32
+from ..primitives.base import Context, Host, OnWeight, Primitive
 from ..primitives.frames import read_in, read_out
+from ..primitives.names import STAGES
+from ..primitives.primitive import autocast_off, born_in_fp32
 from ..registry import build_primitive
 from .sites import Site
 
@@ -63,6 +65,9 @@ class Circuit(nn.Module):
     def values(self) -> Iterator[Primitive]:
         return (primitive for _, primitive in self.items())
 
+    def on_weight(self) -> Iterator[OnWeight]:
+        return (primitive for primitive in self.values() if isinstance(primitive, OnWeight))
+
     def __contains__(self, name: str) -> bool:
         return name in self._modules and name != _PARAMETRISATIONS
 
@@ -90,7 +95,7 @@ class Circuit(nn.Module):
     def applied(self, y: Tensor, context: Context) -> Tensor:
         """y plus its change, in the dtype of y."""
         if not self.alone:
-            itself = y.view_as(y)  # see `Primitive.applied`; sums and products are nobody else's
+            itself = y.view_as(y)  # see `added`; sums and products are nobody else's
             return self(y, context).add_(itself).to(y.dtype)
         (primitive,) = self.values()
         return primitive(y.float() if self.in_fp32 else y, self._own(primitive.name, context), with_x=True).to(y.dtype)
@@ -118,11 +123,11 @@ class Circuit(nn.Module):
     @property
     def scales_input(self) -> bool:
         """Whether a primitive multiplies what the layer reads."""
-        return any(primitive.scales_input for primitive in self.values())
+        return any(primitive.scales_input for primitive in self.on_weight())
 
     def input_scale(self) -> Tensor:
         """What the layer's input is multiplied by before the layer reads it, (d_in,)."""
-        first, *others = [primitive.input_scale() for primitive in self.values() if primitive.scales_input]
+        first, *others = [primitive.input_scale() for primitive in self.on_weight() if primitive.scales_input]
         return math.prod(others, start=first)
 
     def check_loaded(self, tensors: dict[str, Tensor]) -> None:
@@ -136,23 +141,22 @@ class Circuit(nn.Module):
 
     def unmergeable(self, approximate: bool = False) -> list[str]:
         """Names of the primitives that depend on their input, hence cannot become part of a weight."""
-        return [
-            name
-            for name, primitive in self.items()
-            if primitive.merge is None and not (approximate and primitive.approximates)
-        ]
+        approximated = [primitive.name for primitive in self.on_weight() if approximate and primitive.approximates]
+        return [name for name, primitive in self.items() if primitive.merge is None and name not in approximated]
 
     def merged_change(
         self, weight: Tensor, bias: Tensor | None, approximate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The change of the layer's (weight, bias) in fp32, exact unless ``approximate``; weight (d_out, n)."""
+        """The change of (weight, bias), exact unless ``approximate``; weight (d_out, n), in fp32 at least."""
         if self.at_input:
             features = next(self.values()).d_in
-            change, _ = self._population_change(torch.eye(features, device=weight.device), None, approximate)
+            change, _ = self._population_change(
+                torch.eye(features, dtype=weight.dtype, device=weight.device), None, approximate
+            )
             kernel = weight.unflatten(1, (features, -1))
             return torch.einsum("oik,ij->ojk", kernel, change).flatten(1), None
         if self.scales_input:
-            scale = self.input_scale().detach().float()
+            scale = self.input_scale().detach().to(weight.dtype)
             scale = scale.repeat_interleave(weight.shape[1] // len(scale))  # one per place of a kernel
             dw, db = self._merged_change(weight * scale, bias, approximate)
             return weight * (scale - 1) + dw, db
@@ -165,7 +169,7 @@ class Circuit(nn.Module):
         down, up = self.down, self.up
         if down is None or up is None:
             return self._merged_change(weight, bias, approximate)
-        down, up = down.detach().float(), up.detach().float()
+        down, up = down.detach().to(weight.dtype), up.detach().to(weight.dtype)
         w, b = down @ weight, None if bias is None else down @ bias
         dw, db = self._merged_change(w, b, approximate)
         return up @ (w + dw), None if b is None else up @ (b if db is None else b + db)

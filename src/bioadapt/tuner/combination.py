@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._words import suggest
 from ..config import BioConfig
+from ..primitives.base import OnWeight
 from .layer import BioLayer
 
 _SIGNED = ("ties", "dare_ties")
@@ -99,6 +100,7 @@ def _check(layers: Sequence[BioLayer], configs: Mapping[str, BioConfig], way: Co
             raise ValueError(f"{layer.path} has {', '.join(held)} only: the adapters must sit on the same layers")
     for circuit in (layer.circuits[first] for layer in layers if first in layer.circuits):
         for name, primitive in circuit.items():
-            if way.way not in primitive.combinations:
-                accepted = ", ".join(primitive.combinations) or "none"
+            ways = primitive.combinations if isinstance(primitive, OnWeight) else ()
+            if way.way not in ways:
+                accepted = ", ".join(ways) or "none"
                 raise ValueError(f"combination_type={way.way!r} means nothing for {name}; accepted: {accepted}")

@@ -15,17 +15,18 @@ from ..checkpoint import CONTAINER
 from ..config import BioConfig
 from ..primitives._state import Memory
 from ..primitives.base import Context, Host, Primitive
+from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
 from . import patches
 from .circuit import Circuit
-from .learning import WithGradientOf
 from .masks import NOTHING, Tokens, Unclear
-from .merging import Merging, Original
+from .merging import MergeableLayer, Original
 from .scope import Scope, Surroundings
+from .sharding import check_whole, refusal_of_shards
 from .sites import Axes, Layout, Site, describe
 
 
-class BioLayer(Merging):
+class BioLayer(MergeableLayer):
     """Wraps a layer, plain or already adapted by another PEFT method, and adds the change its circuits compute.
 
     Args:
@@ -102,7 +103,8 @@ class BioLayer(Merging):
         site = self.site.at_input() if at_input else self.site
         for entry in config.primitives:
             info = primitive_info(entry["name"])
-            refusal = site.serves(info)
+            weight = getattr(self.get_base_layer(), "weight", None)
+            refusal = site.serves(info) or refusal_of_shards(weight, self.site, info, at_input)
             if at_input and info.kind == "weight":
                 refusal = "it acts on a weight, and feedforward_modules asks for a change of the module's input"
             elif at_input and not site.reads_features:
@@ -116,6 +118,8 @@ class BioLayer(Merging):
                 )
             if refusal is not None:
                 raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
+        if config.rank is not None and config.rank > site.d_out:
+            raise ValueError(f"rank={config.rank} is more than the {site.d_out} features at {self.path}")
         host = Host(None if at_input else self._matrix_or_none, seed=config.seed_of(self.path))
         circuit = Circuit(config, site, host, at_input)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -237,13 +241,15 @@ class BioLayer(Merging):
         if reading:
             self._remember(contexts, reading, layout, around, counted)
         features = layout.to_sequence(y)
+        check_whole(features, site, self.path)
         if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
             changed = layout.restore(circuit.applied(features, contexts[name]))
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
             changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
-        return self._with_terms(changed, context, around)
+        changed = with_evidence(changed, context.observations or ())
+        return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
     def _sum(
         self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
@@ -305,9 +311,10 @@ class BioLayer(Merging):
             positions=tokens.positions,
             resets=tokens.resets,
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
-            observing=around.live,
+            observing=torch.is_grad_enabled(),
+            observations=[],
             grid=layout.grid,
-            losses=[] if self.training and (around.live or torch.is_grad_enabled()) else None,
+            losses=[] if self.training else None,
         )
 
     def _tokens(
@@ -386,15 +393,6 @@ class BioLayer(Merging):
             return bias
         with torch.no_grad():
             return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()
-
-    def _with_terms(self, changed: Tensor, context: Context, around: Surroundings) -> Tensor:
-        if not context.losses:
-            return changed
-        if self.scope.injected is None:
-            if around.live:
-                self.scope.terms.extend(context.losses)
-            return changed
-        return WithGradientOf.apply(changed, torch.stack(context.losses).sum(), self.scope.injected)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

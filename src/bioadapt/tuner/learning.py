@@ -1,159 +1,213 @@
-"""What learning needs beyond gradients of the user's loss: local rules and auxiliary terms."""
+"""Learning beyond the gradients of the user's loss: local rules after each step, and auxiliary terms."""
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..primitives.base import Primitive
+from ..primitives.local_rule import LocalRule, whole_parameters
+from .auxiliary import Terms
 
 if TYPE_CHECKING:
     from .layer import BioLayer
-    from .scope import Scope
+
+_live: weakref.WeakSet[Learning] = weakref.WeakSet()
+_count = itertools.count()
 
 
-_live: weakref.WeakSet[Scope] = weakref.WeakSet()
+class Learning:
+    """What the layers of one stack learn.
+
+    Args:
+        layers: the stack's layers, a list that its owner keeps up to date.
+    """
+
+    def __init__(self, layers: list[BioLayer]) -> None:
+        self.layers, self.terms = layers, Terms()
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.number = next(_count)  # the same in all replicas, unlike the order of a set
+        self.wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self.committed: set[int] = set()  # ids of the rules that have learned from the running step
+        _live.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "terms": self.terms}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copied or unpickled model learns like the original
+        self._enlist()
+
+    def rules(self) -> list[LocalRule]:
+        """The local rules of all adapters that are trained."""
+        return [rule for rule in self._all_rules() if any(p.requires_grad for p in rule.parameters())]
+
+    def _all_rules(self) -> Iterator[LocalRule]:
+        primitives = (primitive for layer in self.layers for primitive in layer.primitives())
+        return (primitive for primitive in primitives if isinstance(primitive, LocalRule))
+
+    def begin(self) -> None:
+        """A training forward of the stack begins."""
+        if torch.compiler.is_compiling():
+            return
+        _steps.running.clear()  # of steps that have failed
+        for rule in self._all_rules():
+            _check_reachable(rule)
+            rule.sharded = [p for p in rule.parameters() if hasattr(p, "full_tensor")] or rule.sharded
+        if dist.is_available() and dist.is_initialized():
+            wrapper = DistributedDataParallel._active_ddp_module
+            self.wrapper = None if wrapper is None else weakref.ref(wrapper)
+        # Where the optimiser holds but a part of a rule's parameters, only the next forward tells that it is time.
+        commit([(self, rule) for rule in self.rules() if rule.stepped and not rule.announced])
+
+    def replicas(self, rule: LocalRule) -> tuple[dist.ProcessGroup, ...]:
+        """The groups of processes over which a rule's primitive is replicated."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ()
+        parameter: Any = next(iter(rule.sharded or rule.parameters()))
+        if hasattr(parameter, "device_mesh"):
+            return tuple(parameter.device_mesh.get_all_groups())
+        if _kept_elsewhere(parameter):
+            return (dist.group.WORLD,)
+        wrapper = None if self.wrapper is None else self.wrapper()
+        return () if wrapper is None else (wrapper.process_group,)
 
 
-def follow(scope: Scope) -> None:
-    """Let the local rules beneath a scope run after every step of the optimiser that trains it."""
-    _live.add(scope)
+def _check_reachable(rule: LocalRule) -> None:
+    """Raise `ValueError` if a rule needs a parameter that is not where the model has it."""
+    if not any(parameter is not None for parameter in rule._parameters.values()):
+        raise ValueError(
+            f"{rule.name} has no parameters of its own any more, so that its local rule cannot follow the optimiser: "
+            "FullyShardedDataParallel needs use_orig_params=True"
+        )
+    for name in rule.governed:
+        if _kept_elsewhere(getattr(rule, name)):
+            raise ValueError(
+                f"the local rule of {rule.name} changes its parameter {name!r}, which FullyShardedDataParallel or "
+                "DeepSpeed keeps in a tensor of its own: shard the model with torch's fully_shard, or replicate it"
+            )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    learning = [scope for scope in list(_live) if any(p.learns for layer in scope.layers for p in layer.primitives())]
-    if not learning:
-        return
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for scope in learning:
-        if any(id(parameter) in trained for layer in scope.layers for parameter in layer.circuits.parameters()):
-            commit(scope.layers)
+def _kept_elsewhere(parameter: Tensor) -> bool:
+    """Whether the optimiser works on a copy or a part of the parameter (FullyShardedDataParallel, DeepSpeed's ZeRO)."""
+    return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "_hp_mapping", "ds_id"))
 
 
-def commit(layers: Iterable[BioLayer]) -> None:
-    """Let the local rules take in what the forwards since the last call observed; replicas agree on it first."""
-    for layer in layers:
-        for primitive in layer.primitives():
-            if primitive.learns:
-                _average_over_replicas(primitive)
-                primitive.commit()
+# -- the steps of optimisers --
 
 
-def _average_over_replicas(primitive: Primitive) -> None:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    for name in ("forwards", *(f"observed_{statistic}" for statistic in primitive._statistics)):
-        buffer = getattr(primitive, name)
-        dist.all_reduce(buffer)
-        buffer.div_(dist.get_world_size())
+class _Steps(threading.local):
+    """The optimisers whose steps are running, the outer before the inner one."""
+
+    def __init__(self) -> None:
+        self.running: list[int] = []
 
 
-def scopes_of(model: nn.Module) -> list[Scope]:
-    """The scopes of all bio layers of a model, each once."""
+_steps = _Steps()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _steps.running.append(id(optimizer))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    running = _steps.running
+    while running and running.pop() != id(optimizer):
+        pass
+    updated: set[int] = set()
+    skipped = getattr(optimizer, "found_inf", None)  # a fused optimiser is told to step, and skips by itself
+    ready: list[tuple[Learning, LocalRule]] = []
+    for learning in sorted(_live, key=lambda learning: learning.number):
+        for rule in learning.rules():
+            updated = updated or {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            own = {id(parameter) for parameter in rule.parameters() if parameter.requires_grad}
+            if own & updated:
+                rule.stepped |= own & updated
+                if skipped is not None and rule.evidence is not None:
+                    rule.evidence = torch.where(skipped.to(rule.evidence.device) > 0, torch.nan, rule.evidence)
+            if own <= rule.stepped and not running:  # after the last of several optimisers, the outer of nested ones
+                ready.append((learning, rule))
+    commit(ready)
+
+
+def commit(rules: Iterable[tuple[Learning, LocalRule]]) -> None:
+    """Let rules take in what was observed; replicas put together first what they have."""
+    alone, shared = [], {}
+    for learning, rule in rules:
+        learning.committed.add(id(rule))
+        groups = learning.replicas(rule)
+        if groups:
+            shared.setdefault((groups, rule.slot.device), []).append(rule)
+        else:
+            alone.append(rule)
+    for (groups, device), replicated in shared.items():
+        evidence = [torch.zeros(r.size, device=device) if r.evidence is None else r.evidence for r in replicated]
+        everything = torch.cat(evidence)
+        for group in groups:
+            dist.all_reduce(everything, group=group)
+        for rule, part in zip(replicated, everything.split([rule.size for rule in replicated]), strict=True):
+            rule.evidence = part
+    for rule in (*alone, *(rule for replicated in shared.values() for rule in replicated)):
+        rule.commit()
+        rule.stepped.clear()
+
+
+def learning_of(model: nn.Module) -> list[Learning]:
+    """What the stacks of a model learn, each once."""
     from .layer import BioLayer
 
-    found = {id(m.scope): m.scope for m in model.modules() if isinstance(m, BioLayer) and m.scope is not None}
+    found = {id(m.scope): m.scope.learning for m in model.modules() if isinstance(m, BioLayer) and m.scope is not None}
     return list(found.values())
+
+
+# -- auxiliary terms --
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """Sum of the auxiliary terms: what the forwards since the last call left behind, and what depends on parameters.
 
-    A term of the second kind is the mean over the sites of its primitive. Without any term the sum is 0.
+    A term of the first kind is a mean over the real tokens of all these forwards, a term of the second kind one over
+    the sites of its primitive. Without any term the sum is 0.
 
-    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``. With
-    `transformers.Trainer` pass `BioTrainerCallback` instead. Weights are part of the terms: they are settings of the
-    primitives.
+    Add it to the loss in a training loop of your own: ``loss = task_loss + bioadapt.auxiliary_loss(model)``.
+    Micro-batches whose losses you weigh, weigh it likewise. With `transformers.Trainer` pass `BioTrainerCallback`
+    instead. Weights are part of the terms: they are settings of the primitives.
 
     Returns:
         A scalar on the device of the model, with a graph if there are terms.
-
-    Raises:
-        RuntimeError: the terms have no graph, as happens with re-entrant gradient checkpointing.
     """
-    terms: list[Tensor] = []
-    for scope in scopes_of(model):
-        terms.extend(scope.terms)
-        scope.terms.clear()
+    terms = [term for learning in learning_of(model) for term in learning.terms.collect()]
     terms.extend(penalties(model))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if not terms:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
-    if not all(term.requires_grad for term in terms):
-        raise RuntimeError(
-            "auxiliary terms without a graph: re-entrant gradient checkpointing computes the forward without one. "
-            "Use gradient_checkpointing_kwargs={'use_reentrant': False}, or train with BioTrainerCallback"
-        )
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return torch.stack([term.to(device) for term in terms]).sum()
 
 
 def penalties(model: nn.Module) -> list[Tensor]:
     """Terms that depend on parameters alone, each the mean over the sites where its primitive is active and trained."""
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for scope in scopes_of(model):
-        for layer in scope.layers:
+    for learning in learning_of(model):
+        for layer in learning.layers:
             for name in [] if layer.disable_adapters or layer.merged else layer.active_adapters:
-                for primitive in layer.circuits[name].values() if name in layer.circuits else ():
-                    term = primitive.penalty() if any(p.requires_grad for p in primitive.parameters()) else None
+                for primitive in layer.circuits[name].on_weight() if name in layer.circuits else ():
+                    trained = any(p.requires_grad for p in primitive.parameters())
+                    with whole_parameters(primitive, primitive._parameters):
+                        term = primitive.penalty() if trained else None
                     if term is not None:
                         found.setdefault((name, primitive.name), []).append(term)
     return [torch.stack([term.to(terms[0].device) for term in terms]).mean() for terms in found.values()]
 
 
-class WithGradientOf(torch.autograd.Function):
-    """Passes features through unchanged and adds ``factor * term`` to whatever loss is differentiated later."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, term: Tensor, factor: float) -> Tensor:
-        ctx.factor, ctx.like = factor, term
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full_like(ctx.like, ctx.factor), None
-
-
-class BioTrainerCallback(TrainerCallback):
-    """Brings the auxiliary terms into a `transformers.Trainer` (and whatever derives from it) by their gradient.
-
-    The reported loss stays the task's own. Under gradient accumulation and fp16 loss scaling the terms are scaled as
-    the task's loss is.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(args, kwargs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(args, kwargs)
-        terms = penalties(kwargs["model"])
-        if terms:  # once per step of the optimiser, whose gradients are still empty
-            (self._scale(kwargs) * torch.stack([term.to(terms[0].device) for term in terms]).sum()).backward()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Where the optimiser holds partitions instead of the parameters (ZeRO), its step does not tell whose they are.
-        for scope in scopes_of(kwargs["model"]):
-            commit(scope.layers)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for scope in scopes_of(kwargs["model"]):
-            scope.injected = None
-
-    def _set(self, args: Any, kwargs: dict[str, Any]) -> None:
-        for scope in scopes_of(kwargs["model"]):
-            scope.injected = self._scale(kwargs) / max(args.gradient_accumulation_steps, 1)
-
-    @staticmethod
-    def _scale(kwargs: dict[str, Any]) -> float:
-        """What fp16 training multiplies the loss by."""
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        return 1.0 if scaler is None else scaler.get_scale()
-
-
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

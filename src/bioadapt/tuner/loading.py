@@ -109,9 +109,10 @@ def _loading(saved: Saved | None) -> Iterator[None]:
 def from_pretrained(original: Original, cls: type, *args: Any, **kwargs: Any) -> Any:
     """Around `PeftModel.from_pretrained`."""
     given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
-    if Saved.at(given["model_id"], given.get("kwargs", {})) is None:
+    saved = Saved.at(given["model_id"], given.get("kwargs", {}))
+    if saved is None:
         return original(cls, *args, **kwargs)
-    with undone_on_failure(given["model"]):
+    with _loading(saved), undone_on_failure(given["model"]):
         return original(cls, *args, **kwargs)
 
 
@@ -119,11 +120,14 @@ def load_adapter(original: Original, self: PeftModel, *args: Any, **kwargs: Any)
     """Around `PeftModel.load_adapter`."""
     given = inspect.signature(original).bind(self, *args, **kwargs)
     place, name = given.arguments["model_id"], given.arguments["adapter_name"]
-    saved = Saved.at(place, given.arguments.get("kwargs", {})) if isinstance(self.base_model, BioModel) else None
+    saved, fresh = None, name not in self.peft_config
+    if isinstance(self.base_model, BioModel):
+        saved = _running.get()  # of `from_pretrained`, which has injected the adapter just now
+        fresh = fresh or saved is not None
+        saved = saved or Saved.at(place, given.arguments.get("kwargs", {}))
     with _loading(saved):
         if saved is None:
             return original(*given.args, **given.kwargs)
-        fresh = name not in self.peft_config
         with undone_on_failure(self):
             if not fresh:
                 _check_same_function(self.peft_config[name], saved, name)

@@ -24,13 +24,13 @@ class Original:
     bias: nn.Parameter | None
     bias_data: Tensor | None
     below_was_merged: bool
-    matrix: Tensor  # what adapters are merged onto: the weight with everything below, fp32
+    matrix: Tensor  # what adapters are merged onto: the weight with everything below, in fp32 at least
     bias_vector: Tensor | None
     attributes: dict[str, Any]  # of the weight: how quantised numbers are to be read
     state: Any  # of a quantised layer: what its forward computes with, beside the weight
 
 
-class Merging(Transparent, BaseTunerLayer):
+class MergeableLayer(Transparent, BaseTunerLayer):
     """What a layer with circuits knows about its weight.
 
     A subclass sets the attributes below; ``circuits`` are its adapters by name.
@@ -74,11 +74,31 @@ class Merging(Transparent, BaseTunerLayer):
                 )
             if self.site.weight is None:
                 raise ValueError(f"adapter {name!r} cannot be merged: {self.path} ({self.site.layer}) has no matrix")
+            computed = self._computed()
+            if computed is not None:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {self.path} {computed}, so what is written into it would have "
+                    "no effect. Make it an ordinary weight first (such as by torch.nn.utils.parametrize."
+                    "remove_parametrizations, remove_weight_norm or prune.remove)"
+                )
             if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
                 raise ValueError(
                     f"adapter {name!r} cannot be merged: {self.path} is quantised with "
                     f"{self.quantization_backend.backend_name}, which cannot be written back"
                 )
+
+    def _computed(self) -> str | None:
+        """Why the layer does not compute with the weight or the bias that it shows, or None if it does."""
+        base = self.get_base_layer()
+        for name in ("weight", "bias"):
+            held = base._parameters.get(name) is not None or base._buffers.get(name) is not None
+            if isinstance(getattr(base, name, None), Tensor) and not held:
+                return f"computes its {name} from other tensors in every forward"
+        if self.quantization_backend is None and type(base.weight.data) is not Tensor:
+            return f"holds a {type(base.weight.data).__name__}, a form of numbers that is not known"
+        if self.quantization_backend is None and type(base).__module__.startswith("optimum.quanto"):
+            return f"is a {type(base).__name__}, which quantises its weight in every forward"
+        return None
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, approximate: bool = False
@@ -153,12 +173,12 @@ class Merging(Transparent, BaseTunerLayer):
             return f"{self.site.layer} is not a linear layer"
         bias = self._bias()
         _, db = self.circuits[adapter_name].merged_change(
-            self.site.matrix(self.get_base_weight()), None if bias is None else bias.float()
+            self.site.matrix(self.get_base_weight()), None if bias is None else _wide(bias)
         )
         return "it changes the bias as well" if db is not None and torch.count_nonzero(db) else None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The change of the weight that a mergeable adapter makes, in the layout of the base weight, fp32.
+        """The change of the weight that a mergeable adapter makes, in the layout of the base weight, fp32 at least.
 
         Raises:
             ValueError: a primitive depends on its input.
@@ -166,8 +186,8 @@ class Merging(Transparent, BaseTunerLayer):
         self.check_mergeable([adapter_name])
         weight, bias = self.get_base_weight(), self._bias()
         matrix = self.site.matrix(weight)
-        dw, _ = self.circuits[adapter_name].merged_change(matrix, None if bias is None else bias.float())
-        return self.site.unmatrix(dw, weight.float())
+        dw, _ = self.circuits[adapter_name].merged_change(matrix, None if bias is None else _wide(bias))
+        return self.site.unmatrix(dw, _wide(weight))
 
     def _keep_original(self, safe_merge: bool) -> Original:
         self._unpack()
@@ -181,7 +201,7 @@ class Merging(Transparent, BaseTunerLayer):
             data = tuple(None if tensor is None else tensor.clone() for tensor in data)  # it writes in place
             self.below.merge(safe_merge=safe_merge)
         matrix = self.site.matrix(self.get_base_weight())
-        vector = None if bias is None else bias.detach().float()
+        vector = None if bias is None else _wide(bias.detach())
         # With none of its active adapters at this layer, the tuner below has nothing to take back.
         merged_below = merges_below and self.below.merged
         return Original(base_weight, data[0], bias, data[1], merged_below, matrix, vector, attributes, state)
@@ -204,7 +224,7 @@ class Merging(Transparent, BaseTunerLayer):
 
     def _current(self) -> tuple[Tensor, Tensor | None]:
         bias = self._bias()
-        return self.site.matrix(self.get_base_weight()), None if bias is None else bias.float()
+        return self.site.matrix(self.get_base_weight()), None if bias is None else _wide(bias)
 
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         holder: BaseTunerLayer = self
@@ -220,6 +240,10 @@ class Merging(Transparent, BaseTunerLayer):
         base = self.get_base_layer()
         if bias is not None and base.bias is not None:
             base.bias.data = bias.to(base.bias.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _lost_in_rounding(before: Tensor, after: Tensor, stored: torch.dtype) -> float:

@@ -21,10 +21,12 @@ from tqdm import tqdm
 from .._words import suggest
 from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
+from ..registry import primitive_info
 from .combination import Combination, combined
 from .heads import asking_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
-from .refusals import base_of, check_names, free_name, with_suggestion
+from .reference import complete_copy
+from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
 from .scope import Scope, axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
@@ -99,6 +101,7 @@ class BioModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_names(model, self.peft_config, adapter_name)
         given = self.peft_config[adapter_name]
+        self._check_layers(model, given)
         # What a file was known by says nothing of the adapter any more once that is trained.
         config = dataclasses.replace(given, fingerprint=None, settings_fingerprint=None)
         passed_over = self.__dict__["_passed_over"] = {}
@@ -110,10 +113,16 @@ class BioModel(BaseTuner):
                 self._check_reach(model, adapter_name, given, passed_over, shared)
                 self._connect(model, adapter_name)
                 take_over_heads(self.model, adapter_name)
+                self.__dict__.setdefault("_unused", set()).add(adapter_name)
                 if adapter_name in self.active_adapters:
                     self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
         except NoMatchingPeftModuleError as error:
             raise with_suggestion(error, config, model) from None
+
+    def _check_layers(self, model: nn.Module, config: BioConfig) -> None:
+        targets = config.target_modules or default_sites(config, self.get_model_config(model))[0]
+        if targets is not None and config.layers_to_transform is not None:
+            check_layers(config, targets, model, self._check_target_module_exists)
 
     def _check_reach(
         self,
@@ -165,6 +174,8 @@ class BioModel(BaseTuner):
         """Let the primitives of an adapter meet themselves at the other sites."""
         layers = [layer for layer in bio_layers(model) if adapter_name in layer.circuits]
         for entry in self.peft_config[adapter_name].primitives:
+            if primitive_info(entry["name"]).kind != "weight":
+                continue
             siblings = {layer.path: layer.circuits[adapter_name][entry["name"]] for layer in layers}
             for path, primitive in siblings.items():
                 primitive.connect(path, siblings, self.get_model_config(model))
@@ -250,6 +261,9 @@ class BioModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in self.__dict__.get("_unused", set()).intersection(names):
+            complete_copy(self.layers(), name)
+            self._unused.discard(name)
         for wrapper in heads(self.model, self.own_names):
             ours = [name for name in names if name in wrapper._adapters]
             if len(ours) > 1:
@@ -354,7 +368,7 @@ class BioModel(BaseTuner):
             for layer in self.layers()
             for name in (layer.active_adapters if adapter_names is None else adapter_names)
             if name in layer.circuits
-            for primitive in layer.circuits[name].values()
+            for primitive in layer.circuits[name].on_weight()
             if primitive.merge is None and primitive.approximates
         }
 

@@ -65,9 +65,7 @@ def trained_along(model: nn.Module) -> list[str]:
     return [name for name in adapters_below(model) if any(f".{name}." in key for key in trainable)]
 
 
-def warn_if_changed(
-    trained: dict[str, Any] | None, found: dict[str, Any], adapter_name: str, hint: str = ""
-) -> None:
+def warn_if_changed(trained: dict[str, Any] | None, found: dict[str, Any], adapter_name: str, hint: str = "") -> None:
     """Warn, with both names and a ``hint``, when an adapter is loaded over something else than it was trained over."""
     if not trained:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
@@ -55,6 +57,30 @@ def check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str
             f"adapter_name={adapter_name!r}: the method below keeps a trained module under the same name "
             f"(modules_to_save={sorted(config.modules_to_save or [])} here); give the bio adapter another one, for "
             f"instance adapter_name={free_name(module._adapters)!r}"
+        )
+
+
+def check_layers(config: BioConfig, targets: Any, model: nn.Module, is_target: Callable[[BioConfig, str], Any]) -> None:
+    """Refuse indices at which the model has no target module.
+
+    Raises:
+        ValueError: naming them, and the layers that there are.
+    """
+    names = [name for name, _ in model.named_modules()]
+
+    def has(index: int) -> bool:
+        one = copy.copy(config)
+        one.target_modules, one.layers_to_transform = targets, [index]
+        return any(is_target(one, name) for name in names)
+
+    asked = config.layers_to_transform
+    absent = [index for index in ([asked] if isinstance(asked, int) else asked or []) if not has(index)]
+    numbers = sorted({int(word) for name in names for word in name.split(".") if word.isdigit()}) if absent else []
+    known = [index for index in numbers if has(index)]
+    if known:  # where there is none at all, it is the targets that are wrong
+        raise ValueError(
+            f"layers_to_transform={asked!r}: no layer {', '.join(map(str, absent))} has a target module; "
+            f"accepted are {', '.join(map(str, known))}"
         )
 
 

@@ -63,6 +63,12 @@ def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: 
     given.apply_defaults()
     options, folder = given.arguments, Path(given.arguments["save_directory"])
     name = _only_active_bio_adapter(self)
+    if not getattr(self, "_hf_peft_config_loaded", False) and any(bio_layers(self)):
+        warnings.warn(
+            "this model carries the bio adapters of a PeftModel, and is saved with their layers in it, which nothing "
+            "can load: save the PeftModel instead, or call its unload() before",
+            stacklevel=3,
+        )
     if name is None or folder.is_file():
         return original(*given.args, **given.kwargs)
     upload, options["push_to_hub"] = options["push_to_hub"], False
@@ -87,10 +93,9 @@ def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: 
 
 def _say_what_trains_along(names: list[str], saved: bool) -> None:
     which = f"the adapter {', '.join(map(repr, names))} of another method (such as a LoRA) trains along"
-    if saved:
-        warnings.warn(f"{which}: it is saved in the folder {ALONG} beside the bio adapter", stacklevel=4)
-    else:
-        warnings.warn(f"{which} and is not saved: it was put in without a PeftModel, so save it by itself", stacklevel=4)
+    where = f"it is saved in the folder {ALONG} beside the bio adapter"
+    nowhere = "it is not saved, since it was put into the model without a PeftModel: save it by itself"
+    warnings.warn(f"{which}: {where if saved else nowhere}", stacklevel=4)
 
 
 def _with_places(record: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from ..primitives._state import Memory
 from . import patches
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
-from .learning import follow
+from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, read_key_padding, read_mask
 from .sites import Axes
 
@@ -53,8 +53,8 @@ class Surroundings:
     ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
     ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``encoder_mask``: (B, n) of
     what a decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
-    ``adapter_names``: the adapter of each sample, where they differ. ``calls``: by layer, which call of this forward
-    comes next and at which token it begins.
+    ``adapter_names``: the adapter of each sample, where they differ. ``terms``: what it adds to the loss. ``calls``: by
+    layer, which call of this forward comes next and at which token it begins.
     """
 
     stack: nn.Module | None = None
@@ -67,6 +67,7 @@ class Surroundings:
     past: int | None = None
     live: bool = False
     adapter_names: list[str] | None = None
+    terms: Any = None
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
     chunks: Memory | None = None  # what parts of a sequence leave to those that follow
@@ -187,17 +188,11 @@ class Scope:
         self.layers: list[BioLayer] = []
         self.flow = Flow()
         self.replaced: Callable[..., Any] | None = None
-        self.terms = Terms()
-        self.injected: float | None = None  # factor of auxiliary gradients; None: terms wait for `auxiliary_loss`
+        self.learning = Learning(self.layers)
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
         self.told = False  # whether the last forward knew anything of its tokens
         patches.surround(stack, self)
-        follow(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copied or unpickled model learns like the original
-        follow(self)
 
     @classmethod
     def of(cls, stack: nn.Module) -> Scope:
@@ -272,6 +267,7 @@ class Scope:
             stack, live=stack.training and torch.is_grad_enabled(), adapter_names=self.flow.adapter_names
         )
         if found.live:
+            self.learning.begin()
             patches.carry_through_recomputation(self.checkpointing, self._carried)
         self._read_tokens(found, given)
         self._read_cache(found, given)
@@ -380,16 +376,6 @@ def _masks(given: Mapping[str, Any], side: str) -> dict[str, Any]:
 def _device_of(given: Mapping[str, Any]) -> torch.device:
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
     return next(given[name].device for name in names if isinstance(given.get(name), Tensor))
-
-
-class Terms(list):
-    """Auxiliary losses of the last forwards. They belong to a graph: a copy of the model does not take them along."""
-
-    def __deepcopy__(self, memo: dict) -> Terms:
-        return Terms()
-
-    def __reduce__(self) -> tuple:
-        return (Terms, ())
 
 
 # -- which stack, and which way time runs --

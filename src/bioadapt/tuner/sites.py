@@ -34,8 +34,9 @@ class Site:
     pointwise_weight: bool = True
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The layer's weight as (d_out, n) in fp32."""
-        weight = weight.detach().float()
+        """The layer's weight as (d_out, n), in fp32 at least."""
+        weight = weight.detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.weight == "kernel":
             return weight.flatten(1)
         return weight.T if self.weight == "columns" else weight

@@ -12,6 +12,10 @@ from ..checkpoint import CONTAINER, ROOT, bare, check_keys
 from .circuit import Circuit
 from .tree import named_bio_layers
 
+# What wrappers of torch put into the names of modules. State dicts leave the first two out, the compiler's they keep.
+_LEFT_OUT = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_COMPILED = "_orig_mod."
+
 
 def circuit_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of an adapter's circuits under the model's names, from ``state_dict`` where that has them.
@@ -22,7 +26,7 @@ def circuit_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str
     for name, circuit in _circuits(model, adapter_name):
         prefix = f"{name}.{CONTAINER}.{adapter_name}." if name else f"{CONTAINER}.{adapter_name}."
         for rest, tensor in circuit.state_dict().items():
-            found[prefix + rest] = state_dict.get(prefix + rest, tensor)
+            found[(prefix + rest).replace(_COMPILED, "")] = state_dict.get(prefix + rest, tensor)
     return found
 
 
@@ -38,7 +42,7 @@ def placed(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
     places, expected = {}, {}
     for name, circuit in _circuits(model, adapter_name):
         for rest, tensor in circuit.state_dict().items():
-            key = f"{name}.{CONTAINER}.{rest}".removeprefix(ROOT)
+            key = f"{name}.{CONTAINER}.{rest}".replace(_COMPILED, "").removeprefix(ROOT)
             places[key], expected[key] = f"{name}.{CONTAINER}.{adapter_name}.{rest}", tensor
     for name, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -53,7 +57,7 @@ def placed(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
             places[key], expected[key] = name, parameter
     check_keys(given, expected, adapter_name)
     for name, circuit in _circuits(model, adapter_name):
-        start = f"{name}.{CONTAINER}.".removeprefix(ROOT)
+        start = f"{name}.{CONTAINER}.".replace(_COMPILED, "").removeprefix(ROOT)
         circuit.check_loaded({key.removeprefix(start): v for key, v in given.items() if key.startswith(start)})
     return {places[key]: tensor for key, tensor in given.items()}
 
@@ -74,9 +78,11 @@ def hide_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, lo
 
 
 def _circuits(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Circuit]]:
-    """The adapter's circuits, with the name of the layer of each."""
+    """The adapter's circuits, with the name that state dicts have for the layer of each."""
     for name, layer in named_bio_layers(model):
         if adapter_name in layer.circuits:
+            for part in _LEFT_OUT:
+                name = name.replace(part, "")
             yield name, layer.circuits[adapter_name]  # type: ignore[misc]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..._words import suggest
+from ...settings import DEFAULT_TASK
 from . import files
 from .images import ImageTask, digits
 from .labelled import ClassificationTask, ClusteringTask
@@ -38,7 +39,6 @@ __all__ = [
     "thinned",
 ]
 
-DEFAULT_TASK = "api-search"
 DIGITS = "digits"
 # In the order in which columns are compared: text and label alone mean classification.
 FAMILIES: dict[str, type[TableTask]] = {

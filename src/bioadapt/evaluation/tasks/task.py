@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # heavy, and optional: imported where used
     from transformers import Trainer
 
 ENCODE_BATCH = 64
-SENTENCES, IMAGES, LANGUAGE = "sentence encoder", "image model", "causal language model"
+SENTENCES, IMAGES, LANGUAGE = "a sentence encoder", "an image model", "a causal language model"
 
 
 def embeddings(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
@@ -182,6 +182,14 @@ class TableTask(Task):
             split: {column: [values[place] for place in places] for column, values in rows.items()},
         }
         return kept
+
+    def split_off(self, new: str, old: str, places: Sequence[int]) -> Self:
+        """The same task with some rows of one split as another split of their own."""
+        chosen = set(places)
+        rows, rest = self._splits[old], [place for place in range(self.sizes[old]) if place not in chosen]
+        changed = self.keep(old, rest)
+        changed._splits[new] = {column: [values[place] for place in places] for column, values in rows.items()}
+        return changed
 
     def without_test(self) -> Self:
         sealed = copy.copy(self)

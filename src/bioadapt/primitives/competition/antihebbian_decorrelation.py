@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FAINTEST = 1e-6
@@ -14,9 +14,15 @@ MOST_NEGATIVE = 0.9  # size of the smallest eigenvalue of the lateral synapses; 
 
 
 @register_primitive(
-    "antihebbian_decorrelation", stage="competition", kind="pointwise", zero_at="readout", merge="left", learns=True
+    "antihebbian_decorrelation",
+    stage="competition",
+    kind="pointwise",
+    zero_at="readout",
+    zero_scale=2.0,
+    merge="left",
+    learns=True,
 )
-class AntihebbianDecorrelation(Primitive):
+class AntihebbianDecorrelation(LocalRule, Primitive):
     """Latents inhibit each other as much as they have been active together, until they no longer are.
 
     Biology: if inhibitory synapses between the cells of one layer grow with coincident firing, the cells come to
@@ -48,7 +54,7 @@ class AntihebbianDecorrelation(Primitive):
             with torch.no_grad():
                 activity = y / token_scale(x)
                 together = masked_mean(activity[..., :, None] * activity[..., None, :], context.mask)
-                self.observe(context, coincidence=together)
+                self.observe(context, tokens=token_count(x, context.mask), coincidence=together)
         return y @ self.writer.T
 
     def steady_state(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import inverse_softplus
+from bioadapt.primitives.frames import check_indices, inverse_softplus
 from bioadapt.registry import register_primitive
 
 INHIBITORY = 0.2  # share of the senders
@@ -108,14 +109,14 @@ class DaleSmallWorld(Primitive):
         strength = torch.where(sign > 0, 1.0, (1 - INHIBITORY) / INHIBITORY)[self.senders] / max(k, 1)
         self.strength = nn.Parameter(strength.apply_(inverse_softplus))
 
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, senders=self.d_out)
+
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.weights(), self.senders)
+        return (self.weights() * torch.relu(x)[..., self.senders]).sum(-1)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return received(x, self.scaled_gate[:, None] * self.weights(), self.senders, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return received(x, scale[:, None] * self.weights(), self.senders, with_x)
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

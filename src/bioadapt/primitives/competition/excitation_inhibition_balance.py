@@ -54,7 +54,9 @@ def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, 
     return _TwoSidedGain.apply(x, common, signed, channels, with_x)
 
 
-@register_primitive("excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate")
+@register_primitive(
+    "excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate", zero_scale=32.0
+)
 class ExcitationInhibitionBalance(Primitive):
     """In each group of units the positive and the negative half are scaled towards their geometric mean.
 
@@ -81,13 +83,11 @@ class ExcitationInhibitionBalance(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.membership)
+        common, signed = (gain @ self.membership.T for gain in self.gains(x))
+        return x * common + x.abs() * signed
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), self.scaled_gate[:, None] * self.membership, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return two_sided_gain(x, *self.gains(x), scale[:, None] * self.membership, with_x)
 
     def gains(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""

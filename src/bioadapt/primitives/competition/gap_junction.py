@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.frames import check_indices
 from bioadapt.registry import register_primitive
 
 
@@ -69,7 +71,9 @@ def diffusion(x: Tensor, conductance: Tensor, order: Tensor, with_x: bool = Fals
     return _Diffusion.apply(x, conductance, order, with_x)
 
 
-@register_primitive("gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", merge="left")
+@register_primitive(
+    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=256.0, merge="left"
+)
 class GapJunction(Primitive):
     """Every unit moves towards its neighbours, who move towards it by the same amount.
 
@@ -93,14 +97,19 @@ class GapJunction(Primitive):
         self.conductance = nn.Parameter(torch.zeros(self.reach, self.d_out))
         self.register_buffer("order", host.normal("order of the ring", self.d_out).argsort())
 
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, order=self.d_out)
+
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.coupling(), self.order)
+        ring = x[..., self.order]
+        received = torch.zeros_like(ring)
+        for offset, coupling in enumerate(self.coupling(), start=1):
+            current = coupling * (ring.roll(-offset, -1) - ring)  # from the unit ``offset`` places on
+            received = received + current - current.roll(offset, -1)
+        return received[..., self.order.argsort()]
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.scaled_gate * self.coupling(), self.order)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return diffusion(x, self.scaled_gate * self.coupling(), self.order, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return diffusion(x, scale * self.coupling(), self.order, with_x)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

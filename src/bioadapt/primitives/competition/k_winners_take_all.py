@@ -76,10 +76,8 @@ class KWinnersTakeAll(Primitive):
         return math.ceil(self.fraction * self.d_out - 1e-9)  # 0.07 * 100 is 7.000000000000001
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, x.new_ones(self.d_out))
+        winners = x.abs().topk(self.winners, dim=-1).indices
+        return (torch.zeros_like(x).scatter(-1, winners, 1.0) - 1) * x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.scaled_gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return silencing(x, self.winners, self.scaled_gate, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return silencing(x, self.winners, scale, with_x)

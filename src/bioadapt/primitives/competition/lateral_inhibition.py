@@ -61,7 +61,7 @@ def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor, with_x
     return _Suppression.apply(x, pools, sources, own, scale, with_x)
 
 
-@register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate")
+@register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate", zero_scale=32.0)
 class LateralInhibition(Primitive):
     """Each unit is reduced by a weighted sum of its neighbours' activity, down to silence.
 
@@ -84,13 +84,13 @@ class LateralInhibition(Primitive):
         self.sources = nn.Parameter(inverse_softplus(1.0) + 0.1 * torch.randn(r, d))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), x.new_ones(self.d_out))
+        pools, sources = self.connections()
+        rate = x.abs()
+        inhibition = rate @ sources.T @ pools.T - (pools * sources.T).sum(-1) * rate
+        return x.sign() * torch.relu(rate - inhibition) - x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.scaled_gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        return suppression(x, *self.connections(), self.scaled_gate, with_x=True)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return suppression(x, *self.connections(), scale, with_x)
 
     def connections(self) -> tuple[Tensor, Tensor]:
         """The non-negative pools P (d, r) and sources Q (r, d)."""

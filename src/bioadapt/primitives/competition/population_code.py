@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
@@ -80,7 +80,7 @@ def voted(x: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
     return _Votes.apply(x, scale, weights)
 
 
-@register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout")
+@register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout", zero_scale=8.0)
 class PopulationCode(Primitive):
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 
@@ -104,7 +104,13 @@ class PopulationCode(Primitive):
         self.votes = nn.Parameter(torch.zeros(self.centres, self.d_out))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return voted(x, token_scale(x), self.votes)
+        scale = token_scale(x)
+        preferred = torch.linspace(-EDGE, EDGE, self.centres, device=x.device)
+        width = EDGE / (self.centres - 1)  # half the distance of neighbours
+        distance = (x / scale).clamp(-EDGE, EDGE)[..., None] - preferred
+        tuning = torch.softmax(-(distance**2) / (2 * width**2), dim=-1)
+        return scale * (tuning * self.votes.T).sum(-1)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return voted(x, token_scale(x), self.scaled_gate * self.votes)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(voted(x, token_scale(x), scale * self.votes), itself)

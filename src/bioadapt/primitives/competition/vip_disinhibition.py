@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_magnitude,
@@ -85,10 +85,12 @@ class VipDisinhibition(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, g), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return microcircuit(x, *self.interneurons(x, context), x.new_ones(self.d_out), self.membership)
+        subtracted, gain = (each @ self.membership.T for each in self.interneurons(x, context))
+        return gain * x.sign() * torch.relu(x.abs() - subtracted) - x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return microcircuit(x, *self.interneurons(x, context), self.scaled_gate, self.membership)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(microcircuit(x, *self.interneurons(x, context), scale, self.membership), itself)
 
     def interneurons(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What SST cells subtract, in units of x, and the gain that PV cells leave: each (B, T, groups)."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive
+from bioadapt.primitives.base import Context, Host, Primitive, added
 from bioadapt.primitives.frames import token_scale
 
 CELLS = 2048  # of the table of slopes
@@ -31,8 +31,9 @@ class SpikingNeuron(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), x.new_ones(self.d_out)).view(x.shape)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), self.scaled_gate).view(x.shape)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), scale).view(x.shape), itself)
 
 
 def fire(

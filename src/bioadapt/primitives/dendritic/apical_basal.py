@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, read_in, read_out, token_scale
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -88,7 +88,7 @@ def coincidence(
     return _Coincidence.apply(wide, *narrow, weights, rest, scale).view(x.shape)
 
 
-@register_primitive("apical_basal", stage="dendritic", kind="causal", zero_at="readout")
+@register_primitive("apical_basal", stage="dendritic", kind="causal", zero_at="readout", zero_scale=8.0)
 class ApicalBasal(Primitive):
     """A unit bursts if its own drive of now and a prediction from the past are both above threshold.
 
@@ -119,10 +119,16 @@ class ApicalBasal(Primitive):
         self.steepness = positive(4.0, 1)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.burst(x, context, x.new_ones(1))
+        softplus, frame = nn.functional.softplus, token_scale(x)
+        basal = x.sign() * torch.relu(x.abs() - frame * softplus(self.basal_threshold))
+        prediction = readings(self.past, (x @ self.reader.T) / frame, context) @ self.apical.T
+        steepness, threshold = softplus(self.steepness), softplus(self.apical_threshold)
+        apical = torch.sigmoid(steepness * (prediction - threshold)) - torch.sigmoid(-steepness * threshold)
+        return basal * apical.mean(0)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.burst(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.burst(x, context, scale), itself)
 
     def burst(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean, token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FLATTEST, STEEPEST = 0.05, 20.0
@@ -41,8 +41,10 @@ def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, 
     return _Excess.apply(x, scale, rate, slope, gate, target)
 
 
-@register_primitive("intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", learns=True)
-class IntrinsicPlasticity(Primitive):
+@register_primitive(
+    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=64.0, learns=True
+)
+class IntrinsicPlasticity(LocalRule, Primitive):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
     Biology: neurons change their ion channels until their rates over days have a mean they can afford; of all
@@ -65,22 +67,26 @@ class IntrinsicPlasticity(Primitive):
         self.declare_statistics(error=(self.d_out,), error_by_input=(self.d_out,))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.excess(x, context, x.new_ones(self.d_out))
+        frame = token_scale(x)
+        rate = torch.sigmoid(self.slope.clone() * (x / frame) + self.offset)
+        self.watch(x / frame, rate, context)
+        return frame * (rate - self.target)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.excess(x, context, self.scaled_gate)
-
-    def excess(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
-        """``gate`` times the change."""
-        scale = token_scale(x)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself, frame = x.view_as(x) if with_x else None, token_scale(x)
         with torch.no_grad():
-            u = x / scale
+            u = x / frame
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
-            if self.training and context.observing:
-                error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
-                statistics = {"error": masked_mean(error, context.mask)}
-                self.observe(context, **statistics, error_by_input=masked_mean(u.mul_(error), context.mask))
-        return excess(x, scale, rate, self.slope.clone(), gate, self.target)
+        self.watch(u, rate, context)
+        return added(excess(x, frame, rate, self.slope.clone(), scale, self.target), itself)
+
+    @torch.no_grad()
+    def watch(self, u: Tensor, rate: Tensor, context: Context) -> None:
+        """Observe how far the rates are from their target, and how that goes with the input."""
+        if self.training and context.observing:
+            error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
+            mean, by_input = masked_mean(error, context.mask), masked_mean(u * error, context.mask)
+            self.observe(context, tokens=token_count(u, context.mask), error=mean, error_by_input=by_input)
 
     def learn(self, fresh: Tensor) -> None:
         pace = fresh * self.rate

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import group_index, positive, read_out, token_scale
+from bioadapt.primitives.frames import check_indices, group_index, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -21,6 +23,7 @@ def branch_spikes(drive: Tensor, threshold: Tensor, steepness: Tensor) -> Tensor
     stage="dendritic",
     kind="pointwise",
     zero_at="readout",
+    zero_scale=2.0,
     needs_input=True,
     aliases=("dendritic_branches",),
 )
@@ -50,6 +53,9 @@ class NmdaBranches(Primitive):
         self.threshold = positive(1.0, self.branches)
         self.steepness = positive(4.0, self.branches)
         self.soma = read_out(self.d_out, self.branches)
+
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, branch=self.branches)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         v = context.x_in

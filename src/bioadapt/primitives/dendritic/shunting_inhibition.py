@@ -58,7 +58,9 @@ def shunted(
     return _Shunt.apply(x, latent, spread, rest, level, gain, direct)
 
 
-@register_primitive("shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", needs_input=True)
+@register_primitive(
+    "shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=32.0, needs_input=True
+)
 class ShuntingInhibition(Primitive):
     """Each unit saturates with its own drive, and the layer's input divides it further.
 
@@ -85,16 +87,12 @@ class ShuntingInhibition(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        one = x.new_ones(self.d_out)
-        return self.shunted(x, context, one, -one)
+        softplus, v, level = nn.functional.softplus, context.x_in, self.log_level.exp()
+        conductance = softplus((v / token_scale(v)) @ self.inhibitors.T @ self.spread.T + self.rest)
+        return softplus(self.reversal) * x / (1 + x.abs() / level + conductance) - x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.shunted(x, context, gate, -gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.shunted(x, context, gate, 1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return self.shunted(x, context, scale, 1 - scale if with_x else -scale)
 
     def shunted(self, x: Tensor, context: Context, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

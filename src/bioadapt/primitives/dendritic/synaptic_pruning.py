@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, OnWeight, added, setting
 from bioadapt.primitives.frames import base_weight, positive
 from bioadapt.registry import register_primitive
 
@@ -43,9 +43,15 @@ def _change(weight: Tensor, left: Tensor, factor: Tensor, scale: Tensor) -> Tens
 
 
 @register_primitive(
-    "synaptic_pruning", stage="dendritic", kind="weight", zero_at="gate", merge="weight", needs_input=True
+    "synaptic_pruning",
+    stage="dendritic",
+    kind="weight",
+    zero_at="gate",
+    zero_scale=256.0,
+    merge="weight",
+    needs_input=True,
 )
-class SynapticPruning(Primitive):
+class SynapticPruning(OnWeight):
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
     Biology: during development and sleep weak spines are lost while strong ones stay or grow, at rates that differ from
@@ -58,7 +64,9 @@ class SynapticPruning(Primitive):
     dendritic integration, arXiv:2508.21566.
 
     Shapes: v (B, T, n) -> (B, T, d); t and a are (d,). A copy of the layer's weight in fp32 is kept, though not saved:
-    the weight itself may be quantised, or hold for a while what an adapter beneath was merged into.
+    the weight itself may be quantised, or hold for a while what an adapter beneath was merged into. What is weak goes
+    by the weight of the plain layer at the time of injection: over a base into which a LoRA has been merged, that
+    weight holds the LoRA, and the same thresholds make another function than over the base with the LoRA beside it.
     """
 
     threshold: float = setting(0.2, low=0.001, high=10.0, meaning="threshold at birth, in means of |W| of its row")
@@ -71,10 +79,13 @@ class SynapticPruning(Primitive):
         self.log_factor = nn.Parameter(torch.zeros(self.d_out))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.pruning(context.x_in, x.new_ones(self.d_out))
+        weight = self.synapses
+        left = weight.sign() * torch.relu(weight.abs() - self.thresholds()[:, None])
+        return context.x_in @ (self.log_factor.exp()[:, None] * left - weight).T
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.pruning(context.x_in, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.pruning(context.x_in, scale), itself)
 
     def pruning(self, v: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import positive, token_scale
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.frames import positive, token_scale, unit
 from bioadapt.registry import register_primitive
 
 
@@ -98,10 +98,14 @@ class VesicleRelease(Primitive):
         self.drive = positive(1.0, self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.transmitted(x, x.new_ones(self.d_out))
+        p = torch.sigmoid(self.rest + nn.functional.softplus(self.drive) * unit(x).abs())
+        if not self.training:
+            return x * p
+        return x * (p + (released_share(p.detach(), self.sites) - p).detach())  # the gradient passes straight through
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.transmitted(x, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.transmitted(x, scale), itself)
 
     def transmitted(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` times the change."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -126,7 +126,7 @@ def _rows(x: Tensor, wiring: Wiring) -> Tensor:
     return x.reshape(-1, wiring.layer4.shape[0])
 
 
-@register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate")
+@register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate", zero_scale=8.0)
 class CorticalColumn(Primitive):
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 
@@ -135,7 +135,9 @@ class CorticalColumn(Primitive):
 
     Equation: in two sweeps from g = 0, l4 = [W_4 u]_+ / (1 + g); e = [W_23 l4]_+;
     l23 = e^2 / (e + 2 kappa mean(e) + 1e-4); l5 = [W_5 l23 + k l4]_+; g = w_6 l5; delta = s W_o l5, with each
-    W = I + 0.3 N / sqrt(w), w_6 = 0.5 / w positive, kappa = 1 positive and k = 0.5 at birth.
+    W = I + 0.3 N / sqrt(w), w_6 = 0.5 / w positive, kappa = 1 positive and k = 0.5 at birth. All steps are homogeneous
+    but for the 1e-4, so that the second sweep is the first one divided by 1 + g to within that: what the loop adds is
+    the divisive gain of layer 6, and no other winners.
 
     Reference: Douglas and Martin 2004, Neuronal circuits of the neocortex, Annu Rev Neurosci; Bastos et al. 2012,
     Canonical microcircuits for predictive coding, Neuron.
@@ -156,10 +158,21 @@ class CorticalColumn(Primitive):
         self.bypass = nn.Parameter(torch.full((1,), 0.5))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.response(x, x.new_ones(self.d_out))
+        wiring, scale = self.wiring(), token_scale(x)
+        u = nn.functional.pad(x / scale, (0, -self.d_out % self.width)).unflatten(-1, (-1, self.width))
+        gain = torch.zeros_like(u[..., :1])
+        for _ in range(2):
+            layer4 = torch.relu(u @ wiring.layer4.T) / (1 + gain)
+            excitation = torch.relu(layer4 @ wiring.layer23.T)
+            pool = excitation.mean(-1, keepdim=True)
+            layer23 = excitation.square() / (excitation + 2 * wiring.kappa * pool + FLOOR)
+            layer5 = torch.relu(layer23 @ wiring.layer5.T + wiring.bypass * layer4)
+            gain = (layer5 @ wiring.feedback)[..., None]
+        return scale * (layer5 @ wiring.output.T).flatten(-2)[..., : self.d_out]
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.response(x, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.response(x, scale), itself)
 
     def response(self, x: Tensor, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix
 from bioadapt.primitives.time import decay_of, front_aligned, is_short, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -99,7 +99,7 @@ def _kernels(decay: Tensor, steps: int, both_ways: bool) -> list[Tensor]:
     return [kernel, kernel.mT] if both_ways else [kernel]
 
 
-@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate")
+@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate", zero_scale=64.0)
 class SpikeFrequencyAdaptation(Primitive):
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 
@@ -127,10 +127,16 @@ class SpikeFrequencyAdaptation(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.adapted(x, context, x.new_ones(self.d_out))
+        def one_way(series: Tensor, around: Context) -> Tensor:
+            drive = torch.sigmoid(self.strength) * series.abs()
+            current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, around)
+            return series.sign() * torch.relu(series.abs() - current) - series
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.adapted(x, context, self.scaled_gate)
+        return readings(one_way, x, context).mean(0)
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.adapted(x, context, scale), itself)
 
     def adapted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

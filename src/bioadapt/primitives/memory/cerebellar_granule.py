@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import positive, read_out, token_scale
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -72,7 +73,9 @@ class _GranuleLayer(torch.autograd.Function):
         return on_v, on_threshold, on_purkinje, None
 
 
-@register_primitive("cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", needs_input=True)
+@register_primitive(
+    "cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", zero_scale=2.0, needs_input=True
+)
 class CerebellarGranule(Primitive):
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
@@ -102,17 +105,19 @@ class CerebellarGranule(Primitive):
         self.purkinje = nn.Parameter(torch.randn(self.rank, self.cells) / (self.cells / 4) ** 0.5)
         self.writer = read_out(self.d_out, self.rank)
 
+    def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        check_indices(tensors, wiring=self.d_in)
+
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.corrected(x, context, x.new_ones(1))
+        return -token_scale(x) * (self.purkinje_cells(context.x_in) @ self.writer.T)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.corrected(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added((-scale * token_scale(x) * self.purkinje_cells(context.x_in)) @ self.writer.mT, itself)
 
-    def corrected(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
-        """``gate`` times the change."""
-        threshold = nn.functional.softplus(self.threshold)
-        output = _GranuleLayer.apply(context.x_in, threshold, self.purkinje, self.wiring)
-        return (-gate * token_scale(x) * output) @ self.writer.mT
+    def purkinje_cells(self, v: Tensor) -> Tensor:
+        """P gamma, (B, T, n) -> (B, T, rank), whose error comes back by climbing fibres."""
+        return _GranuleLayer.apply(v, nn.functional.softplus(self.threshold), self.purkinje, self.wiring)
 
     def granules(self, v: Tensor) -> Tensor:
         """The code of an input: (..., n) -> (..., cells)."""

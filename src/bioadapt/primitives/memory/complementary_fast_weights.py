@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, setting
 from bioadapt.primitives.fast_weights import recall
 from bioadapt.primitives.frames import read_in, read_out
 from bioadapt.primitives.latent import Latent
@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 
 
 @register_primitive("complementary_fast_weights", stage="memory", kind="causal", zero_at="readout", learns=True)
-class ComplementaryFastWeights(Latent):
+class ComplementaryFastWeights(LocalRule, Latent):
     """Content is bound to a key within the sequence at once, and what recurs is kept in a slow store.
 
     Biology: the hippocampus stores an episode in one trial and loses it again; replay teaches the cortex, which learns
@@ -51,7 +51,8 @@ class ComplementaryFastWeights(Latent):
         key, content = drive.split(self.rank, -1)
         key = nn.functional.normalize(key, dim=-1, eps=1e-6)
         if self.training and context.observing:
-            self.observe(context, episode=self.episode(key.detach(), content.detach(), context))
+            episode = self.episode(key.detach(), content.detach(), context)
+            self.observe(context, tokens=len(x), episode=episode)  # a mean over sequences
         return torch.cat([key, content], -1), scale
 
     def code(self, drive: Tensor, context: Context) -> Tensor:

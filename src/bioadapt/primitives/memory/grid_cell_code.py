@@ -17,7 +17,7 @@ RATIO = 1.42  # of the scales of neighbouring modules
 FIELDS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))  # centres, in steps of the lattice
 
 
-@register_primitive("grid_cell_code", stage="memory", kind="causal", zero_at="readout")
+@register_primitive("grid_cell_code", stage="memory", kind="causal", zero_at="readout", zero_scale=2.0)
 class GridCellCode(Latent):
     """Features are steps on a plane; where their sum has led is told by grids of several scales.
 
@@ -29,7 +29,8 @@ class GridCellCode(Latent):
     4 offsets; delta = s U g. At birth lambda_m = 4 1.42^m and the orientations divide 60 degrees evenly.
 
     Reference: Hafting et al. 2005, Microstructure of a spatial map in the entorhinal cortex, Nature; Burak and Fiete
-    2009, Accurate path integration in continuous attractor network models of grid cells, PLoS Comput Biol.
+    2009, Accurate path integration in continuous attractor network models of grid cells, PLoS Comput Biol; the ratio
+    1.42: Stensola et al. 2012, The entorhinal grid map is discretized, Nature.
 
     Shapes: x (B, T, d) -> (B, T, d); the place is (B, T, 2), the code (B, T, scales, 4).
     """

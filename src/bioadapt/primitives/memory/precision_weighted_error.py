@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, pooling_matrix, positive
 from bioadapt.primitives.modulation import modulated
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
@@ -42,6 +42,7 @@ class _Weighting(torch.autograd.Function):
     stage="memory",
     kind="causal",
     zero_at="gate",
+    zero_scale=8.0,
     aliases=("precision_weighted_prediction_error",),
 )
 class PrecisionWeightedError(Primitive):
@@ -76,10 +77,15 @@ class PrecisionWeightedError(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.weighted(x, context, self.membership)
+        def one_way(series: Tensor, around: Context) -> Tensor:
+            error = series - past_trace("mean", series, decay_of(self.log_tau) @ self.membership.T, around)
+            return error * (self.precision(error.square() @ self.pooling, around) @ self.membership.T)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.weighted(x, context, self.scaled_gate[:, None] * self.membership)
+        return readings(one_way, x, context).mean(0)
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.weighted(x, context, scale[:, None] * self.membership), itself)
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""

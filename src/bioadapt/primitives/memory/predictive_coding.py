@@ -13,7 +13,7 @@ from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("predictive_coding", stage="memory", kind="causal", zero_at="gate")
+@register_primitive("predictive_coding", stage="memory", kind="causal", zero_at="gate", zero_scale=8.0)
 class PredictiveCoding(Primitive):
     """A latent trace of the past predicts the present token; what remains is the error.
 
@@ -28,6 +28,10 @@ class PredictiveCoding(Primitive):
     coding, Neuron.
 
     Shapes: x (B, T, d) -> (B, T, d); the trace is (B, T, rank).
+
+    As it comes, with ``auxiliary=0``, only the task's loss trains the predictor: it learns what to take away of the
+    past for the task's sake, and need not predict, so that the error may grow beyond x. With ``auxiliary`` above 0 the
+    squared error, in units of the token's own size, is one of the losses, and the predictor learns to predict.
     """
 
     reads_both_ways = True
@@ -37,7 +41,7 @@ class PredictiveCoding(Primitive):
     def build(self, host: Host) -> None:
         self.rank = min(self.rank, self.d_out)
         self.causes = nn.Parameter(nn.init.orthogonal_(torch.empty(self.rank, self.d_out)))
-        self.predictor = nn.Parameter(self.causes.detach().T.clone())
+        self.predictor = nn.Parameter(self.causes.detach().T.clone(memory_format=torch.contiguous_format))
         self.log_tau = nn.Parameter(torch.linspace(math.log(2), math.log(16), self.rank))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, token_scale, unit
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -64,7 +64,7 @@ def _spread(share: Tensor, width: int) -> Tensor:
     return share[..., None].expand(-1, -1, width).contiguous()
 
 
-@register_primitive("acetylcholine_balance", stage="plasticity", kind="causal", zero_at="gate")
+@register_primitive("acetylcholine_balance", stage="plasticity", kind="causal", zero_at="gate", zero_scale=32.0)
 class AcetylcholineBalance(Primitive):
     """Features move towards their own recent past as far as that has been predicting them well.
 
@@ -94,10 +94,11 @@ class AcetylcholineBalance(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.balanced(x, context, x.new_ones(self.d_out))
+        return token_scale(x) * readings(self.by_scan, unit(x), context).mean(0)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.balanced(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.balanced(x, context, scale), itself)
 
     def balanced(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
 
@@ -33,8 +33,8 @@ def _share(x: Tensor, turn: Tensor, level: Tensor) -> Tensor:
     return x.abs().add_(level).reciprocal_().mul_(-turn).add_(1)
 
 
-@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", learns=True)
-class BcmThreshold(Primitive):
+@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=64.0, learns=True)
+class BcmThreshold(LocalRule, Primitive):
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
     Biology: whether the synapses of a visual neuron strengthen or weaken depends on whether its activity lies above or
@@ -44,7 +44,9 @@ class BcmThreshold(Primitive):
     follows theta <- theta + eta (E[c^2] - theta). The level rho is that of the layer at birth and does not change.
 
     Reference: Bienenstock, Cooper and Munro 1982, Theory for the development of neuron selectivity: orientation
-    specificity and binocular interaction in visual cortex, J Neurosci.
+    specificity and binocular interaction in visual cortex, J Neurosci; the threshold E[c^2]: Intrator and Cooper 1992,
+    Objective function formulation of the BCM theory of visual cortical plasticity: statistical connections, stability
+    conditions, Neural Networks.
 
     Shapes: x (B, T, d) -> (B, T, d); theta is (d,).
     """
@@ -57,18 +59,22 @@ class BcmThreshold(Primitive):
         self.declare_statistics(power=(self.d_out,))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.judged(x, context, x.new_ones(self.d_out))
+        self.watch(x, context)
+        activity = x.abs() / self.level
+        return self.level * x.sign() * activity * (activity - self.threshold) / (1 + activity)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.judged(x, context, self.scaled_gate)
-
-    def judged(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
-        if self.training and context.observing:
-            with torch.no_grad():
-                self.observe(context, power=masked_mean(x.square(), context.mask) / self.level.square())
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
-        return _Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale)
+        return added(_Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale), itself)
+
+    @torch.no_grad()
+    def watch(self, x: Tensor, context: Context) -> None:
+        """Observe E[c^2]."""
+        if self.training and context.observing:
+            power = masked_mean(x.square(), context.mask) / self.level.square()
+            self.observe(context, tokens=token_count(x, context.mask), power=power)
 
     def learn(self, fresh: Tensor) -> None:
         self.threshold.add_(fresh * self.rate * (self.observed_power - self.threshold))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, setting
+from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -19,7 +19,7 @@ from bioadapt.registry import register_primitive
     learns=True,
     needs_input=True,
 )
-class HebbianTrace(Primitive):
+class HebbianTrace(LocalRule, OnWeight):
     """A low-rank path whose core is a running correlation of what goes in and what comes out.
 
     Biology: cells that fire together wire together; the plasticity of each connection is itself under genetic, here
@@ -50,7 +50,8 @@ class HebbianTrace(Primitive):
         v = context.x_in
         latent = v @ self.reader.T
         if self.training and context.observing:
-            self.observe(context, correlation=self.correlation(x.detach(), v.detach(), latent.detach(), context))
+            correlation = self.correlation(x.detach(), v.detach(), latent.detach(), context)
+            self.observe(context, tokens=token_count(x, context.mask), correlation=correlation)
         return latent @ (self.plasticity * self.trace).T @ self.writer.T
 
     def correlation(self, y: Tensor, v: Tensor, latent: Tensor, context: Context) -> Tensor:

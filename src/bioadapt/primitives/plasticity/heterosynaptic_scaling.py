@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, OnWeight, setting
 from bioadapt.primitives.frames import base_weight, read_out
 from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "heterosynaptic_scaling", stage="plasticity", kind="weight", zero_at="readout", merge="weight", needs_input=True
+    "heterosynaptic_scaling",
+    stage="plasticity",
+    kind="weight",
+    zero_at="readout",
+    zero_scale=4.0,
+    merge="weight",
+    needs_input=True,
 )
-class HeterosynapticScaling(Primitive):
+class HeterosynapticScaling(OnWeight):
     """A low-rank change of the weights that leaves the length of every neuron's weight vector as it was.
 
     Biology: when a few synapses of a cell are potentiated, their neighbours are depressed, so that its total synaptic

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import masked_mean, token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FAINTEST, STRONGEST = 0.25, 4.0
@@ -17,11 +17,12 @@ FAINTEST, STRONGEST = 0.25, 4.0
     stage="plasticity",
     kind="pointwise",
     zero_at="gate",
+    zero_scale=64.0,
     merge="left",
     learns=True,
     aliases=("synaptic_scaling",),
 )
-class HomeostaticScaling(Primitive):
+class HomeostaticScaling(LocalRule, Primitive):
     """A slow gain per channel brings every channel to the mean rate of all.
 
     Biology: when a cortical neuron is silenced or overdriven for days, all its synapses grow or shrink by one common
@@ -45,7 +46,8 @@ class HomeostaticScaling(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         if self.training and context.observing:
             with torch.no_grad():
-                self.observe(context, rates=masked_mean(x.abs() / token_scale(x), context.mask))
+                rates = masked_mean(x.abs() / token_scale(x), context.mask)
+                self.observe(context, tokens=token_count(x, context.mask), rates=rates)
         return (self.scale - 1) * x
 
     def learn(self, fresh: Tensor) -> None:

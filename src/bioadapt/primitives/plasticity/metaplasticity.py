@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -29,11 +29,12 @@ class _Binary(torch.autograd.Function):
     stage="plasticity",
     kind="weight",
     zero_at="readout",
+    zero_scale=4.0,
     merge="weight",
     learns=True,
     needs_input=True,
 )
-class Metaplasticity(Primitive):
+class Metaplasticity(LocalRule, OnWeight):
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
     Biology: how easily a synapse changes depends on its own history; one that has been potentiated again and again
@@ -49,6 +50,7 @@ class Metaplasticity(Primitive):
     nothing has to be kept for the law.
     """
 
+    governed = ("hidden",)
     rank: int = setting(8, low=1, high=256, meaning="number r of latents")
     hardness: float = setting(2.0, low=0.0, high=20.0, meaning="how fast resistance m grows with a hidden strength")
 
@@ -61,8 +63,9 @@ class Metaplasticity(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(context, self.writer)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(context, self.scaled_gate * self.writer)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.written(context, scale * self.writer), itself)
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""

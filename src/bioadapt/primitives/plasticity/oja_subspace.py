@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import mean_square, read_out
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.frames import mean_square, read_out, token_count
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", merge="left", learns=True)
-class OjaSubspace(Primitive):
+@register_primitive(
+    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=64.0, merge="left", learns=True
+)
+class OjaSubspace(LocalRule, Primitive):
     """A local rule finds the principal components of the features; each gets one learned gain.
 
     Biology: Hebbian growth alone would run away; where every synapse also decays with the square of its neuron's
@@ -20,7 +22,7 @@ class OjaSubspace(Primitive):
     Equation: delta = Q^T (gamma * Q x), with gamma = 0 at birth; Q starts with orthonormal rows and, with y = Q u,
     follows Q <- Q + eta (E[y u^T] - tril(E[y y^T]) Q) / max(1, tr E[y y^T] / r).
 
-    Reference: Oja 1982, A simplified neuron model as a principal component analyzer, J Math Biol; Sanger 1989, Optimal
+    Reference: Oja 1982, Simplified neuron model as a principal component analyzer, J Math Biol; Sanger 1989, Optimal
     unsupervised learning in a single-layer linear feedforward neural network, Neural Networks.
 
     Shapes: x (B, T, d) -> (B, T, d); Q is (rank, d), gamma (rank,).
@@ -40,19 +42,21 @@ class OjaSubspace(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.amplified(x, context, self.gains)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.amplified(x, context, self.scaled_gate * self.gains)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.amplified(x, context, scale * self.gains), itself)
 
     def amplified(self, x: Tensor, context: Context, gains: Tensor) -> Tensor:
         """What ``gains`` (1, rank) make of the components of x."""
         latent = x @ self.components.T
         if self.training and context.observing:
-            self.observe(context, correlation=self.correlation(x.detach(), latent.detach(), context))
+            correlation = self.correlation(x.detach(), latent.detach(), context)
+            self.observe(context, tokens=token_count(x, context.mask), correlation=correlation)
         return (gains * latent) @ self.components
 
     def correlation(self, x: Tensor, latent: Tensor, context: Context) -> Tensor:
         """E[y u^T] over real tokens, (rank, d)."""
-        count = x.shape[0] * x.shape[1] if context.mask is None else context.mask.sum().clamp(min=1)
+        count = token_count(x, context.mask).clamp(min=1)
         post = latent / (count * (mean_square(x) + 1e-6))
         if context.mask is not None:
             padding = ~context.mask[..., None]

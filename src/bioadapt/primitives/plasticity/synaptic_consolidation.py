@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "synaptic_consolidation", stage="plasticity", kind="pointwise", zero_at="readout", merge="left", learns=True
+    "synaptic_consolidation",
+    stage="plasticity",
+    kind="pointwise",
+    zero_at="readout",
+    zero_scale=64.0,
+    merge="left",
+    learns=True,
 )
-class SynapticConsolidation(Primitive):
+class SynapticConsolidation(LocalRule, Primitive):
     """A gain per channel whose value flows, step by step, into a chain of hidden variables, each slower than the last.
 
     Biology: the strength of a synapse rests on many biochemical processes with time scales from seconds to years, which
@@ -28,24 +34,23 @@ class SynapticConsolidation(Primitive):
     """
 
     readout = "efficacy"
+    governed = ("efficacy",)
     levels: int = setting(6, low=2, high=16, meaning="number m of variables in the chain, w among them")
     exchange: float = setting(0.25, low=0.0, high=0.5, meaning="rate g at which the two fastest exchange")
 
     def build(self, host: Host) -> None:
         self.efficacy = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("hidden", torch.zeros(self.levels - 1, self.d_out))
-        self.declare_statistics(steps=())
+        self.declare_statistics()
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.scaled(x, context, self.efficacy)
+        self.observe(context)
+        return self.efficacy * x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.scaled(x, context, self.scaled_gate * self.efficacy)
-
-    def scaled(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """x times ``scale`` (d,)."""
-        self.observe(context, steps=self.forwards.new_ones(()))
-        return x * scale
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        self.observe(context)
+        gain = scale * self.efficacy
+        return x * (1 + gain) if with_x else x * gain
 
     def learn(self, fresh: Tensor) -> None:
         chain = torch.cat([self.efficacy.float()[None], self.hidden])

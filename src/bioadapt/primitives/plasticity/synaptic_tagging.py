@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -22,11 +22,12 @@ STRONG = 0.2  # share of tagged synapses that sets off the synthesis of proteins
     stage="plasticity",
     kind="weight",
     zero_at="readout",
+    zero_scale=4.0,
     merge="weight",
     learns=True,
     needs_input=True,
 )
-class SynapticTagging(Primitive):
+class SynapticTagging(LocalRule, OnWeight):
     """Changes of the weights fade back to a late phase, which follows them only where tag and protein meet.
 
     Biology: a brief stimulus leaves a change that fades within hours, and a tag at the synapse; plasticity-related
@@ -44,6 +45,7 @@ class SynapticTagging(Primitive):
     """
 
     readout = "early"
+    governed = ("early",)
     rank: int = setting(8, low=1, high=256, meaning="number r of latents")
     threshold: float = setting(1e-3, low=0.0, high=1.0, meaning="smallest update that tags, about the learning rate")
 
@@ -59,8 +61,9 @@ class SynapticTagging(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(context, self.early)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(context, self.scaled_gate * self.early)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.written(context, scale * self.early), itself)
 
     def written(self, context: Context, early: Tensor) -> Tensor:
         """What ``early`` (d, rank) makes of the latents."""

@@ -101,16 +101,16 @@ class AttentionGain(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        one = x.new_ones(self.d_out)
-        return self.attended(x, one, -one)
+        level, sigma = self.log_level.exp(), nn.functional.softplus(self.sigma)
+        alpha, p = self.self_weight, self.exponent
+        attention = torch.exp(2 * torch.tanh(0.5 * (x / token_scale(x)) @ self.reader.T @ self.writer.T))
+        drive = attention * (x / level).abs().pow(p)
+        pool = (1 - alpha) * drive.mean(-1, keepdim=True) + alpha * drive
+        response = (1 + sigma.pow(p)) * x.sign() * drive / (sigma.pow(p) + pool)
+        return level * response - x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.attended(x, gate, -gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return self.attended(x, gate, 1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return self.attended(x, scale, 1 - scale if with_x else -scale)
 
     def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
         """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""

@@ -100,15 +100,14 @@ class DivisiveNormalization(Primitive):
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return normalized(x, *self.shape(), direct=-1.0)
+        level, sigma, weights, alpha, p = self.shape()
+        drive = (x / level).abs().pow(p)
+        pool = (1 - alpha) * (weights * drive).mean(-1, keepdim=True) + alpha * drive
+        response = (1 + sigma.pow(p)) * x.sign() * drive / (sigma.pow(p) + pool)
+        return level * response - x
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return normalized(x, *self.shape(), scale=gate, direct=-gate)
-
-    def applied(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return normalized(x, *self.shape(), scale=gate, direct=1 - gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        return normalized(x, *self.shape(), scale=scale, direct=1 - scale if with_x else -scale)
 
     def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
         """Level, semi-saturation, pool weights, self weight and exponent."""

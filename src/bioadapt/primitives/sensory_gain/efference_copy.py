@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
-from bioadapt.primitives.frames import token_scale
+from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.frames import token_count, token_scale
 from bioadapt.primitives.time import held, previous, readings
 from bioadapt.registry import register_primitive
 
@@ -19,7 +19,7 @@ from bioadapt.registry import register_primitive
     learns=True,
     needs_input=True,
 )
-class EfferenceCopy(Primitive):
+class EfferenceCopy(LocalRule, Primitive):
     """A local rule learns which features follow from the layer's previous input, and takes them away.
 
     Biology: motor centres send a copy of each command to sensory ones; in electric fish, granule cells carry it, and
@@ -47,8 +47,9 @@ class EfferenceCopy(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.cancelled(x, context, -self.image)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.cancelled(x, context, self.scaled_gate[:, None] * -self.image)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.cancelled(x, context, scale[:, None] * -self.image), itself)
 
     def cancelled(self, x: Tensor, context: Context, image: Tensor) -> Tensor:
         """s times ``image`` (d, rank) times the copy of the token before, (B, T, d)."""
@@ -64,7 +65,8 @@ class EfferenceCopy(Primitive):
 
     def watch(self, x: Tensor, scale: Tensor, copies: Tensor, context: Context) -> None:
         """Observe how features and copies go together; where time is read both ways, each way tells half."""
-        count = x.shape[0] * x.shape[1] if context.mask is None else context.mask.sum().clamp(min=1)
+        tokens = token_count(x, context.mask)
+        count = tokens.clamp(min=1)
         weighed, pre = copies / (count * len(copies)), copies.mean(0) / (count * scale)
         if context.mask is not None:
             padding = ~context.mask[..., None]
@@ -75,7 +77,7 @@ class EfferenceCopy(Primitive):
             )
         correlation = x.flatten(0, 1).mT @ pre.flatten(0, 1)
         power = weighed.flatten(0, 2).mT @ copies.flatten(0, 2)
-        self.observe(context, correlation=correlation, power=power)
+        self.observe(context, tokens=tokens, correlation=correlation, power=power)
 
     def learn(self, fresh: Tensor) -> None:
         correlation, power = self.observed_correlation, self.observed_power

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import read_in, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -60,10 +60,11 @@ class GainField(Primitive):
         self.writer = read_out(self.d_out, self.rank)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return bounded_gain(x, self.latent(context), self.writer, x.new_ones(1))
+        return x * torch.tanh(self.latent(context) @ self.writer.T)
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return bounded_gain(x, self.latent(context), self.writer, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(bounded_gain(x, self.latent(context), self.writer, scale), itself)
 
     def latent(self, context: Context) -> Tensor:
         """V v / rms(v), (B, T, rank)."""

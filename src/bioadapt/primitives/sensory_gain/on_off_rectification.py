@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive
-from bioadapt.primitives.frames import positive
+from bioadapt.primitives.base import Context, Host, Primitive, added
+from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -71,11 +71,13 @@ class OnOffRectification(Primitive):
         self.off_threshold = positive(0.3, self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return half_waves(x, self.on_gain, self.off_gain, *self.thresholds())
+        scale, (high, low) = token_scale(x), self.thresholds()
+        u = x / scale
+        return scale * (self.on_gain * torch.relu(u - high) - self.off_gain * torch.relu(-u - low))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        gate = self.scaled_gate
-        return half_waves(x, gate * self.on_gain, gate * self.off_gain, *self.thresholds())
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(half_waves(x, scale * self.on_gain, scale * self.off_gain, *self.thresholds()), itself)
 
     def thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the ON and of the OFF half, (d,) each."""

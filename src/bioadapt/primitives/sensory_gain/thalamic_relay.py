@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -56,7 +56,7 @@ def _change(x: Tensor, below: Tensor, scale: Tensor, amplification: Tensor) -> T
     return below.mul_(-burst).addcmul_(x, burst - scale)
 
 
-@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate")
+@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=32.0)
 class ThalamicRelay(Primitive):
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
@@ -89,8 +89,9 @@ class ThalamicRelay(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.relayed(x, context, x.new_ones(self.d_out))
 
-    def gated(self, x: Tensor, context: Context) -> Tensor:
-        return self.relayed(x, context, self.scaled_gate)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.view_as(x) if with_x else None
+        return added(self.relayed(x, context, scale), itself)
 
     def relayed(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""

@@ -36,6 +36,7 @@ from .finale import (
     Confirmation,
     Final,
     best_trials,
+    caveats,
     confirm,
     contenders,
     lora_size,
@@ -182,6 +183,8 @@ class Search:
                     f"study {self.name!r} was begun with {name}={known.get(name)!r}, not {value!r}: go on with that, "
                     "or give another name with --study"
                 )
+        if study.user_attrs["space"] != json.loads(json.dumps(self.space.record())):
+            self.space = SearchSpace.from_record(study.user_attrs["space"])  # as it was when the search began
         return study
 
     @contextmanager
@@ -263,6 +266,8 @@ class Search:
         count = min(len(alone), settings.trials // _WARM_UP)
         first = [alone[i * len(alone) // count] for i in range(count)]
         prepare(self.storage, self.name, settings.trials, first)
+        recorded = study.user_attrs["settings"]
+        study.set_user_attr("settings", {**recorded, "trials": count_tickets(study)})
         job = self._job(self.name, self._objective(study, lora))
         run_study(job, settings.workers, self.console, "searching bio adapters")
 
@@ -271,24 +276,26 @@ class Search:
         return BioObjective(self.space, self._bench, lora["folder"] if lora else None, start, self.settings.seed)
 
     def _confirm(self, study: Study, lora: Mapping[str, Any] | None) -> None:
+        """Of all trials that there are: more of them than the last time may have brought other ones to the top."""
         settings = self.settings
-        if "confirmation" in study.user_attrs:
-            return
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
-        self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
+        if "confirmation" not in study.user_attrs:
+            self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
         with (
             Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
             self._bar() as bar,
         ):
             follow = partial(bar.track, description="confirming")
-            found = confirm(study, best_trials(study, settings.confirm), seeds, child.call, follow)
-        study.set_user_attr("confirmation", found)
+            confirmation = confirm(study, best_trials(study, settings.confirm), seeds, child.call, follow)
+        study.set_user_attr("confirmation", confirmation)
 
     def _final(self, study: Study, lora: Mapping[str, Any] | None) -> dict[str, Any]:
-        if "final" in study.user_attrs:
-            return study.user_attrs["final"]
         number = study.user_attrs["confirmation"][0]["number"]
+        tried = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+        earlier = study.user_attrs.get("final")
+        if earlier is not None and earlier["winner"]["number"] == number and earlier["configurations_tried"] == tried:
+            return earlier
         trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
         winner = Configuration.from_record(trial.user_attrs["configuration"])
         params = lora["params"] if lora else None
@@ -299,14 +306,20 @@ class Search:
         with Child(final) as child, self._bar() as bar:
             follow = partial(bar.track, description="testing")
             results = open_test(contenders(params, given), self._test_seeds, folder, child.call, follow)
+        # What an earlier winner had been tested with, before there were more trials, has been seen as well.
+        tested = dict(study.user_attrs.get("tested", {}))
+        if earlier is not None:
+            tested.setdefault(str(earlier["winner"]["number"]), earlier["test_accesses"])
+        tested[str(number)] = len(results)
+        study.set_user_attr("tested", tested)
         record = summary(results, self.task.metrics[0])
+        notes = caveats(len(tested), count_tickets(study), lora["trials"] if lora and params is not None else None)
         record |= {
             "winner": {"number": number, "configs": trial.user_attrs["configs"], "learning_rate": winner.learning_rate},
             "shrinkage": shrinkage(study, self.space, number),
-            "configurations_tried": len(
-                study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-            ),
-            "verdict": verdict(record["differences"], record["metric"]),
+            "configurations_tried": tried,
+            "test_accesses": sum(tested.values()),
+            "verdict": " ".join([verdict(record["differences"], record["metric"]), *notes]),
         }
         study.set_user_attr("final", record)
         return record

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from ...evaluation.statistics import STATISTICS, Interval
+from ...evaluation import Evaluation, paired_interval
 from ...evaluation.training import History
 from ..space import Configuration, SearchSpace, save_adapters
 from ..study import Report
@@ -21,7 +21,6 @@ from .lora import train_lora
 from .objective import Bench, train_bio
 
 BASE, LORA, WINNER, SAME_SIZE = "model as it comes", "tuned LoRA", "LoRA + bio", "LoRA, same size"
-RESAMPLES = 2000
 _FEWEST = 5
 
 
@@ -212,7 +211,7 @@ def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
     differences = []
     for name in by_name:
         if name != WINNER:
-            interval = difference(every[WINNER], every[name], metric)
+            interval = paired_interval(_evaluations(every[WINNER], metric), _evaluations(every[name], metric), metric)
             differences.append({"name": f"{WINNER} - {name}", **asdict(interval)})
     return {
         "metric": metric,
@@ -231,48 +230,12 @@ def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
     }
 
 
-def difference(
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
-    metric: str,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Mean difference over seeds, with a percentile bootstrap interval over seeds and test rows together.
-
-    Every resample draws seeds, and then rows, the same for both contenders. Few seeds say little about how much seeds
-    differ: with three of them the interval is rather too narrow.
-
-    Args:
-        first: results on each seed, with ``rows`` and ``gold``.
-        second: of the other contender, on the same seeds in the same order.
-        metric: a name of `STATISTICS`.
-        resamples: how often to draw.
-        level: of the interval.
-        seed: of the draws.
-    """
-    statistic = STATISTICS[metric]
-    gold = np.array(first[0]["gold"])
-    pairs = [(np.array(a["rows"]), np.array(b["rows"])) for a, b in zip(first, second, strict=True)]
-    generator = np.random.default_rng(seed)
-
-    def mean_difference(seeds: Sequence[int], rows: np.ndarray) -> float:
-        of_seed = {
-            i: statistic(pairs[i][0][rows], gold[rows]) - statistic(pairs[i][1][rows], gold[rows]) for i in set(seeds)
-        }
-        return float(np.mean([of_seed[i] for i in seeds]))
-
-    everything = mean_difference(range(len(pairs)), np.arange(len(gold)))
-    drawn = [
-        mean_difference(
-            generator.integers(len(pairs), size=len(pairs)).tolist(), generator.integers(len(gold), size=len(gold))
-        )
-        for _ in range(resamples)
+def _evaluations(results: Sequence[Mapping[str, Any]], metric: str) -> list[Evaluation]:
+    """What a contender reached on each seed, as the engine of comparison reads it."""
+    return [
+        Evaluation({metric: result["score"]}, {metric: np.array(result["rows"])}, np.array(result["gold"]))
+        for result in results
     ]
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(everything, float(low), float(high), level)
 
 
 def shrinkage(study: Study, space: SearchSpace, number: int) -> dict[str, float | None]:
@@ -288,6 +251,25 @@ def shrinkage(study: Study, space: SearchSpace, number: int) -> dict[str, float 
         return {"observed": observed, "posterior": None, "sd": None}
     mean, sd = expected[number]
     return {"observed": observed, "posterior": mean, "sd": sd}
+
+
+def caveats(winners: int, trials: int, lora_trials: int | None) -> list[str]:
+    """What a verdict has to be read with, a sentence each, where trials were added to a search that had ended.
+
+    Args:
+        winners: how many configurations the test split has been opened for.
+        trials: of the search.
+        lora_trials: in which the LoRA was tuned; None if it was not.
+    """
+    sentences = []
+    if winners > 1:
+        sentences.append(
+            f"The test split has been opened for {winners} winners, one after the other as trials were added: whoever "
+            "went on because of a result has chosen by it."
+        )
+    if lora_trials is not None and lora_trials < trials:
+        sentences.append(f"The LoRA was tuned in {lora_trials} trials, while the search had {trials}.")
+    return sentences
 
 
 def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ...evaluation.training import History, adapt, rank_of_size, transformer_of
+from ...evaluation import arms
+from ...evaluation.training import History, adapt, transformer_of
 from ..space.model import block_of
 from ..study import Report
 from .objective import Bench
@@ -69,15 +70,13 @@ def lora_of_size(model: PreTrainedModel, params: Mapping[str, Any], parameters: 
         parameters: how many trainable numbers there should be.
     """
     ends = targets_of(model)[params["targets"]]
-    costs = {
-        path: module.in_features + module.out_features
+    paths = [
+        path
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(path == end or path.endswith(f".{end}") for end in ends)
-    }
-    rank, raised = rank_of_size(costs, parameters)
-    config = lora_config(model, {**params, "rank": rank})
-    config.rank_pattern = dict.fromkeys(raised, rank + 1)
-    config.alpha_pattern = dict.fromkeys(raised, params["alpha_per_rank"] * (rank + 1))
+    ]
+    config = arms.lora_of_size(model, paths, parameters, alpha_per_rank=params["alpha_per_rank"])
+    config.lora_dropout = params["dropout"]
     return config
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from ... import BioConfig
 from ...evaluation import Evaluation, Task
 from ...evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
-from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters, learning_rates
+from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
 from .prefix import cached_prefix
 
@@ -86,7 +86,6 @@ class Bench:
         seed: int,
         *,
         epochs: float | None = None,
-        rates: Mapping[str, float] | None = None,
         start: float | None = 0.0,
         report: Report = lambda step, score: None,
         rungs: int | None = None,
@@ -95,10 +94,9 @@ class Bench:
 
         Args:
             encoder: changed in place.
-            learning_rate: of all tensors but those that ``rates`` names.
+            learning_rate: of all that is trained.
             seed: of the order of the rows and of dropout.
             epochs: the bench's if None.
-            rates: see `fit`.
             start: the validation score before training, for the history.
             report: called with (step, score) at each rung.
             rungs: the bench's if None; 0 for no validation.
@@ -117,7 +115,6 @@ class Bench:
                 validations_per_epoch=rungs / epochs,
                 start=start,
                 progress=_StepClock(self.max_step_time) if self.max_step_time else lambda step, steps: None,
-                learning_rates=rates,
                 report=_all_but_last(report, rungs),
             )
 
@@ -198,10 +195,7 @@ def train_bio(
     for config in configs:
         config.seed = seed
     model = bench.bio(encoder, configs)
-    rates = learning_rates(encoder, configuration.slots, configuration.learning_rate)
     size, expected = trainable_parameters(model), space.parameters(configuration)
     assert size == expected, (size, expected)
-    history = bench.train(
-        encoder, configuration.learning_rate, seed, rates=rates, start=start, report=report, rungs=rungs
-    )
+    history = bench.train(encoder, configuration.learning_rate, seed, start=start, report=report, rungs=rungs)
     return model, history

@@ -1,5 +1,5 @@
 """A study as one HTML page."""
 
-from .page import render, write_report
+from .page import as_record, render, write_report
 
-__all__ = ["render", "write_report"]
+__all__ = ["as_record", "render", "write_report"]

@@ -58,6 +58,31 @@ def write_report(study_name: str, storage_url: str, output: str | Path) -> Path:
         ImportError: jinja2 or matplotlib is missing.
         OSError: the storage does not answer, or the file cannot be written.
     """
+    study, lora = _opened(study_name, storage_url)
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(study, lora), encoding="utf-8")
+    return path
+
+
+def as_record(study_name: str, storage_url: str) -> dict[str, Any]:
+    """A study as plain data: its name and direction, what a search recorded of itself, and all trials.
+
+    Raises:
+        ValueError: no study of that name, or one with several objectives.
+        OSError: the storage does not answer.
+    """
+    study, _ = _opened(study_name, storage_url)
+    trials = [
+        {"number": trial.number, "state": trial.state.name, "value": trial.value, "params": trial.params}
+        | of_trial(trial)
+        for trial in study.trials
+    ]
+    return {"study": study_name, "direction": study.direction.name, **of_study(study), "trials": trials}
+
+
+def _opened(study_name: str, storage_url: str) -> tuple[Study, Study | None]:
+    """A study, and the one in which the LoRA was tuned that it is compared with."""
     storage = open_storage(storage_url, create=False)
     names = optuna.get_all_study_names(storage)
     if study_name not in names:
@@ -65,10 +90,7 @@ def write_report(study_name: str, storage_url: str, output: str | Path) -> Path:
     study = optuna.load_study(study_name=study_name, storage=storage)
     if len(study.directions) > 1:
         raise ValueError(f"study {study_name!r} has {len(study.directions)} objectives; a report is about one")
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(study, _companion(study, storage, names)), encoding="utf-8")
-    return path
+    return study, _companion(study, storage, names)
 
 
 def render(study: Study, lora: Study | None = None) -> str:
@@ -419,7 +441,9 @@ class _Report:
         return as_code(self.winner.get("configs", []), self.winner.get("learning_rate"), self._strengths())
 
     def _strengths(self) -> dict[str, float]:
-        """Primitives of the winner that learn at another rate than the rest."""
+        """Primitives of the winner that learn at another rate than the rest, where their settings do not say so."""
+        if any("zero_scale" in entry for config in self.winner.get("configs", []) for entry in config["primitives"]):
+            return {}
         chosen = [trial for trial in self.trials if trial.number == self.winner.get("number")]
         slots = of_trial(chosen[0]).get("configuration", {}).get("slots", []) if chosen else []
         return {slot["primitive"]: slot["strength"] for slot in slots if slot.get("strength", 1) != 1}

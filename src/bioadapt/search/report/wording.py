@@ -87,18 +87,23 @@ def _call(config: Mapping[str, Any]) -> str:
         for name, value in config.items()
         if name in default and name not in _RECORDED and value != default[name]
     }
-    primitives = [_entry(entry) for entry in config["primitives"]]
+    primitives = [_entry(entry, config.get("rank") is not None) for entry in config["primitives"]]
     parts = [f"primitives=[{', '.join(primitives)}]", *(f"{name}={value!r}" for name, value in chosen.items())]
     return "BioConfig(\n    " + ",\n    ".join(parts) + ",\n)"
 
 
-def _entry(entry: Mapping[str, Any]) -> str:
+def _entry(entry: Mapping[str, Any], under_rank: bool) -> str:
     """A primitive in a list: its name alone where its settings are the defaults."""
-    settings = primitive_info(entry["name"]).settings if entry["name"] in list_primitives() else {}
+    defaults: dict[str, Any] = {}
+    if entry["name"] in list_primitives():
+        info = primitive_info(entry["name"])
+        defaults = {name: setting.default for name, setting in info.settings.items()}
+        defaults["zero_scale"] = 1.0 if under_rank else info.fresh_zero_scale
+    # A study of a time without that setting has trained without a factor.
     chosen = {
         key: value
-        for key, value in entry.items()
-        if key == "name" or key not in settings or value != settings[key].default
+        for key, value in {**entry, "zero_scale": entry.get("zero_scale", 1.0)}.items()
+        if key == "name" or key not in defaults or value != defaults[key]
     }
     return json.dumps(entry["name"]) if len(chosen) == 1 else repr(chosen)
 

@@ -1,16 +1,17 @@
-"""A configuration as adapters on a model: put in, given its learning rates, saved and loaded."""
+"""A configuration as adapters on a model: put in, saved and loaded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ... import BioConfig, primitive_info
+from ... import BioConfig
 from .configuration import Slot
 
 _NAME = "bio"
@@ -66,35 +67,13 @@ def load_adapters(model: Any, folder: str | Path) -> PeftModel:
 
 
 def learning_rates(model: nn.Module, slots: Sequence[Slot], learning_rate: float) -> dict[str, float]:
-    """Learning rates other than the common one, by regular expressions for names of parameters.
+    """No rates beside the common one: strengths are settings of the adapters (``zero_scale``), as `configs` has them.
 
-    A change ``s * gate * f(x)`` whose gate starts at zero and is trained by Adam with rate r is the same as ``gate *
-    f(x)`` with the rate s * r, since Adam's steps do not depend on the size of a gradient. So a strength is a factor
-    on the rate of the tensor that starts at zero, and a saved adapter needs no field for it: of the gate, or where
-    the zero is a readout (`PrimitiveInfo.zero_at`), of that matrix; of all tensors where the change of a weight is
-    what is trained.
+    Until 0.1 this gave the rates that made up for that setting.
     """
-    strengths = {slot.primitive: slot.strength for slot in slots if slot.strength != 1}
-    rates: dict[str, float] = {}
-    for name, strength in strengths.items():
-        zero_at = primitive_info(name).zero_at
-        own = {
-            path: parameter
-            for path, parameter in model.named_parameters()
-            if parameter.requires_grad and name in path.split(".")
-        }
-        if zero_at in ("gate", "scalar_gate"):
-            chosen = [path for path in own if path.endswith(f".{name}.gate")]
-        elif zero_at == "readout":
-            chosen = _readouts({path: p for path, p in own.items() if not p.detach().count_nonzero()})
-        else:
-            chosen = list(own)
-        tensors = sorted({path.rpartition(f".{name}.")[2] for path in chosen})
-        rates[rf"\.{name}\.({'|'.join(map(re.escape, tensors))})$"] = strength * learning_rate
-    return rates
-
-
-def _readouts(zeros: Mapping[str, Any]) -> list[str]:
-    """Biases may start at zero as well: where a matrix does, it is the readout."""
-    matrices = [path for path, parameter in zeros.items() if parameter.dim() > 1]
-    return matrices or list(zeros)
+    warnings.warn(
+        "learning_rates gives none: a slot's strength is now in the configs, as the primitive's setting zero_scale",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return {}

@@ -15,7 +15,7 @@ class Slot:
         primitive: its registry name.
         layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one.
         modules: ``all``, or the name of one module within a block.
-        strength: how much faster than the rest the tensor learns that starts at zero.
+        strength: factor on what is zero at birth in the primitive: how much faster than usual it learns.
     """
 
     primitive: str
@@ -36,7 +36,7 @@ class Configuration:
         slots: the primitives in their order.
         rank: size of the population that they run on; None for the full output.
         composition: as in `BioConfig`.
-        learning_rate: of everything but the tensors whose slot has another strength than one.
+        learning_rate: of all that is trained.
     """
 
     slots: tuple[Slot, ...]

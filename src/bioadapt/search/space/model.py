@@ -67,7 +67,10 @@ class SearchedModel:
         parameters = sum(p.numel() for p in _plain(model).parameters())
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         # An adapter that nothing refuses: any site serves it, so that the sites are known before anything else is.
-        harmless = list_primitives(stage="dendritic", kind="pointwise")[0]
+        # No gain: those have default targets of their own, while the others have the projections that write into the
+        # residual stream.
+        pointwise = list_primitives(stage="dendritic", kind="pointwise")
+        harmless = next(name for name in pointwise if not primitive_info(name).gain)
         adapted = get_peft_model(model, BioConfig(primitives=[harmless]), adapter_name=_PROBE)
         try:
             sites = tuple(_site(adapted, path) for path in adapted.base_model.targeted_module_names)

@@ -54,9 +54,9 @@ class FunctionObjective(SpaceObjective):
 
     Attributes:
         space: what is searched.
-        train: ``train(configs, configuration, report) -> score``, higher being better; it
-            runs in other processes. `add_adapters` puts the configs into a model, `learning_rates` gives the rates of
-            a configuration, and ``report(step, score)`` may end the call.
+        train: ``train(configs, configuration, report) -> score``, higher being better; it runs in
+            other processes. `add_adapters` puts the configs into a model, ``configuration.learning_rate`` is the rate,
+            and ``report(step, score)`` may end the call.
     """
 
     train: Callable[[list[BioConfig], Configuration, Report], float] = field(repr=False)

@@ -22,7 +22,8 @@ NONE, FULL, ALL, LOWER, UPPER = "none", "full", "all", "lower", "upper"
 RANKS: tuple[int | str, ...] = (FULL, 4, 8, 16, 32)
 STRENGTHS = (0.3, 1.0, 3.0)
 COMPOSITIONS = ("serial", "staged", "parallel")
-LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+# About the usual rate of a LoRA, which trains a bio adapter as well.
+LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 
 # How far effects are believed to reach before anything is seen, relative to that of a primitive being there.
 _AT_PLACE, _STRENGTH, _STAGE, _ORDER = 0.5, 0.33, 0.5, 0.5
@@ -44,7 +45,7 @@ class SearchSpace:
         slots: the most primitives that a configuration may have.
         ranks: sizes of the population, or ``"full"`` for the layer's full output. Primitives of kind ``weight``, which
             have sizes of their own, ignore it.
-        strengths: factors on the learning rate of a primitive's tensor that starts at zero.
+        strengths: factors on what is zero at birth in a primitive (its setting ``zero_scale``): how fast it learns.
         compositions: as in `BioConfig`.
         learning_rates: the grid.
 
@@ -238,9 +239,10 @@ class SearchSpace:
             for names, rank in groups:
                 if names:
                     lists.setdefault((names, rank), []).append(site.path)
+        strengths = {slot.primitive: slot.strength for slot in configuration.slots}
         return [
             BioConfig(
-                primitives=list(names),
+                primitives=[_entry(name, strengths[name], rank) for name in names],
                 target_modules=_exactly(paths),
                 rank=rank,
                 composition=configuration.composition,
@@ -332,6 +334,18 @@ class SearchSpace:
 
 def _number(rank: int | str) -> int | None:
     return None if rank == FULL else int(rank)
+
+
+def _entry(name: str, strength: float, rank: int | None) -> str | dict[str, Any]:
+    """A primitive as a configuration lists it. What is zero at birth takes the strength as a factor.
+
+    A change ``s * gate * f(x)`` whose gate starts at zero and is trained by Adam with rate r is the same as ``gate *
+    f(x)`` with the rate s * r, since Adam's steps do not depend on the size of a gradient.
+    """
+    if strength == 1:
+        return name
+    usual = 1.0 if rank is not None else primitive_info(name).fresh_zero_scale
+    return {"name": name, "zero_scale": usual * strength}
 
 
 def _exactly(paths: Sequence[str]) -> list[str] | str:

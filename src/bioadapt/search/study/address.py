@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 # Databases, and the driver that is taken where the address names none.
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
@@ -13,6 +17,24 @@ ACCEPTED = (
 )
 _SECRET = re.compile(r"([^?&=]*(?:pass|pwd|secret|token|key)[^?&=]*)=[^&]*", re.IGNORECASE)
 _STARS = "***"
+
+
+def parsed(address: str) -> URL:
+    """The parts of an address.
+
+    Raises:
+        ValueError: it is none, or its password holds an ``@`` of its own.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(address)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"storage {hidden(address)!r}: not an address; accepted: {ACCEPTED}") from None
+    if address.count("@") - sum(str(value).count("@") for value in url.query.values()) > 1:
+        raise ValueError(f"storage {hidden(address)!r}: it has a second @; within a password, @ is to be written %40")
+    return url
 
 
 def hidden(address: str) -> str:

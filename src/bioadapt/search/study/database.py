@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 
 from ..._extras import require
-from .address import ACCEPTED, DRIVERS, hidden
+from .address import DRIVERS, hidden, parsed
 from .optuna_private import DATABASE_METHODS
 
 # Seconds for which a study waits for a database that it had before.
@@ -97,7 +97,9 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in {*BaseStorage.__abstractmethods__, *DATABASE_METHODS, "record_heartbeat"} - vars(PatientStorage).keys():
+_OWN = {"remove_session", "set_trial_state_values"}
+_PUBLIC = {name for name in vars(BaseStorage).keys() & vars(RDBStorage).keys() if not name.startswith("_")} - _OWN
+for _name in (*_PUBLIC, *DATABASE_METHODS, "record_heartbeat"):
     setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
 
 
@@ -109,13 +111,9 @@ def open_database(
     on_stale: Callable[..., None],
 ) -> PatientStorage:
     """The storage in a database; its tables are made if they are missing. See `open_storage`."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, DBAPIError
+    from sqlalchemy.exc import DBAPIError
 
-    try:
-        url = make_url(address)
-    except (ArgumentError, ValueError):
-        raise ValueError(f"storage {hidden(address)!r}: not an address; accepted: {ACCEPTED}") from None
+    url = parsed(address)
     kind, _, driver = url.drivername.partition("+")
     if kind == "sqlite":
         if url.database in (None, "", ":memory:"):

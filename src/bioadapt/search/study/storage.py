@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
 
 from ..._extras import require
 from ..._words import suggest
-from .address import ACCEPTED, KINDS, hidden
+from .address import ACCEPTED, KINDS, hidden, parsed
 from .database import EXTRA, make_room, open_database
 from .journal import Journal
 from .tickets import enqueue_again
@@ -65,12 +64,12 @@ def _journal(path: str, create: bool) -> JournalStorage:
 def _proxy(url: str) -> GrpcStorageProxy:
     require("grpc", EXTRA)
     require("google.protobuf", EXTRA)
-    parts = urlsplit(url)
-    if not parts.hostname:
+    parts = parsed(url)
+    if not parts.host:
         raise ValueError(f"storage {hidden(url)!r}: the host is missing; accepted: grpc://HOST:PORT")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        proxy = GrpcStorageProxy(host=parts.hostname, port=parts.port or GRPC_PORT)
+        proxy = GrpcStorageProxy(host=parts.host, port=parts.port or GRPC_PORT)
     try:
         proxy.wait_server_ready(timeout=10)
     except ConnectionError:

@@ -3,14 +3,14 @@
 from .birth import Birth, Refusals
 from .decoding import Decoding
 from .leaks import Leaks
-from .merging import Merging
+from .merging import AdapterMerging
 from .precision import Checkpointing, Precision
 from .saving import Saving
 from .switching import Stacking, Switching
 
 
 class AdapterConformance(
-    Birth, Refusals, Leaks, Decoding, Precision, Checkpointing, Saving, Switching, Stacking, Merging
+    Birth, Refusals, Leaks, Decoding, Precision, Checkpointing, Saving, Switching, Stacking, AdapterMerging
 ):
     """What every adapter keeps, tested inside tiny BERT, GPT-2, Qwen2, T5, ViT and ResNet models.
 

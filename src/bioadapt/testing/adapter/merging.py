@@ -12,7 +12,7 @@ MERGED = 1e-4  # fp32 sums in another order, through two layers
 SITES = on("bert", "gpt2", "qwen2", "resnet")
 
 
-class Merging(Inside):
+class AdapterMerging(Inside):
     """Either the weight does what the adapter did, or nothing happened."""
 
     @SITES

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from ...primitives.base import Context
+from ...primitives.base import Context, Primitive
 from ...registry import build_primitive
 from ..compare import assert_identical, assert_same, gradients, random, seeded
-from .subject import BOTH_WIDTHS, Bare, Subject
+from .subject import BOTH_WIDTHS, Bare, Subject, commit
 
 
 class Birth(Bare):
@@ -34,7 +35,7 @@ class Birth(Bare):
         silent = dict(primitive.named_parameters())
         with seeded(5):
             for step in range(4):
-                primitive.commit()  # as the tuner does before every training forward
+                commit(primitive)  # as the tuner does before every training forward
                 delta = primitive(subject.features(seed=50 + step), context)
                 (delta * random(*delta.shape, seed=60 + step)).mean().backward()
                 reached = [name for name, p in silent.items() if p.grad is not None and p.grad.count_nonzero()]
@@ -52,20 +53,37 @@ class Birth(Bare):
         assert (strength > 1e-3).all(), f"{subject.name}: woken, but a change of {strength.tolist()} of unit features"
 
     @BOTH_WIDTHS
-    def test_with_x_is_the_sum(self, subject: Subject) -> None:
-        """What a mechanism saves by adding its input itself must show neither in the sum nor in any gradient."""
+    @pytest.mark.parametrize("with_x", [False, True], ids=["change", "sum"])
+    @pytest.mark.parametrize("bidirectional", [False, True], ids=["forwards", "both ways"])
+    def test_scaled_is_what_the_formula_says(self, subject: Subject, with_x: bool, bidirectional: bool) -> None:
+        """What a fused form saves must show neither in its value nor in any gradient."""
+        if type(subject.fresh()).scaled is Primitive.scaled or subject.info.zero_at == "update":
+            pytest.skip(f"{subject.name} has no fused form")
         weights, found = random(2, 6, subject.d_out, seed=7), []
-        for at_once in (False, True):
+        for fused in (False, True):
             primitive = subject.woken().train()
+            scale = (0.5 + 0.1 * random(primitive.gate.numel(), seed=8)).requires_grad_()
             x, x_in = subject.features(2, 6).requires_grad_(), subject.inputs(2, 6).requires_grad_()
+            context = Context(x_in=x_in, bidirectional=bidirectional)
             with seeded():
-                y = primitive(x, Context(x_in=x_in), with_x=at_once)
-            y = y if at_once else x + y
+                if fused:
+                    y = primitive.scaled(x, context, scale, with_x)
+                else:
+                    y = scale * primitive.transform(x, context) + (x if with_x else 0.0)
             (y * weights).sum().backward()
-            found.append({"x + delta": y.detach(), "x": x.grad, "x_in": x_in.grad, **gradients(primitive)})
+            given = {"x": x.grad, "x_in": x_in.grad, "scale": scale.grad}
+            found.append({"the value": y.detach(), **given, **gradients(primitive)})
         for name, expected in found[0].items():
             if expected is not None:
-                assert_same(found[1][name], expected, f"{subject.name} with x: {name}")
+                assert_same(found[1][name], expected, f"{subject.name}, scaled: {name}")
+
+    @BOTH_WIDTHS
+    def test_with_x_is_the_sum(self, subject: Subject) -> None:
+        x, context = subject.features(2, 6), Context(x_in=subject.inputs(2, 6))
+        with seeded():
+            change = subject.woken()(x, context)
+        with seeded():
+            assert_same(subject.woken()(x, context, with_x=True), x + change, f"{subject.name} with x")
 
     @BOTH_WIDTHS
     def test_any_number_of_leading_axes(self, subject: Subject) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ...primitives.base import Context
+from ...primitives.base import Context, LocalRule
 from ..compare import assert_equal_tensors, assert_identical, assert_same, copied, seeded
-from .subject import BOTH_WIDTHS, Bare, Subject, buffers, learn, learned
+from .subject import BOTH_WIDTHS, Bare, Subject, buffers, commit, learn, learned
 from .time import JUNK, padded
 
 
@@ -26,7 +26,7 @@ class Learning(Bare):
                 if parameter.grad is not None:
                     parameter.sub_(0.1 * parameter.grad.sign())
         before = copied(primitive.state_dict().items())
-        primitive.commit()
+        commit(primitive)
         after = primitive.state_dict()
         changed = [name for name in after if not torch.equal(after[name], before[name])]
         declared = subject.info.learns
@@ -36,8 +36,19 @@ class Learning(Bare):
         primitive = subject.woken()
         learn(primitive, subject.features(), subject.inputs())
         before = buffers(primitive)
-        primitive.commit()
+        commit(primitive)
         assert_equal_tensors(buffers(primitive), before, f"{subject.name}: a second commit")
+
+    @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+    def test_what_is_not_finite_leaves_no_trace(self, subject: Subject, broken: float) -> None:
+        primitive, x, x_in = subject.woken(), subject.features(), subject.inputs()
+        before = learned(primitive)
+        x[1, 3], x_in[1, 3] = broken, broken
+        with seeded(6):
+            learn(primitive, x, x_in)
+        if not isinstance(primitive, LocalRule) or primitive.governed:  # such a rule goes by the update alone
+            return
+        assert_equal_tensors(learned(primitive), before, f"{subject.name}: buffers after {broken}")
 
     @pytest.mark.parametrize("training", [False, True], ids=["eval", "unobserved"])
     def test_nothing_is_learned_in_eval_or_unobserved(self, subject: Subject, training: bool) -> None:
@@ -45,7 +56,7 @@ class Learning(Bare):
         before = buffers(primitive)
         with seeded(6):
             primitive(subject.features(), Context(x_in=subject.inputs(), observing=not training))
-        primitive.commit()
+        commit(primitive)
         assert_equal_tensors(buffers(primitive), before, f"{subject.name}: buffers, training={training}")
 
     def test_a_repeated_forward_is_learned_from_once(self, subject: Subject) -> None:
@@ -56,7 +67,7 @@ class Learning(Bare):
             for _ in range(count):
                 with seeded(6):
                     primitive(x, context)
-            primitive.commit()
+            commit(primitive)
         assert_equal_tensors(buffers(twice), buffers(once), f"{subject.name}: a repeated forward")
 
     @pytest.mark.parametrize("bidirectional", [False, True])

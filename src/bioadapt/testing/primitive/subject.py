@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ...primitives.base import Context, Host, Primitive
+from ...primitives.base import Context, Host, LocalRule, Primitive
 from ...registry import PrimitiveInfo, build_primitive, primitive_info
 from ..compare import copied, random, seeded
 
@@ -107,8 +107,14 @@ def learn(primitive: Primitive, x: Tensor, x_in: Tensor, **context: Any) -> Tens
     """One training forward and the commit that follows it."""
     primitive.train()
     delta = primitive(x, Context(x_in=x_in, **context))
-    primitive.commit()
+    commit(primitive)
     return delta
+
+
+def commit(primitive: Primitive) -> None:
+    """What the tuner does after a step of the optimiser."""
+    if isinstance(primitive, LocalRule):
+        primitive.commit()
 
 
 def buffers(primitive: Primitive) -> dict[str, Tensor]:
@@ -117,7 +123,7 @@ def buffers(primitive: Primitive) -> dict[str, Tensor]:
 
 
 def learned(primitive: Primitive) -> dict[str, Tensor]:
-    """A snapshot of the buffers that are saved; the slots for statistics are not."""
+    """A snapshot of the buffers that are saved."""
     persistent = primitive.state_dict().keys()
     return {name: buffer for name, buffer in buffers(primitive).items() if name in persistent}
 

@@ -1,0 +1,55 @@
+"""Values as users write them, numpy's among them, and as files and errors need them: Python's own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+
+def is_flag(value: object) -> bool:
+    """Whether it is True or False, Python's or numpy's."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def as_flag(field: str, value: Any, accepted: str = "True or False") -> bool:
+    """A bool.
+
+    Raises:
+        ValueError: anything else, such as 1 or "no".
+    """
+    if not is_flag(value):
+        raise ValueError(f"{field}={value!r}: accepted are {accepted}")
+    return bool(value)
+
+
+def as_integer(field: str, value: Any, low: int | None = None, accepted: str = "an integer") -> int:
+    """An int.
+
+    Raises:
+        ValueError: anything else, such as 2.0, "4" or True, or a number below ``low``.
+    """
+    try:
+        number = None if is_flag(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (low is not None and number < low):
+        raise ValueError(f"{field}={value!r}: accepted is {accepted}")
+    return number
+
+
+def as_names(field: str, value: Any, accepted: str) -> list[str]:
+    """A list of strings, none of them empty.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ValueError(f"{field}={value!r}: accepted are {accepted}")
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{field}={value!r}: {name!r} is no name; accepted are {accepted}")
+    return [str(name) for name in value]  # numpy's strings as well
