@@ -10,7 +10,7 @@ from bioadapt import __version__
 project = "bioadapt"
 author = "the bioadapt developers"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "ledger"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "house", "ledger"]
 exclude_patterns = ["_build", "_ext", "ledger_intro.md"]  # the last is part of a page that is made
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3

@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import bioadapt
-
-PACKAGE = Path(bioadapt.__file__).parent
+MAP = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "import_map.py"))
 # The rooms of the search; each may import from those before it.
 ROOMS = ("settings", "thompson", "study", "space", "report", "contest")
 
 
-def modules():
-    """Name -> file, of every module of the package."""
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def imported(name, path, known):
-    """The package's own modules that a module imports when it is loaded: what functions import later is no circle."""
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
-    for node in at_load(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        else:
-            parent = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            source = ".".join([*parent, *([node.module] if node.module else [])])
-            targets = [f"{source}.{alias.name}" for alias in node.names]
-        for target in targets:
-            while target and target not in known:  # a name in a module is that module's
-                target = target.rpartition(".")[0]
-            if target and target != name:
-                yield target
-
-
-def at_load(tree):
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from (found for part in node.orelse for found in at_load(part))
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield from at_load(node)
-
-
 @pytest.fixture(scope="module")
 def imports():
-    known = modules()
-    return {name: set(imported(name, path, known)) for name, path in known.items()}
+    return MAP["imports"]()
 
 
 def circles(imports):
@@ -119,3 +80,14 @@ def test_sampler_and_study_load_no_network(name):
     code = f"import {name}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_picture_shows_every_room_above_what_it_imports(imports):
+    edges = MAP["rooms"](imports)
+    places = {room: line for line, row in enumerate(MAP["rows"](edges)) for room in row}
+    assert {"contract", "primitives", "methods", "registry", "tuner", "search/thompson", "evaluation"} <= places.keys()
+    assert all(places[room] < places[other] for room, others in edges.items() for other in others)
+    picture = MAP["drawing"](edges)
+    assert all(f">{room}</text>" in picture for room in places)
+    with pytest.raises(ValueError, match="rooms import each other: .*contract -> tuner"):
+        MAP["rows"]({**edges, "contract": {"tuner"}})

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 from ._words import suggest
-from .primitives.base import Primitive
 from .registry import list_primitives, primitive_info
 
 
@@ -30,7 +29,7 @@ def __dir__() -> list[str]:
 
 
 @cache
-def _function(factory: type[Primitive]) -> Callable[..., dict[str, Any]]:
+def _function(factory: Any) -> Callable[..., dict[str, Any]]:
     """The function that returns an entry of ``BioConfig.primitives`` with the settings that it is given, checked."""
     info = primitive_info(factory.name)
 

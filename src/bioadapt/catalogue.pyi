@@ -77,6 +77,7 @@ def basal_ganglia_gate(
     *,
     stripes: int = 2,
     rank: int = 8,
+    resting: float = 0.0,
     zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Stripes of working memory take in the present where Go wins over NoGo, and hold what they have elsewhere.
@@ -84,6 +85,7 @@ def basal_ganglia_gate(
     Args:
         stripes: number S of stripes with a gate of their own; an integer from 1 to 64.
         rank: number of latents r held by all stripes together; an integer from 1 to 256.
+        resting: how far a gate is open while Go and NoGo are silent; a number from 0.0 to 0.9.
         zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
     """
 
@@ -268,6 +270,7 @@ def fly_lora(
     score: Literal["magnitude", "signed"] = "magnitude",
     projection: Literal["gaussian", "rademacher"] = "gaussian",
     rate: float = 0.001,
+    per_forward: bool = False,
     dropout: float = 0.0,
     detach_input: bool = False,
     save_projection: bool = False,
@@ -284,6 +287,7 @@ def fly_lora(
         score: what units compete by: |y| or y; one of 'magnitude', 'signed'.
         projection: the entries of A; one of 'gaussian', 'rademacher'.
         rate: step of the excitability d that balances the load; a number from 0.0 to 1.0.
+        per_forward: whether d moves in every training forward, not once per optimiser step; True or False.
         dropout: dropout of the layer's input, in training; a number from 0.0 to 0.9.
         detach_input: whether no gradient reaches the layer's input through the adapter; True or False.
         save_projection: whether A is saved, instead of being drawn again from the seed; True or False.
@@ -507,6 +511,7 @@ def neuro_lora(
     score: Literal["magnitude", "signed"] = "magnitude",
     projection: Literal["gaussian", "rademacher"] = "gaussian",
     rate: float = 0.001,
+    per_forward: bool = False,
     dropout: float = 0.0,
     detach_input: bool = False,
     save_projection: bool = False,
@@ -527,6 +532,7 @@ def neuro_lora(
         score: what units compete by: |y| or y; one of 'magnitude', 'signed'.
         projection: the entries of A; one of 'gaussian', 'rademacher'.
         rate: step of the excitability d that balances the load; a number from 0.0 to 1.0.
+        per_forward: whether d moves in every training forward, not once per optimiser step; True or False.
         dropout: dropout of the layer's input, in training; a number from 0.0 to 0.9.
         detach_input: whether no gradient reaches the layer's input through the adapter; True or False.
         save_projection: whether A is saved, instead of being drawn again from the seed; True or False.
@@ -696,6 +702,7 @@ def san_scaling(
     mode: Literal["both", "nt", "sp"] = "both",
     propagate_detached: bool = False,
     wiring: Literal["residual", "official_vit"] | dict[str, str] = "residual",
+    patch_gain: bool = True,
     zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
@@ -706,6 +713,7 @@ def san_scaling(
         propagate_detached: whether a gain learns nothing from the layers that read it; True or False.
         wiring: which layer's gain a layer reads: a table by model type, or {posterior: anterior} as expressions;
             one of 'residual', 'official_vit', or a dict of strings.
+        patch_gain: whether in the official wiring the first gain acts on its output in mode sp too; True or False.
         zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
     """
 

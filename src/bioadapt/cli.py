@@ -99,7 +99,7 @@ def _option(spec: Any, hint: Any) -> inspect.Parameter:
         default = None if default is None else ",".join(map(str, default))
     elif int in get_args(hint) and str in get_args(hint):
         kind = str
-    annotation = Annotated[kind, typer.Option(help=help, min=spec.metadata.get("min"))]
+    annotation = Annotated[kind, typer.Option(help=help, min=spec.metadata.get("min"))]  # type: ignore[valid-type]
     return inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

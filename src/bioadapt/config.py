@@ -153,14 +153,18 @@ class BioConfig(PeftConfig):
             raise ValueError(f"peft_type={self.peft_type!r}: {type(self).__name__} is of the type BIO and of no other")
         self.peft_type = PeftType("BIO")
         self._convert()
-        self.primitives = normalise_primitives(self.primitives, to_scale=self._is_scaled)
+        self.primitives = normalise_primitives(self.primitives, self._is_scaled, self._is_from_file)
         self._check()
 
     @property
     def _is_scaled(self) -> bool:
         """Whether ``zero_scale``, where it is not given, is what a new primitive learns with at a LoRA's rate."""
-        from_earlier = self.bioadapt_version is not None  # a file: what it does not say was not yet there
-        return not from_earlier and self.rank is None
+        return not self._is_from_file and self.rank is None
+
+    @property
+    def _is_from_file(self) -> bool:
+        """Whether what the configuration does not say was not yet there when it was written."""
+        return self.bioadapt_version is not None
 
     def _convert(self) -> None:
         """Every field in Python's own types, or an error that names the field, its value and what is accepted."""
@@ -307,13 +311,14 @@ def _layers(value: Any) -> int | list[int]:
     return layers
 
 
-def normalise_primitives(primitives: Any, to_scale: bool = True) -> list[dict[str, Any]]:
+def normalise_primitives(primitives: Any, to_scale: bool = True, from_file: bool = False) -> list[dict[str, Any]]:
     """Canonical names and complete, checked settings, in the order given.
 
     Args:
         primitives: a name or a dict of a name and settings, or a list of them.
         to_scale: whether ``zero_scale``, where it is not given, is what a new primitive learns with at a LoRA's rate;
             otherwise it is 1.
+        from_file: whether a setting that is not given has the value of the time before there was such a setting.
 
     Raises:
         ValueError: not a list, an unknown name or setting, a value out of range, or a primitive listed twice.
@@ -338,6 +343,9 @@ def normalise_primitives(primitives: Any, to_scale: bool = True) -> list[dict[st
             info = primitive_info(given["name"])
             if to_scale:
                 settings = {"zero_scale": info.fresh_zero_scale} | settings
+            if from_file:
+                declared = info.factory.declared_settings()
+                settings = {key: s.before for key, s in declared.items() if s.before is not None} | settings
             settings = info.factory.check_settings(settings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None

@@ -116,7 +116,7 @@ def test_an_image_model_is_trained_with_a_head_that_is_thrown_away(name, tmp_pat
     task = load_task("digits", limit=60)
     model = load_model(name, task, "cpu", tmp_path)
     before = features(model, task.pixels("test", model))
-    assert np.linalg.norm(before, axis=1) == pytest.approx(np.ones(60), abs=1e-5)
+    assert before.shape == (60, model.features(task.pixels("test", model)[:1]).shape[1])
     count = sum(p.numel() for p in model.model.parameters())
     fit(model, task, Schedule(epochs=1, learning_rate=1e-2, batch_size=20))
     assert sum(p.numel() for p in model.model.parameters()) == count
@@ -173,7 +173,7 @@ def test_all_arms_run_on_images_and_on_language_models(model, task, tmp_path):
     )  # fmt: skip
     cells = {cell["arm"]: cell for cell in results["cells"]}
     assert len(cells) == 6
-    assert len({cell["test"] for cell in cells.values()}) > 1  # something was learned
+    assert len({(cell["dev"], cell["test"]) for cell in cells.values()}) > 1  # something was learned
     wanted = cells["lora+bio"]["params"]
     for name in ("lora-equal@lora-sites", "lora-equal@bio-sites", "lora+placebo"):
         assert cells[name]["params"] == pytest.approx(wanted, rel=0.02)

@@ -263,3 +263,7 @@ def test_the_overlap_of_single_texts_ignores_case_and_punctuation():
     kept, lost = Overlap.of([task]).without_leaks(task)
     assert kept.rows("train")["text"] == ["blue dog"] and lost == {"train": 1}
     assert Overlap.of([task]).clean(task) == []
+
+
+def test_a_set_that_is_read_as_another_family_does_not_overlap_with_itself(settings):
+    assert Evaluate(settings(), quiet()).prepare("kinds:language_modelling").test.clean == list(range(18))

@@ -256,6 +256,29 @@ def test_the_official_wiring_reads_the_patch_embedding_in_every_block(name):
     assert close(output(model.merge_and_unload(), images), wanted, 1e-4)
 
 
+@pytest.mark.parametrize("patch_gain", [True, False])
+def test_in_the_official_wiring_the_patch_embedding_keeps_its_output_gain_in_every_mode(patch_gain):
+    """Against weights and outputs that are scaled by hand, as the authors' program scales them."""
+    base = transformers.ViTModel(transformers.ViTConfig(**IMAGE), add_pooling_layer=False).eval()
+    targets = r".*(_proj|fc\d|patch_embeddings\.projection)"
+    model = adapted(copy.deepcopy(base), targets, wiring="official_vit", mode="sp", patch_gain=patch_gain)
+    images = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    gains = {layer.path: gain(layer).detach() for layer in bio_layers(model)}
+    by_hand = copy.deepcopy(base)
+    with torch.no_grad():
+        for path, before in anteriors(model).items():
+            by_hand.get_submodule(path).weight.mul_(gains[before])
+        patches = by_hand.embeddings.patch_embeddings.projection
+        if patch_gain:
+            own = gains["embeddings.patch_embeddings.projection"]
+            patches.weight.mul_(own[:, None, None, None])
+            patches.bias.mul_(own)
+    expected = output(by_hand, images)
+    assert not close(output(base, images), expected, 1e-3)
+    assert close(output(model, images), expected, 1e-4)
+    assert close(output(model.merge_and_unload(), images), expected, 1e-4)
+
+
 @pytest.mark.parametrize("build", [bert, gpt2], ids=["bert", "gpt2"])
 def test_adapters_are_wired_by_object_and_unconnected_layers_are_not(build):
     model = adapted(build())

@@ -354,7 +354,7 @@ def test_from_a_storage_to_a_file(space, tmp_path):
 
 def test_the_study_as_json(space, tmp_path):
     url = f"{tmp_path}/s.journal"
-    study = searched(space, storage=open_storage(url), trials=4)
+    study = searched(space, storage=open_storage(url), trials=9)
     done = CliRunner().invoke(app, ["report", "minilm-stsb", "--storage", url, "--json"])
     assert done.exit_code == 0, done.stderr
     record = json.loads(done.output)

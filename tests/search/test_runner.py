@@ -297,8 +297,8 @@ def test_progress_counts_tickets_and_estimates_the_rest():
     for _ in range(3):
         study.enqueue_trial({})
     assert progress(study, "trials", 30.0) == "trials: 3/6, best 3.00 (trial 1), 1 failed, about 30 s left"
-    assert progress(study, "trials", 300.0, 2).endswith("about 15 min left")
-    assert progress(study, "trials", 36000.0, 2).endswith("about 30 h left")
+    assert progress(study, "trials", 300.0, 2).endswith("about 15 min left, 2 kept from before")
+    assert progress(study, "trials", 36000.0, 2).endswith("about 30 h left, 2 kept from before")
     # A trial that was lost with its worker, and is run again, is no failure, and what it took is no pace.
     study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"retry_history": [2]}))
     assert progress(study, "trials", 30.0) == "trials: 2/6, best 3.00 (trial 1), about 60 s left"

@@ -138,7 +138,7 @@ class Evaluate:
         whole = task
         self._overlap.add(task)
         listed = (
-            {} if settings.data_dir is None or settings.limit else read_overlap(_short(name), Path(settings.data_dir))
+            {} if settings.data_dir is None or settings.limit else read_overlap(task.source, Path(settings.data_dir))
         )
         clean = self._overlap.clean(task, listed)
         if not task.trainable and settings.train_on:
@@ -412,10 +412,6 @@ def _check(settings: EvaluationSettings) -> None:
         raise ValueError(f"--rates {settings.rates}: numbers above zero are needed, at least one")
     if not settings.task:
         raise ValueError("--task: at least one task is needed")
-
-
-def _short(name: str) -> str:
-    return name.partition(":")[0]
 
 
 def _blocks(model: torch.nn.Module) -> int:

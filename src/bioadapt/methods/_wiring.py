@@ -14,6 +14,7 @@ Rules = tuple[tuple[str, str], ...]
 Table = Mapping[str, str]  # what a user gives
 
 _STACK = r"(?P<stack>(?:.*\.)?)"
+_PATCHES = "embeddings.patch_embeddings.projection"
 _BERT_READS = r"(?:query|key|value)"
 
 
@@ -87,12 +88,17 @@ RESIDUAL: Mapping[str, Rules] = {
 
 def _official(rules: Rules) -> Rules:
     """As the authors' program has it: the entry of every block reads the gain of the patch embedding."""
-    patches = "{stack}embeddings.patch_embeddings.projection"
+    patches = "{stack}" + _PATCHES
     beside = r"(?P<stack>(?:.*?\.)??)(?:encoder\.)?"  # the blocks may lie in an encoder, the embeddings do not
     return tuple(
         (pattern.replace(_STACK, beside), patches) if "{block-1}" in template else (pattern, template)
         for pattern, template in rules
     )
+
+
+def reads_pixels(path: str, wiring: str | Table) -> bool:
+    """Whether the layer at ``path`` is the patch embedding that the official wiring starts from."""
+    return wiring == "official_vit" and path.endswith(_PATCHES)
 
 
 OFFICIAL_VIT: Mapping[str, Rules] = dict.fromkeys(("deit", "vit"), _official(_VIT))

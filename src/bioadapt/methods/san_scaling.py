@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.methods._wiring import anterior_of, check_expressions, knows
+from bioadapt.methods._wiring import anterior_of, check_expressions, knows, reads_pixels
 from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
 from bioadapt.registry import register_primitive
 
@@ -33,8 +33,9 @@ class SanScaling(OnWeight):
     The anterior layer is one whose output channels are the input channels of this one, through norms, additions and
     nonlinearities: in a transformer the previous block's last projection for the query, key and value, the attention's
     output projection for the MLP's first, and the MLP's first for its last. Where the authors' program has every block
-    of a vision transformer read the gain of the patch embedding, that is ``wiring="official_vit"``. A layer whose
-    anterior is not adapted reads its input as it is.
+    of a vision transformer read the gain of the patch embedding, that is ``wiring="official_vit"``; there the patch
+    embedding's gain acts on its output in ``mode="sp"`` too, unless ``patch_gain=False``. A layer whose anterior is not
+    adapted reads its input as it is.
 
     The gain multiplies the layer's input, which is the same as scaling its weight but copies none, and works where the
     weight is quantised. It is trained as theta, which weight decay draws towards the identity.
@@ -56,6 +57,10 @@ class SanScaling(OnWeight):
         meaning="which layer's gain a layer reads: a table by model type, or {posterior: anterior} as expressions",
     )
 
+    patch_gain: bool = setting(
+        True, before=False, meaning="whether in the official wiring the first gain acts on its output in mode sp too"
+    )
+
     @classmethod
     def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
         checked = super().check_settings(settings)
@@ -70,9 +75,11 @@ class SanScaling(OnWeight):
         self.shift = nn.Parameter(torch.zeros(self.d_out, dtype=torch.float32)) if self.beta else None
         self.path: str | None = None  # of the layer, where it is part of a model
         self.anterior: tuple[Primitive, ...] = ()  # in a tuple: not a submodule
+        self.acts_on_output = self.mode != "sp"
 
     def connect(self, path: str, siblings: Mapping[str, Primitive], model_config: Mapping[str, Any]) -> None:
         self.path, self.anterior = path, ()
+        self.acts_on_output = self.mode != "sp" or (self.patch_gain and reads_pixels(path, self.wiring))
         if self.mode == "nt":
             return
         model_type, widths = model_config.get("model_type"), {name: each.d_out for name, each in siblings.items()}
@@ -101,7 +108,7 @@ class SanScaling(OnWeight):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         theta = self.change_of_gain()
-        if self.mode == "sp":
+        if not self.acts_on_output:
             return (0 * theta).expand_as(x)  # in the graph: parallel training asks every gain for a gradient
         return theta * x if self.shift is None else theta * x + self.zero_scale * _wide(self.shift)
 
@@ -138,7 +145,7 @@ class SanScaling(OnWeight):
                 f"{self.name} with beta=True shifts the output{f' of {self.path}' if self.path else ''}, which has no "
                 "bias to merge that into: train with beta=False, or keep the adapter as it is"
             )
-        theta = self.change_of_gain().detach() * (self.mode != "sp")
+        theta = self.change_of_gain().detach() * self.acts_on_output
         if bias is None:
             return theta[:, None] * weight, None
         shift = 0 if self.shift is None else self.zero_scale * _wide(self.shift.detach())

@@ -154,3 +154,16 @@ def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
     if host.weight is None:
         return host.normal("weight", d_out, d_in) / d_in**0.5
     return host.weight.detach().float()
+
+
+SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of a threshold
+
+
+def with_slope(exact: Tensor, smooth: Tensor) -> Tensor:
+    """``exact``, bit for bit, with the gradient of ``smooth``."""
+    return exact.detach() + (smooth - smooth.detach())
+
+
+def rectified(z: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """[z]_+, which silent cells still get gradient through; ``unit`` is what is one in z."""
+    return with_slope(torch.relu(z), nn.functional.softplus(SHARPNESS / unit * z) * (unit / SHARPNESS))

@@ -56,15 +56,16 @@ class Latent(Primitive):
         return encoded(x, self.reader)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.written(x, context, x.new_ones(1))
+        code, scale = self.coded(x, context)
+        return scale * (code @ self.writer.T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.written(x, context, scale), itself)
+        code, size = self.coded(x, context)
+        return added((scale * size * code) @ self.writer.mT, itself)
 
-    def written(self, x: Tensor, context: Context, gate: Tensor) -> Tensor:
-        """``gate`` times the change."""
+    def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""
         drive, scale = self.drive(x, context)
         causal = self.kind == "causal"
-        code = readings(self.code, drive, context).mean(0) if causal else self.code(drive, context)
-        return (gate * scale * code) @ self.writer.mT
+        return readings(self.code, drive, context).mean(0) if causal else self.code(drive, context), scale

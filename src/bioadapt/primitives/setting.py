@@ -15,7 +15,8 @@ class Setting:
     """One setting of a primitive: its default, the closed range or the choices it accepts, and what it means.
 
     ``derived``: where it is not None, the setting may be None, which means that value. ``table``: a dict of strings is
-    accepted as well.
+    accepted as well. ``before``: what a saved configuration without it means, where that is not the default: the
+    setting came later, and its default is another function than that of the time before.
     """
 
     default: Any
@@ -25,6 +26,7 @@ class Setting:
     meaning: str = ""
     derived: str | None = None
     table: bool = False
+    before: Any = None
 
     @property
     def type(self) -> type:
@@ -94,8 +96,9 @@ def setting(
     meaning: str,
     derived: str | None = None,
     table: bool = False,
+    before: Any = None,
 ) -> Any:
     """Declare a setting as a class attribute; instances carry the checked value under the same name."""
     if choices is None and not isinstance(default, bool) and (low is None or high is None):
         raise TypeError("a numeric setting needs both low and high")
-    return Setting(default, low, high, choices, meaning, derived, table)
+    return Setting(default, low, high, choices, meaning, derived, table, before)

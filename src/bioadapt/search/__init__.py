@@ -49,7 +49,7 @@ __all__ = [*_ROOMS]
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
-    if name == "Host":  # its name until 0.1
+    if name == "Host":  # its earlier name
         return __getattr__("SearchedModel")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

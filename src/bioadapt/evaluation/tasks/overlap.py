@@ -37,12 +37,12 @@ class Overlap:
 
     def add(self, task: Task) -> None:
         """Take up all rows of a set, unless one of its name is known."""
-        if task.name in self._known:
+        if task.source in self._known:
             return
-        self._known.add(task.name)
+        self._known.add(task.source)
         for split, size in task.sizes.items():
             for key in task.keys(split) if size else ():
-                self.places.setdefault(key, set()).add((task.name, split))
+                self.places.setdefault(key, set()).add((task.source, split))
 
     def without_leaks(self, task: T) -> tuple[T, dict[str, int]]:
         """The task without training rows that stand in any test set or in its own validation rows.
@@ -57,8 +57,8 @@ class Overlap:
         def leaks(split: str, place: tuple[str, str]) -> bool:
             name, other = place
             if split == "validation":
-                return place == (task.name, "test")
-            return other == "test" or (name, other) == (task.name, "validation")
+                return place == (task.source, "test")
+            return other == "test" or (name, other) == (task.source, "validation")
 
         for split in ("train", "validation"):
             if not task.sizes.get(split):
@@ -81,5 +81,5 @@ class Overlap:
         return [
             place
             for place, key in enumerate(task.keys("test"))
-            if place not in known and self.places.get(key, set()) <= {(task.name, "test")}
+            if place not in known and self.places.get(key, set()) <= {(task.source, "test")}
         ]

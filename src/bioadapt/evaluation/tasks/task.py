@@ -46,6 +46,11 @@ class Task(ABC):
         self.name = name
 
     @property
+    def source(self) -> str:
+        """The set that its rows are of: ``mr`` of ``mr:language_modelling``."""
+        return self.name.partition(":")[0]
+
+    @property
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """Rows per split: training rows, and the rows that a score is made of."""

@@ -14,6 +14,7 @@ from bioadapt.primitives.frames import (
     pooling_matrix,
     positive,
     read_in,
+    rectified,
     token_scale,
 )
 from bioadapt.registry import register_primitive
@@ -64,7 +65,8 @@ class VipDisinhibition(Primitive):
     by top-down and neuromodulatory input, inhibit the SST cells and thus release the dendrites.
 
     Equation: a = <|c|>_g; vip = softplus(V v / rms(v) + b), sst = [w_s a - w_v vip]_+, pv = w_p a;
-    f = sgn(c) [|c| - sst]_+ / (1 + pv); delta = rho (f - c).
+    f = sgn(c) [|c| - sst]_+ / (1 + pv); delta = rho (f - c). In backward sst has the slope of a smooth threshold:
+    where the layer is quiet, SST cells are silent, and what calls them off could never learn otherwise.
 
     Reference: Pfeffer et al. 2013, Inhibition of inhibition in visual cortex: the logic of connections between
     molecularly distinct interneurons, Nat Neurosci; Pi et al. 2013, Cortical interneurons that specialize in
@@ -97,5 +99,5 @@ class VipDisinhibition(Primitive):
         softplus, v, level = nn.functional.softplus, context.x_in, self.log_level.exp()
         activity = group_mean_magnitude(x, self.pooling)
         vip = softplus((v @ self.context_weights.T) / token_scale(v) + self.context_bias)
-        sst = torch.relu(softplus(self.onto_sst) * activity - level * softplus(self.vip_onto_sst) * vip)
+        sst = rectified(softplus(self.onto_sst) * activity - level * softplus(self.vip_onto_sst) * vip, level)
         return sst, 1 / (1 + softplus(self.onto_pv) * activity / level)

@@ -43,7 +43,7 @@ class ResonateAndFire(Latent):
     half a period apart cancel.
 
     Equation: z_t = e^(-b + i omega) z_{t-1} + (D u)_t; m = sqrt(2 b) Im z; delta = s U (m where |m| > theta, else 0),
-    with omega spread evenly in its logarithm from 2 pi / 64 to 2 pi / 4, b = 0.1 and theta = 1 at birth. There is no
+    with omega spread evenly in its logarithm from 2 pi / 64 to 2 pi / 4, b = 0.1 and theta = 0.5 at birth. There is no
     reset after a spike, so that the recurrence stays linear; the threshold has the slope of a sigmoid in backward.
     The threshold is on the magnitude: features with a large mean would hold a one-sided resonator on its silent side
     for good, where no gradient reaches it.
@@ -61,7 +61,7 @@ class ResonateAndFire(Latent):
         self.writer = read_out(self.d_out, self.rank)
         self.frequency = nn.Parameter(torch.logspace(math.log2(math.tau / 64), math.log2(math.tau / 4), self.rank, 2))
         self.damping = positive(0.1, self.rank)
-        self.threshold = positive(1.0, self.rank)
+        self.threshold = positive(0.5, self.rank)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
         return _Firing.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))

@@ -6,22 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, setting
-from bioadapt.primitives.frames import group_matrix, read_in, read_out
+from bioadapt.primitives.frames import group_matrix, read_in, read_out, rectified, with_slope
 from bioadapt.primitives.latent import Latent
 from bioadapt.primitives.time import recurrence
 from bioadapt.registry import register_primitive
-
-SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of a threshold
-
-
-def with_slope(exact: Tensor, smooth: Tensor) -> Tensor:
-    """``exact``, bit for bit, with the gradient of ``smooth``."""
-    return exact.detach() + (smooth - smooth.detach())
-
-
-def rectified(z: Tensor) -> Tensor:
-    """[z]_+, which a silent pathway still gets gradient through."""
-    return with_slope(torch.relu(z), nn.functional.softplus(SHARPNESS * z) / SHARPNESS)
 
 
 @register_primitive("basal_ganglia_gate", stage="memory", kind="causal", zero_at="readout")
@@ -31,7 +19,7 @@ class BasalGangliaGate(Latent):
     Biology: striatal Go and NoGo pathways open and close the thalamic door to each stripe of prefrontal cortex, and
     dopamine tips the balance between them through D1 and D2 receptors.
 
-    Equation: p = clip(1/2 + ((1 + D) [G u + b_g]_+ - (1 - D) [N u + b_n]_+) / 2, 0, 1) for each stripe;
+    Equation: p = clip(q + (1 - q) ((1 + D) [G u + b_g]_+ - (1 - D) [N u + b_n]_+), 0, 1) for each stripe, q = resting;
     h_t = (1 - p_t) h_{t-1} + p_t V u_t; delta = s U h, with D = tanh of a trainable level, 0 at birth. In backward
     thresholds and limits have the slopes of smooth ones: a gate that is shut or wide open could never learn otherwise.
 
@@ -43,6 +31,9 @@ class BasalGangliaGate(Latent):
 
     stripes: int = setting(2, low=1, high=64, meaning="number S of stripes with a gate of their own")
     rank: int = setting(8, low=1, high=256, meaning="number of latents r held by all stripes together")
+    resting: float = setting(
+        0.0, low=0.0, high=0.9, before=0.5, meaning="how far a gate is open while Go and NoGo are silent"
+    )
 
     def build(self, host: Host) -> None:
         self.rank = min(self.rank, self.d_out)
@@ -64,4 +55,7 @@ class BasalGangliaGate(Latent):
         dopamine = torch.tanh(self.dopamine)
         support, veto = (1 + dopamine) * rectified(go + self.go_bias), (1 - dopamine) * rectified(nogo + self.nogo_bias)
         balance = support - veto
-        return with_slope((0.5 + 0.5 * balance).clamp(0.0, 1.0), torch.sigmoid(2 * balance))
+        reach = 1 - self.resting
+        # The sigmoid has the slope of the line between its limits where that is at one half.
+        smooth = torch.sigmoid(4 * reach * balance + 4 * (self.resting - 0.5))
+        return with_slope((self.resting + reach * balance).clamp(0.0, 1.0), smooth)

@@ -47,12 +47,11 @@ from .finale import (
 )
 from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
 from .objective import Bench, BioObjective, without_test
+from .own import Training, first_trials, search_with
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# A third of the trials at most show one primitive alone, so that main effects are known before pairs are asked about.
-_WARM_UP = 3
 # Seconds between two looks at what another machine has done.
 _PATIENCE = 5.0
 
@@ -228,6 +227,20 @@ class Search:
         for names, why in ((space.host.refused, "this model refuses"), (space.too_large, "larger than the budget")):
             if names:
                 self._say(f"Left out, {why}: {', '.join(names)}.")
+        self._say(f"Trainings: {self._cost()}.")
+
+    def _cost(self) -> str:
+        """How many trainings each phase takes at most, before anything is trained."""
+        settings = self.settings
+        # LoRA, LoRA + bio, and the LoRA of their size; where the LoRA is given, or there is none, LoRA + bio alone.
+        contenders = {AUTO: 3}.get(settings.lora, 1)
+        phases = {
+            "of the LoRA": settings.trials if settings.lora == AUTO else 0,
+            "of bio adapters": settings.trials,
+            "to confirm the best": settings.confirm * settings.confirm_seeds,
+            "to test": contenders * settings.test_seeds,
+        }
+        return ", ".join(f"{count} {what}" for what, count in phases.items() if count)
 
     def _start(self, study: Study) -> float:
         """Validation score of the model as it comes."""
@@ -261,11 +274,7 @@ class Search:
 
     def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         settings = self.settings
-        alone = [self.space.alone(name) for name in self.space.primitives]
-        # Spread over the alphabet where there is room for some of them only.
-        count = min(len(alone), settings.trials // _WARM_UP)
-        first = [alone[i * len(alone) // count] for i in range(count)]
-        prepare(self.storage, self.name, settings.trials, first)
+        prepare(self.storage, self.name, settings.trials, first_trials(self.space, settings.trials))
         recorded = study.user_attrs["settings"]
         study.set_user_attr("settings", {**recorded, "trials": count_tickets(study)})
         job = self._job(self.name, self._objective(study, lora))
@@ -362,16 +371,24 @@ class SavedLora:
         return history.validation[-1][1], lora_size(model)
 
 
-def search(console: Console | None = None, **settings: Any) -> dict[str, Any]:
+def search(console: Console | None = None, *, objective: Training | None = None, **settings: Any) -> dict[str, Any]:
     """Search a bio adapter for a sentence encoder, over a LoRA that is tuned as long, and test the winner once.
+
+    With an ``objective`` it is searched for any model, by a training and a score of one's own; see `search_with`.
 
     Args:
         console: where progress is shown; the terminal if None.
+        objective: ``objective(model, learning_rate, report) -> score`` for the module that is given as ``model``.
         settings: the fields of `SearchSettings`, such as ``task="stsb", data_dir="data", trials=40``.
 
     Returns:
         What the study records as ``final``: contenders, differences with intervals, the winner's configuration.
     """
+    if objective is not None:
+        model = settings.pop("model", None)
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"model={model!r}: an objective needs the model that it trains, a torch module")
+        return search_with(objective, model, console, **settings)
     return Search(SearchSettings(**settings), console).run()
 
 

@@ -69,7 +69,7 @@ def load_adapters(model: Any, folder: str | Path) -> PeftModel:
 def learning_rates(model: nn.Module, slots: Sequence[Slot], learning_rate: float) -> dict[str, float]:
     """No rates beside the common one: strengths are settings of the adapters (``zero_scale``), as `configs` has them.
 
-    Until 0.1 this gave the rates that made up for that setting.
+    Earlier it gave the rates that stood for that setting.
     """
     warnings.warn(
         "learning_rates gives none: a slot's strength is now in the configs, as the primitive's setting zero_scale",

@@ -82,6 +82,8 @@ def progress(study: Study, title: str, seconds: float, finished_before: int = 0)
     if finished_before < done < total:
         left = seconds / (done - finished_before) * (total - done)
         parts.append(f"about {in_words(left)} left")
+    if finished_before:
+        parts.append(f"{finished_before} kept from before")
     return ", ".join(parts)
 
 

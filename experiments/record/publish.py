@@ -1,0 +1,125 @@
+"""From the cells of the screen to the record that the package carries and the page that shows it.
+
+python -m experiments.record.publish     # reads cells.csv; writes src/bioadapt/record.csv and the table in README.md
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from scipy.stats import t as student
+
+from bioadapt import list_primitives
+from bioadapt.record import Finding
+from experiments.record.bench import FAMILIES
+from experiments.record.run import HERE, PLACEBOS, Result, read
+
+RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
+LORA, TABLE = "lora-r8", ("<!-- table -->", "<!-- end of table -->")
+Scores = Mapping[int, float]  # by seed
+
+
+def findings(results: Sequence[Result]) -> list[Finding]:
+    """One for every mechanism and task that has a cell."""
+    found = []
+    for task, family in FAMILIES.items():
+        own = [result for result in results if result.task == task]
+        loras = {arm: at_best(own, arm) for arm in {result.arm for result in own if result.arm.startswith("lora-")}}
+        placebos = [at_best(own, arm)[1] for arm in PLACEBOS if any(result.arm == arm for result in own)]
+        for name in list_primitives():
+            if name in PLACEBOS or not any(result.arm == name for result in own):
+                continue
+            best, scores = at_best(own, name)
+            equals = [rival for lora, rival in loras.values() if lora.params <= next_size(loras, best.params)]
+            over_equal = differences(scores, equals)
+            low, high = interval(over_equal)
+            found.append(
+                Finding(
+                    primitive=name,
+                    family=family,
+                    task=task,
+                    over_lora=mean(differences(scores, [loras[LORA][1]])),
+                    over_equal=mean(over_equal),
+                    over_placebo=mean(differences(scores, placebos)),
+                    low=low,
+                    high=high,
+                    seeds=len(over_equal),
+                    factor=best.factor,
+                    params=best.params,
+                    stage="screen",
+                )
+            )
+    return sorted(found, key=lambda finding: (finding.primitive, finding.task))
+
+
+def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
+    """The best cell of an arm's first seed, and the scores of all seeds at its rates."""
+    own = [result for result in results if result.arm == arm]
+    best = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
+    same = [result for result in own if (result.rate, result.factor) == (best.rate, best.factor)]
+    return best, {result.seed: result.dev for result in same}
+
+
+def next_size(loras: Mapping[str, tuple[Result, Scores]], params: int) -> int:
+    """The size of the smallest LoRA that has at least as many parameters, or of the largest there is."""
+    sizes = sorted(lora.params for lora, _ in loras.values())
+    return next((size for size in sizes if size >= params), sizes[-1])
+
+
+def differences(scores: Scores, rivals: Sequence[Scores]) -> list[float]:
+    """To the rival with the best mean over the seeds that it has in common, seed by seed."""
+    common = {seed for seed in scores if all(seed in rival for rival in rivals)} if rivals else set()
+    if not common:
+        return []
+    best = max(rivals, key=lambda rival: statistics.fmean(rival[seed] for seed in common))
+    return [scores[seed] - best[seed] for seed in sorted(common)]
+
+
+def mean(values: Sequence[float]) -> float:
+    return round(statistics.fmean(values), 3) if values else math.nan
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % of Student's t, or nothing where there is one value."""
+    if len(values) < 2:
+        return None, None
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return round(statistics.fmean(values) - half, 3), round(statistics.fmean(values) + half, 3)
+
+
+def table(found: Sequence[Finding]) -> str:
+    """Mechanisms by their mean difference to a LoRA of their size, nulls and losses with the rest."""
+    by_name: dict[str, dict[str, Finding]] = {}
+    for finding in found:
+        by_name.setdefault(finding.primitive, {})[finding.task] = finding
+    lines = []
+    for name, own in by_name.items():
+        over_equal = statistics.fmean(finding.over_equal for finding in own.values())
+        over_placebo = statistics.fmean(finding.over_placebo for finding in own.values())
+        cells = " | ".join(f"{own[task].over_equal:+.2f}" if task in own else "" for task in FAMILIES)
+        lines.append((over_equal, f"| {name} | {cells} | {over_equal:+.2f} | {over_placebo:+.2f} |"))
+    head = f"| mechanism | {' | '.join(FAMILIES)} | mean | over the placebo |"
+    return "\n".join([head, "|---" * (len(FAMILIES) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
+
+
+def main() -> None:
+    found = findings(list(read(HERE / "cells.csv")))
+    with RECORD.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Finding)], lineterminator="\n")
+        writer.writeheader()
+        for finding in found:
+            row = vars(finding)
+            writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
+    page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
