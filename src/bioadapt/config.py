@@ -173,6 +173,8 @@ class BioConfig(PeftConfig):
         self.inference_mode = as_flag("inference_mode", self.inference_mode)
         if self.causal is not None:
             self.causal = as_flag("causal", self.causal, "True, False, or None for what the model says")
+        if self.batch_first is not None:
+            self.batch_first = as_flag("batch_first", self.batch_first, "True, False, or None for what the model says")
         if self.rank is not None:
             self.rank = as_integer("rank", self.rank, low=1, accepted="None or an integer of at least 1")
         if self.layers_to_transform is not None:
