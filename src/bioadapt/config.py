@@ -98,6 +98,8 @@ class BioConfig(PeftConfig):
             all read the same features.
         init_weights: True: the fresh adapter is the identity. False: it is not, for tests.
         causal: whether time may only be read backwards; None finds out from the model. Set it for models of your own.
+        batch_first: whether activations are (batch, tokens, features) or (tokens, batch, features); None finds out from
+            the model. Set it for models of your own with modules that have ``batch_first=False``.
         seed: fixes the frozen random matrices.
         trained_over: written on saving: name and fingerprint of what lay underneath.
         fingerprint: written on saving: hash of the adapter's tensors, checked on loading.
@@ -129,6 +131,7 @@ class BioConfig(PeftConfig):
     composition: Composition = field(default="staged", metadata={"help": f"One of {', '.join(COMPOSITIONS)}."})
     init_weights: bool = field(default=True, metadata={"help": "Whether the fresh adapter is the identity."})
     causal: bool | None = field(default=None, metadata={"help": "Whether time is read backwards only."})
+    batch_first: bool | None = field(default=None, metadata={"help": "Whether the batch axis comes before time."})
     seed: int = field(default=0, metadata={"help": "Seed of the frozen random matrices."})
     trained_over: dict[str, Any] | None = field(default=None, metadata={"help": "What lay underneath; set on saving."})
     fingerprint: str | None = field(default=None, metadata={"help": "Hash of the tensors; set on saving."})
@@ -170,6 +173,8 @@ class BioConfig(PeftConfig):
         self.inference_mode = as_flag("inference_mode", self.inference_mode)
         if self.causal is not None:
             self.causal = as_flag("causal", self.causal, "True, False, or None for what the model says")
+        if self.batch_first is not None:
+            self.batch_first = as_flag("batch_first", self.batch_first, "True, False, or None for what the model says")
         if self.rank is not None:
             self.rank = as_integer("rank", self.rank, low=1, accepted="None or an integer of at least 1")
         if self.layers_to_transform is not None:

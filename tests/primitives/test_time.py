@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bioadapt.primitives import time
 from bioadapt.primitives._state import Memory
 from bioadapt.primitives.base import Context
 from bioadapt.primitives.time import (
@@ -307,3 +308,19 @@ class TestTokenPositions:
         state = Memory().part("p")
         counts = [token_positions("n", self.x[:, :n], Context(state=state)) for n in (3, 1, 1)]
         assert torch.cat(counts, 1).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+# -- lengths that are left open --
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 9, 70])
+@pytest.mark.parametrize("constant", [True, False])
+def test_doubling_solves_what_the_scan_solves(constant, steps, backwards):
+    decay = torch.rand(1, 1 if constant else steps, 4)
+    if not constant and steps > 2:
+        decay[:, 1] = 0.0  # a reset
+    drive = torch.randn(3, steps, 4)
+    for initial in (None,) if backwards else (None, torch.randn(3, 4)):
+        found = time._doubled(decay, drive, initial, backwards)
+        torch.testing.assert_close(found, time._scan(decay, drive, initial, backwards), atol=1e-5, rtol=1e-5)

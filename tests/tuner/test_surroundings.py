@@ -158,9 +158,10 @@ def test_the_user_may_say_which_way_time_runs():
 
 
 @torch.no_grad()
-def test_a_mask_that_hides_the_padding_is_refused_only_where_it_matters():
+def test_a_mask_that_is_not_understood_is_refused_only_where_it_matters():
     ids, mask = torch.randint(3, 48, (2, 6)), torch.ones(2, 1, 6, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match="attention_mask as \\(batch, tokens\\)"):
+    mask[:, :, 4, 3] = False  # a token that does not see the one before it, and yet begins no document
+    with pytest.raises(ValueError, match="attention_mask is no sequence of documents.*Pass attention_mask as"):
         adapted(qwen(), primitives=["short_term_depression"])(input_ids=ids, attention_mask=mask)
     adapted(qwen(), primitives=["lateral_inhibition"])(input_ids=ids, attention_mask=mask)
 
@@ -172,7 +173,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind():
     before = model(input_ids=ids).last_hidden_state
     with pytest.raises(Exception):  # noqa: B017 - whatever the model itself raises for a token it does not have
         model(input_ids=ids + 100)
-    assert all(not layer.scope.running for layer in model.base_model.layers())
+    assert all(layer.scope.surroundings is None for layer in model.base_model.layers())
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)
 
 

@@ -22,10 +22,9 @@ class Memory:
     def __init__(self) -> None:
         self.series: dict[str, Tensor] = {}
         self.seen: dict[str, int] = {}
-        self.past: int | None = None  # tokens in the cache when the running forward began, where that is known
 
-    def part(self, key: str) -> Recollection:
-        return Recollection(self, key)
+    def part(self, key: str, heard: int | None = None) -> Recollection:
+        return Recollection(self, key, heard)
 
     def append(self, key: str, new: Tensor, keep: int) -> None:
         old = self.series.get(key)
@@ -33,17 +32,22 @@ class Memory:
         joined = new if old is None else torch.cat([old, new], dim=1)
         self.series[key] = joined[:, -(keep + UNDO_WINDOW) :]
 
-    def get(self, key: str) -> Tensor | None:
+    def get(self, key: str, heard: int | None) -> Tensor | None:
         """A series, None before the first token.
 
+        Args:
+            key: of the series.
+            heard: how many tokens there have been, where that is known.
+
         Raises:
-            ValueError: the series has not seen all tokens of the cache.
+            ValueError: the series has not seen all of them.
         """
         seen = self.seen.get(key, 0)
-        if self.past is not None and seen != self.past:
+        if heard is not None and seen != heard:
             raise ValueError(
-                f"the cache holds {self.past} tokens, of which {key} has seen {seen}: it was filled before the adapter "
-                "was added, while it was inactive or disabled, or in training. Start from an empty cache"
+                f"the cache holds {heard} tokens, of which {key} has seen {seen}: it was filled before the adapter "
+                "was added, while it was inactive or disabled, or in training, or the layer was not called on every "
+                "token. Start from an empty cache"
             )
         return self.series.get(key)
 
@@ -76,22 +80,22 @@ class Memory:
 
 
 class Recollection:
-    """One primitive's part of a `Memory`."""
+    """One primitive's part of a `Memory`, when ``heard`` tokens have gone by (None: nobody counts them)."""
 
-    def __init__(self, memory: Memory, key: str) -> None:
-        self.memory, self.key = memory, key
+    def __init__(self, memory: Memory, key: str, heard: int | None = None) -> None:
+        self.memory, self.key, self.heard = memory, key, heard
 
     def part(self, key: str) -> Recollection:
-        return Recollection(self.memory, f"{self.key}/{key}")
+        return Recollection(self.memory, f"{self.key}/{key}", self.heard)
 
     def last(self, name: str) -> Tensor | None:
         """The newest entry of a series, (B, ...), or None before the first token."""
-        series = self.memory.get(f"{self.key}/{name}")
+        series = self.memory.get(f"{self.key}/{name}", self.heard)
         return None if series is None else series[:, -1]
 
     def latest(self, name: str, count: int) -> Tensor | None:
         """Up to ``count`` newest entries of a series, (B, n <= count, ...), or None before the first token."""
-        series = self.memory.get(f"{self.key}/{name}")
+        series = self.memory.get(f"{self.key}/{name}", self.heard)
         return None if series is None else series[:, -count:]
 
     def append(self, name: str, series: Tensor, keep: int = 1) -> None:

@@ -139,7 +139,7 @@ class LocalRule(nn.Module):
     # -- the slot: a leaf that gets the evidence of a whole backward as its gradient --
 
     def _open_slot(self, device: torch.device) -> None:
-        self.slot = torch.zeros(self.size, device=device, requires_grad=True)
+        self.slot = torch.zeros(self.size, device=device, dtype=torch.float32, requires_grad=True)
         itself = weakref.ref(self)
 
         def arrived(slot: Tensor) -> None:

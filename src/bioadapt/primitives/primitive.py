@@ -7,8 +7,8 @@ the world (padding, positions, the layer's input, what was said in earlier decod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -78,6 +78,7 @@ class Primitive(nn.Module):
     learns: ClassVar[bool]
     needs_input: ClassVar[bool]
     reads_both_ways: ClassVar[bool] = False  # for `causal`: `transform` itself heeds `Context.bidirectional`
+    reads_positions: ClassVar[bool] = False  # for `pointwise`: `transform` asks where in the document a token stands
     any_dtype: ClassVar[bool] = False  # `transform` takes x and x_in in the layer's dtype and minds its own precision
     readout: ClassVar[str] = "writer"  # for a zero at the readout: the name of that tensor
 
@@ -95,10 +96,11 @@ class Primitive(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         for name, value in self.check_settings(settings).items():
             setattr(self, name, value)
-        self.build(host if host is not None else Host())
-        if self.zero_at != "update":
-            gate_shape = self.d_out if self.zero_at == "gate" else 1
-            self.gate = nn.Parameter(torch.full((gate_shape,), 1.0 if self.zero_at == "readout" else 0.0))
+        with born_in_fp32():
+            self.build(host if host is not None else Host())
+            if self.zero_at != "update":
+                gate_shape = self.d_out if self.zero_at == "gate" else 1
+                self.gate = nn.Parameter(torch.full((gate_shape,), 1.0 if self.zero_at == "readout" else 0.0))
 
     @classmethod
     def declared_settings(cls) -> dict[str, Setting]:
@@ -153,6 +155,8 @@ class Primitive(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
         """x (..., T, d_out) -> delta of the same shape and dtype, or x + delta if ``with_x``."""
         shape, dtype = x.shape, x.dtype
+        if x.numel() == 0:
+            return self._of_nothing(x)
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
@@ -160,6 +164,11 @@ class Primitive(nn.Module):
             changed = self._changed if self.any_dtype else self._in_fp32
             found = changed(x if self.any_dtype else x.float(), context, with_x).to(dtype)
         return found if found.shape == shape else found.reshape(shape)
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""
+        none = torch.cat([x.new_zeros(0), *(parameter.flatten()[:0].to(x.dtype) for parameter in self.parameters())])
+        return x + none.sum()
 
     def _complete(self, context: Context, x: Tensor) -> Context:
         v = context.x_in
@@ -287,6 +296,17 @@ class _Body(nn.Module):
 
     def forward(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         return self.primitive._both_ways(x, context, with_x)
+
+
+@contextmanager
+def born_in_fp32() -> Iterator[None]:
+    """A block in which tensors are made in fp32, whatever the user's default dtype is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
+DOUBLINGS = 20  # of a scan whose length is left open: it may be up to 2 ** 20 tokens
 CHUNK = 128  # tokens up to which a product with a matrix of powers is cheaper than the scan
 
 
@@ -23,13 +24,26 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
 
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
-    if decay.numel() > 1 or drive.shape[1] > CHUNK or drive.is_complex():
+    steps = drive.shape[1]
+    if _is_symbol(steps):
+        return _doubled(decay, drive, initial, backwards)
+    if decay.numel() > 1 or not is_short(steps) or drive.is_complex():
         return _scan(decay, drive, initial, backwards)
     if initial is not None:
         drive = drive.clone()
         drive[:, 0].addcmul_(decay[:, 0], initial)
-    powers = _powers(decay.flatten(), drive.shape[1])[0]
+    powers = _powers(decay.flatten(), steps)[0]
     return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
+
+
+def is_short(steps: int) -> bool:
+    """Whether a product with a matrix of powers is cheaper than the scan for so many tokens."""
+    return not _is_symbol(steps) and steps <= CHUNK
+
+
+def _is_symbol(steps: int) -> bool:
+    """Whether a length is left open, as in a model that is exported for sequences of any length."""
+    return isinstance(steps, torch.SymInt)
 
 
 def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
@@ -46,7 +60,7 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards
     underflows at a = 0.5 after 512 tokens.
     """
     steps, size = drive.shape[1], min(drive.shape[1], BLOCK)
-    constant, fill = decay.shape[1] == 1, -drive.shape[1] % size
+    constant, fill = decay.shape[1] == 1, -steps % size
     if fill:
         drive = _filled(drive, fill)
         decay = decay if constant else _filled(decay, fill)
@@ -67,6 +81,37 @@ def _scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backwards
         here, before = (slice(None, -1), slice(1, None)) if backwards else (slice(1, None), slice(None, -1))
         blocks[:, here].addcmul_(reach if constant else reach[:, here], ends[:, before, None])
     return blocks.flatten(1, 2)[:, :steps]
+
+
+def _doubled(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
+    """See `_solve`: by recursive doubling, which asks nothing of the length."""
+    if initial is not None:
+        drive = drive + torch.where(_first(drive), decay * initial[:, None], 0.0)
+    h, reach, steps = drive, decay, drive.shape[1]
+    for step in (2**k for k in range(DOUBLINGS)):
+
+        def shifted(series: Tensor, step: int = step) -> Tensor:
+            sides = (0, step) if backwards else (step, 0)
+            moved = nn.functional.pad(series, (*(0, 0) * (series.dim() - 2), *sides))
+            return moved[:, step:] if backwards else moved[:, :steps]
+
+        h = h + reach * shifted(h)
+        reach = reach * (reach if decay.shape[1] == 1 else shifted(reach))
+    return h
+
+
+def _first(series: Tensor) -> Tensor:
+    """True at the first token, with axes to broadcast against the series (B, T, ...)."""
+    return _like(torch.arange(series.shape[1], device=series.device)[None] == 0, series)
+
+
+def _lagged(h: Tensor, initial: Tensor) -> Tensor:
+    """h_{t-1} of h (B, T, ...), and ``initial`` (B, ...) before the first token."""
+    steps = h.shape[1]
+    if _is_symbol(steps):  # a series that is one token shorter would rule out a length of two
+        shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
+        return torch.where(_first(h), initial[:, None], shifted)
+    return torch.cat([initial[:, None], h[:, :-1]], 1)
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -121,7 +166,7 @@ class _PastScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-        past = torch.cat([initial[:, None], _solve(decay, drive, initial)[:, :-1]], 1)
+        past = _lagged(_solve(decay, drive, initial), initial)
         ctx.save_for_backward(decay, past)
         return past
 
@@ -199,7 +244,7 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     """
     start = _start(initial, h)
     before = None if context.state is None else context.state.last(name)
-    shifted = torch.cat([(start if before is None else before)[:, None], h[:, :-1]], 1)
+    shifted = _lagged(h, start if before is None else before)
     if context.resets is not None:
         shifted = torch.where(_like(context.resets, h), start[:, None], shifted)
     if context.state is not None:
@@ -271,7 +316,7 @@ def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Te
     Returns:
         One reading of time, or two, both (B, T, G, c) and in the order of z.
     """
-    if z.shape[1] > CHUNK:
+    if not is_short(z.shape[1]):
 
         def by_scan(series: Tensor) -> Tensor:
             return series - past_trace("", series, decay[:, None], Context())

@@ -13,7 +13,7 @@ from ..config import BioConfig
 from ..primitives.base import Context, Host, OnWeight, Primitive
 from ..primitives.frames import read_in, read_out
 from ..primitives.names import STAGES
-from ..primitives.primitive import autocast_off
+from ..primitives.primitive import autocast_off, born_in_fp32
 from ..registry import build_primitive
 from .sites import Site
 
@@ -39,7 +39,8 @@ class Circuit(nn.Module):
         population = site.d_out if config.rank is None else config.rank
         self.down = self.up = None
         if config.rank is not None:
-            self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
+            with born_in_fp32():
+                self.down, self.up = read_in(config.rank, site.d_out), read_out(site.d_out, config.rank)
             host = Host(partial(_population_weight, host, self.down.detach()), seed=host.seed)
         for entry in config.primitives:
             settings = {key: value for key, value in entry.items() if key != "name"}
@@ -52,6 +53,7 @@ class Circuit(nn.Module):
         # Asked at every forward, and the same for ever.
         self.alone = len(primitives) == 1 and config.rank is None
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
+        self.reads_tokens = self.reads_time or any(primitive.reads_positions for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
         self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):

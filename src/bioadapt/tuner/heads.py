@@ -6,7 +6,9 @@ adapter is the copy of the method below, not the untrained original.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +19,7 @@ from ..checkpoint import CONTAINER
 from .layer import BioLayer
 
 _NOT_BELOW = (".modules_to_save.", f".{CONTAINER}.")
+_HOOKS = "bio_hooks"
 
 
 def heads(model: nn.Module, names: Iterable[str]) -> Iterator[AuxiliaryTrainingWrapper]:
@@ -30,6 +33,9 @@ def heads(model: nn.Module, names: Iterable[str]) -> Iterator[AuxiliaryTrainingW
 def take_over_heads(model: nn.Module, adapter_name: str) -> None:
     """Let a fresh copy of a module to save start from the trained copy of the method below, not from scratch."""
     for wrapper in heads(model, [adapter_name]):
+        # Here and not at each request, whose hook would be heard by the requests of other threads.
+        hooks = wrapper.__dict__.setdefault(_HOOKS, {})
+        hooks[adapter_name] = wrapper.register_forward_pre_hook(tell_head, with_kwargs=True)
         below = head_below(model, wrapper)
         copies = getattr(wrapper, "modules_to_save", {})
         if adapter_name in copies and below in copies:
@@ -68,6 +74,9 @@ def release_heads(model: nn.Module, adapter_name: str, keep: bool = False) -> No
         elif in_use:
             use_head_below(model, wrapper)
         wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
+        hook = wrapper.__dict__.get(_HOOKS, {}).pop(adapter_name, None)
+        if hook is not None:
+            hook.remove()
 
 
 def head_below(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> str | None:
@@ -93,7 +102,33 @@ def is_trained(model: nn.Module, adapter_name: str | None) -> bool:
     )
 
 
-def tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple:
+class _Asked(threading.local):
+    """Which copy each sample is to use, by the id of the module to save: in this flow of control alone."""
+
+    copies: dict[int, list[str]] | None = None
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def asking_heads(model: nn.Module, ours: Iterable[str], adapter_names: list[str]) -> Iterator[None]:
+    """Forwards in which each sample uses the copy of the adapter named for it."""
+    copies = {}
+    for wrapper in heads(model, ours):
+        instead = head_below(model, wrapper) or "__base__"
+        copies[id(wrapper)] = [name if name in wrapper._adapters else instead for name in adapter_names]
+    before, _asked.copies = _asked.copies, copies
+    try:
+        yield
+    finally:
+        _asked.copies = before
+
+
+def tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Tell a module to save which sample uses which copy. Beam search repeats samples."""
-    repeats = len(args[0]) // len(adapter_names)
-    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
+    names = (_asked.copies or {}).get(id(module))
+    if names is None:
+        return None
+    repeats = len(args[0]) // len(names)
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER
 from ..config import BioConfig
+from ..primitives._state import Memory
 from ..primitives.base import Context, Host, Primitive
 from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
+from . import patches
 from .circuit import Circuit
+from .masks import NOTHING, Tokens, Unclear
 from .merging import MergeableLayer, Original
 from .scope import Scope, Surroundings
 from .sharding import check_whole, refusal_of_shards
-from .sites import Layout, Site, describe
+from .sites import Axes, Layout, Site, describe
 
 
 class BioLayer(MergeableLayer):
@@ -32,19 +36,32 @@ class BioLayer(MergeableLayer):
         scope: what surrounds the layer's forwards.
         causal: whether time is read backwards only here.
         across: whether the layer reads the encoder's output inside a decoder.
+        axes: which axis of its activations is time; None where that cannot be told.
     """
 
     adapter_layer_names = (CONTAINER,)
     other_param_names = ()
 
     def __init__(
-        self, base_layer: nn.Module, site: Site, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        site: Site,
+        path: str,
+        scope: Scope,
+        causal: bool,
+        across: bool,
+        axes: Axes | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         setattr(self, CONTAINER, nn.ModuleDict())
         self.site, self.path, self.scope = site, path, scope
         self.causal, self.across = causal and not across, across
+        self.axes = axes
+        self.unsure = False  # whether nothing tells which way time may be read
+        self.routed = any(part.startswith("expert") for part in path.split("."))  # sees tokens in any order
+        self.said: set[str] = set()  # warnings that have been given
         self.in_features, self.out_features = site.d_in, site.d_out
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -69,6 +86,11 @@ class BioLayer(MergeableLayer):
         """Whether decoding has to carry anything over tokens here."""
         return self.causal and any(circuit.reads_time for circuit in self.circuits.values())
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the output depends on where tokens stand and which of them are padding."""
+        return any(circuit.reads_tokens for circuit in self.circuits.values())
+
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
         """Add an adapter.
 
@@ -89,6 +111,11 @@ class BioLayer(MergeableLayer):
                 refusal = f"feedforward_modules asks for a change of the input, and that of {site.layer} is no features"
             if info.kind == "global" and self.causal:
                 refusal = "it reads later tokens, which this model must not see"
+            if self.axes is None and (info.kind in ("causal", "global") or info.factory.reads_positions):
+                refusal = (
+                    "it reads time, and the model holds modules with batch_first=False, so that it is not clear which "
+                    "axis is time here: say so by batch_first=True or False in the configuration"
+                )
             if refusal is not None:
                 raise ValueError(f"{info.name} cannot act on {self.path}: {refusal}")
         if config.rank is not None and config.rank > site.d_out:
@@ -183,8 +210,9 @@ class BioLayer(MergeableLayer):
     def _scaled(self, v: Tensor, scale: Tensor) -> Tensor:
         """The layer's input with its channels multiplied: scale (d_in,), or (samples, d_in) for one row per sample."""
         if scale.dim() == 2:
-            scale = scale.repeat_interleave(v.shape[0] // scale.shape[0], 0)  # beam search repeats samples
-            scale = scale.reshape(scale.shape[0], *(1,) * (v.dim() - 2), self.site.d_in)
+            axis = 1 if self.axes is not None and self.axes.time_first and v.dim() == 3 else 0
+            scale = scale.repeat_interleave(v.shape[axis] // scale.shape[0], 0)  # beam search repeats samples
+            scale = scale.reshape(scale.shape[0], *(1,) * (v.dim() - 2 - axis), self.site.d_in)
         if self.site.spatial:
             scale = scale.movedim(-1, 1) if scale.dim() > 1 else scale.reshape(-1, *(1,) * (v.dim() - 2))
         return (v * scale.to(v.device)).to(v.dtype)  # a gain near one would be rounded away in half precision
@@ -203,13 +231,18 @@ class BioLayer(MergeableLayer):
         layer's own if None.
         """
         site = site or self.site
-        around = self.scope.surroundings or Surroundings()
-        layout = Layout.of(y, site, None if self.across else around.tokens)
-        context = self._context(layout, v, around, circuits, site)
-        contexts = {name: self._remembering(context, name, around) for name in circuits}
+        around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
+        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
+        reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
+        counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
+        tokens = self._tokens(layout, around, circuits, bool(reading), counted)
+        context = self._context(layout, v, around, circuits, site, tokens)
+        contexts = dict.fromkeys(circuits, context)
+        if reading:
+            self._remember(contexts, reading, layout, around, counted)
         features = layout.to_sequence(y)
         check_whole(features, site, self.path)
-        if len(circuits) == 1 and not apart and self.scope.adapter_names is None and not layout.spatial:
+        if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
             changed = layout.restore(circuit.applied(features, contexts[name]))
         else:
@@ -222,6 +255,7 @@ class BioLayer(MergeableLayer):
         self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
     ) -> Tensor:
         """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
+        names = self.scope.adapter_names
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
@@ -230,34 +264,42 @@ class BioLayer(MergeableLayer):
                 delta = delta if circuit.at_input else delta + circuit(read, contexts[name])
             else:
                 delta = circuit(read, contexts[name])
-            if self.scope.adapter_names is not None:
-                delta = delta * _rows_of(name, self.scope.adapter_names, delta)
+            if names is not None:
+                delta = delta * _rows_of(name, names, delta)
             total = delta if total is None else total + delta
         assert total is not None
         return total
 
-    def _remembering(self, context: Context, name: str, around: Surroundings) -> Context:
-        """The context of one adapter: while decoding, with its own memory."""
-        if around.memory is None or not self.causal:
-            return context
-        return context.replace(state=around.memory.part(f"{self.path}/{name}"))
+    def _remember(
+        self, contexts: dict[str, Context], reading: list[str], layout: Layout, around: Surroundings, counted: str
+    ) -> None:
+        """Give the adapters whose tokens continue earlier ones their own memory of those."""
+        if self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
+            return
+        call, start = around.place(counted, layout.sequence)
+        if not self.causal:
+            return
+        memory = around.memory
+        if memory is None and layout.sequence[1] < around.tokens[1]:
+            # A part of the sequence, which may continue the one before.
+            memory = around.chunks = around.chunks or Memory()
+        if memory is None:
+            return
+        heard = None if around.past is None else around.past + start
+        for name in reading:
+            key = f"{self.path}/{name}" if call == 0 else f"{self.path}/{name}#{call}"
+            contexts[name] = contexts[name].replace(state=memory.part(key, heard))
 
     def _context(
-        self, layout: Layout, v: Tensor, around: Surroundings, circuits: dict[str, Circuit], site: Site
+        self,
+        layout: Layout,
+        v: Tensor,
+        around: Surroundings,
+        circuits: dict[str, Circuit],
+        site: Site,
+        tokens: Tokens,
     ) -> Context:
-        sequence = layout.sequence
-        mask = around.encoder_mask if self.across else around.mask
-        in_time = any(circuit.reads_time for circuit in circuits.values())
-        if in_time and around.unreadable_mask and not self.across:
-            raise ValueError(
-                f"{self.path} carries state over tokens and needs attention_mask as (batch, tokens); a mask of another "
-                "form does not tell which tokens are padding"
-            )
-        if in_time and around.tokens is not None and not layout.spatial and len(layout.shape) > 3:
-            raise ValueError(
-                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
-                "primitives that carry state over tokens cannot act here"
-            )
+        tokens = tokens.to(v.device)
         if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
             bias = self._constant(v)
         else:
@@ -265,15 +307,84 @@ class BioLayer(MergeableLayer):
         return Context(
             x_in=layout.input_to_sequence(v, site),
             bias=bias,
-            mask=_fitting(mask, sequence, v),
-            positions=None if self.across else _fitting(around.positions, sequence, v),
-            resets=None if self.across else _fitting(around.resets, sequence, v),
+            mask=tokens.mask,
+            positions=tokens.positions,
+            resets=tokens.resets,
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=torch.is_grad_enabled(),
             observations=[],
             grid=layout.grid,
             losses=[] if self.training else None,
         )
+
+    def _tokens(
+        self, layout: Layout, around: Surroundings, circuits: dict[str, Circuit], reads_tokens: bool, counted: str
+    ) -> Tokens:
+        """What is known of the tokens that the layer is called on.
+
+        Raises:
+            ValueError: a primitive has to know more.
+        """
+        start = 0
+        if reads_tokens:
+            _, start = around.calls.get(counted, (0, 0))
+            self._check_time(layout, around, start)
+        try:
+            if self.across:
+                return around.about_encoder(layout.sequence)
+            if self.routed or (layout.sequence[1] == 1 and start == 0 and layout.sequence != around.tokens):
+                return NOTHING  # a vector by itself
+            return around.about(layout.sequence)
+        except Unclear as unclear:
+            if reads_tokens:
+                raise ValueError(
+                    f"{self.path} reads its tokens in time, but {unclear}. Pass attention_mask as (batch, tokens), "
+                    "call the model without padding, or adapt this module with pointwise primitives alone"
+                ) from None
+            if around.live and any(primitive.learns for circuit in circuits.values() for primitive in circuit.values()):
+                self._say(f"{self.path} learns from padding too, since {unclear}")
+        return NOTHING
+
+    def _check_time(self, layout: Layout, around: Surroundings, start: int) -> None:
+        """Refuse an activation in which time cannot be found, and say where there is none."""
+        if around.stack is None and self.scope.told and patches.recomputing():
+            raise ValueError(
+                f"{self.path} is computed again in the backward by a checkpoint that was put around it after the "
+                "adapter, so that masks and positions are not known there: use gradient_checkpointing_enable(), or "
+                "wrap the model before adding the adapter"
+            )
+        if layout.spatial or self.across:
+            return
+        batch, steps = around.tokens or (None, None)
+        if layout.sequence[1] == 1 and layout.sequence != around.tokens and start == 0:
+            self._say(
+                f"{self.path} is called on single vectors, not on sequences of them: primitives that read time have no "
+                "past to read there"
+            )
+        if steps is None or len(layout.shape) == 2:
+            return
+        if len(layout.shape) > 3:
+            raise ValueError(
+                f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
+                "primitives that carry state over tokens cannot act here"
+            )
+        # What is compiled or exported for any length must not be asked whether that is the number of samples.
+        if not torch.compiler.is_compiling() and layout.sequence == (steps, batch) and batch != steps:
+            raise ValueError(
+                f"{self.path} is called with {tuple(layout.shape)} for {batch} sequences of {steps} tokens: time seems "
+                "to come first here. Say so by batch_first=False in the configuration"
+            )
+        if not self.causal and start > 0:
+            raise ValueError(
+                f"{self.path} is called on {layout.sequence[1]} of {steps} tokens at a time, but reads time both ways: "
+                "let the model run on whole sequences, or adapt this module with pointwise primitives alone"
+            )
+
+    def _say(self, text: str) -> None:
+        """Warn, once."""
+        if text not in self.said and not torch.compiler.is_compiling():
+            self.said.add(text)
+            warnings.warn(text)
 
     def _constant(self, v: Tensor) -> Tensor | None:
         """What a tuner below makes of no input, (d_out,): the bias, which it may have changed."""
@@ -291,7 +402,15 @@ class BioLinear(BioLayer):
     """A `BioLayer` on a linear layer; PEFT finds linear layers that are already adapted by the name of their class."""
 
 
-def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, across: bool, **kwargs: Any) -> BioLayer:
+def build_layer(
+    base_layer: nn.Module,
+    path: str,
+    scope: Scope,
+    causal: bool,
+    across: bool,
+    axes: Axes | None,
+    **kwargs: Any,
+) -> BioLayer:
     """A layer without adapters around ``base_layer``.
 
     Raises:
@@ -303,16 +422,11 @@ def build_layer(base_layer: nn.Module, path: str, scope: Scope, causal: bool, ac
     except TypeError as error:
         raise TypeError(f"{path} cannot be adapted: {error}") from None
     cls = BioLinear if site.weight in ("rows", "columns") and site.reads_features else BioLayer
-    return cls(base_layer, site, path, scope, causal, across, **kwargs)
+    return cls(base_layer, site, path, scope, causal, across, axes, **kwargs)
 
 
 def _features(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _fitting(tensor: Tensor | None, sequence: tuple[int, ...], v: Tensor) -> Tensor | None:
-    """The tensor, if it is one number for each token; a model spread over devices has its mask on the first."""
-    return tensor.to(v.device) if tensor is not None and tuple(tensor.shape) == sequence else None
 
 
 def _rows_of(name: str, adapter_names: list[str], delta: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +23,14 @@ from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
 from ..registry import primitive_info
 from .combination import Combination, combined
-from .heads import head_below, heads, release_heads, take_over_heads, tell_head, use_head
+from .heads import asking_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
 from .reference import complete_copy
 from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
-from .scope import Scope, enclosing_stack, is_causal, reads_encoder
+from .scope import Scope, axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
+from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
-from .targets import RESIDUAL_WRITERS, default_sites
+from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, shared_modules, unmatched
 from .tree import bio_layers, forget_configs, remove_adapter, undone_on_failure
 
 ROUNDING = 0.01  # a merge that loses more of the changed weights than this is worth a warning
@@ -100,13 +100,17 @@ class BioModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_names(model, self.peft_config, adapter_name)
-        self._check_layers(model, self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        self._check_layers(model, given)
         # What a file was known by says nothing of the adapter any more once that is trained.
-        config = dataclasses.replace(self.peft_config[adapter_name], fingerprint=None, settings_fingerprint=None)
+        config = dataclasses.replace(given, fingerprint=None, settings_fingerprint=None)
+        passed_over = self.__dict__["_passed_over"] = {}
+        shared = shared_modules(model)
         try:
             with undone_on_failure(self):
                 self.peft_config[adapter_name] = config
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._check_reach(model, adapter_name, given, passed_over, shared)
                 self._connect(model, adapter_name)
                 take_over_heads(self.model, adapter_name)
                 self.__dict__.setdefault("_unused", set()).add(adapter_name)
@@ -119,6 +123,52 @@ class BioModel(BaseTuner):
         targets = config.target_modules or default_sites(config, self.get_model_config(model))[0]
         if targets is not None and config.layers_to_transform is not None:
             check_layers(config, targets, model, self._check_target_module_exists)
+
+    def _check_reach(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        given: BioConfig,
+        passed_over: dict[str, str],
+        shared: dict[nn.Module, list[str]],
+    ) -> None:
+        """Warn where the adapter does not do what was asked for.
+
+        Raises:
+            TypeError: it reaches nothing.
+        """
+        layers = [layer for layer in bio_layers(model) if adapter_name in layer.circuits]
+        for path, reason in passed_over.items():
+            if not layers:
+                raise TypeError(f"{path} cannot be adapted: {reason}")
+            warnings.warn(f"{path} is not adapted: {reason}")
+        for layer in layers:
+            others = [path for path in shared.get(layer.base_layer, ()) if path != layer.path]
+            if others:
+                warnings.warn(
+                    f"{layer.path} is the same module as {', '.join(others)}, from where it is called without the "
+                    "adapter"
+                )
+        asked = given.target_modules
+        # The default targets name modules as several versions of transformers call them, and a file holds what it held.
+        default, _ = default_sites(given, self.get_model_config(model))
+        known_list = given.fingerprint is not None or (isinstance(default, list) and asked == set(default))
+        for name in [] if known_list else unmatched(asked, model):
+            known = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+            warnings.warn(f"target_modules contains {name!r}, but no module is called so; {suggest(name, known)}")
+        experts = fused_experts(model) if isinstance(asked, str) and asked.lower() == "all-linear" else []
+        if experts:
+            warnings.warn(
+                f"'all-linear' does not reach the experts: {experts[0]} and {len(experts) - 1} more hold the weights "
+                "of many experts in one tensor, and not in layers that could be adapted"
+            )
+        unsure = [layer.path for layer in layers if layer.unsure and layer.circuits[adapter_name].reads_time]
+        if given.causal is None and unsure:
+            warnings.warn(
+                f"it cannot be told whether tokens may see later ones at {unsure[0]}"
+                f"{f' and {len(unsure) - 1} more' if len(unsure) > 1 else ''}: time is read backwards only, which is "
+                "safe, but leaves the first token nothing to read. Say causal=True or causal=False in the configuration"
+            )
 
     def _connect(self, model: nn.Module, adapter_name: str) -> None:
         """Let the primitives of an adapter meet themselves at the other sites."""
@@ -178,22 +228,30 @@ class BioModel(BaseTuner):
             if target.below is None or adapter_name not in target.circuits:  # a stacked layer is listed twice
                 target.update_layer(adapter_name, peft_config)
             return
+        plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        reason = bypassed(parent, target_name, plain)
+        if reason is not None:
+            self.__dict__["_passed_over"][current_key] = reason
+            return
         host = enclosing_stack(self.model, current_key)
-        causal = is_causal(host) if peft_config.causal is None else peft_config.causal
+        causal = is_causal(self.model, current_key) if peft_config.causal is None else peft_config.causal
         layer = build_layer(
             target,
             current_key,
             Scope.of(host),
-            causal,
+            causal is not False,
             reads_encoder(current_key),
+            axes_of(self.model, current_key, peft_config.batch_first),
             **get_quantization_kwargs(self.model),
         )
+        layer.unsure = causal is None
         layer.training = target.training  # not layer.train(...): what is wrapped keeps the mode it is in
         layer.circuits.train(target.training)
         layer.enable_adapters(True)
         layer._active_adapter = self.active_adapters
         self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
+        layer.scope.take_in(layer, enclosing_modules(self.model, current_key))
 
     # -- activation: ours only, what lies below stays as its owner left it --
 
@@ -257,13 +315,8 @@ class BioModel(BaseTuner):
         scopes = {id(layer.scope): layer.scope for layer in self.layers()}.values()
         with ExitStack() as told:
             for scope in scopes:
-                scope.adapter_names = list(names)
-                told.callback(setattr, scope, "adapter_names", None)
-            for wrapper in heads(self.model, self.own_names):
-                instead = head_below(self.model, wrapper) or "__base__"
-                copies = [name if name in wrapper._adapters else instead for name in names]
-                tell = partial(tell_head, adapter_names=copies)
-                told.enter_context(wrapper.register_forward_pre_hook(tell, with_kwargs=True))
+                told.enter_context(scope.asking_for(list(names)))
+            told.enter_context(asking_heads(self.model, self.own_names, list(names)))
             yield
 
     # -- removal and merging --

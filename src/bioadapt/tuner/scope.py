@@ -1,15 +1,17 @@
 """What surrounds a forward, collected once per model stack: padding, positions, document borders, decoding state.
 
 A scope belongs to the nearest enclosing model (an encoder, a decoder, a language model) that is called with the mask.
-It works by hooks on that module, so the user does nothing, and it works where no PeftModel exists.
+It works around that module's forward, so the user does nothing, and it works where no PeftModel exists. What it finds
+belongs to one forward in one flow of control: other threads that run the same model see nothing of it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,230 +23,368 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..primitives._state import Memory
-from .decoding import attach_memory, find_cache, memory_of
+from . import patches
+from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
+from .masks import NOTHING, Tokens, Unclear, all_real, read_key_padding, read_mask
+from .sites import Axes
 
 if TYPE_CHECKING:
     from .layer import BioLayer
 
+TORCH_STACKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+_OF_IMAGES = ("timm", "torchvision", "diffusers")  # libraries whose models see all places of an image at once
+# Blocks of transformers that are called with (tokens, batch, features).
+_TIME_FIRST = (
+    "xlnet.XLNetLayer",
+    "fsmt.EncoderLayer",
+    "fsmt.DecoderLayer",
+    "LongformerSelfAttention",
+    "LEDEncoderSelfAttention",
+)
 _READS = ("k", "v", "key", "value", "k_proj", "v_proj", "c_attn")
 
 
 @dataclass(eq=False)
 class Surroundings:
-    """One forward of one stack. Masks are (B, T) bool, positions (B, T) int; None where nothing is known."""
+    """One forward of one stack.
 
+    ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
+    ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``encoder_mask``: (B, n) of
+    what a decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
+    ``adapter_names``: the adapter of each sample, where they differ. ``terms``: what it adds to the loss. ``calls``: by
+    layer, which call of this forward comes next and at which token it begins.
+    """
+
+    stack: nn.Module | None = None
     tokens: tuple[int, int] | None = None
-    mask: Tensor | None = None
-    unreadable_mask: bool = False
-    positions: Tensor | None = None
-    resets: Tensor | None = None
+    known: Tokens = NOTHING
+    unclear: str | None = None
+    masks: dict[str, Any] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
-    live: bool = False  # in a training forward, not in its recomputation
-    terms: Any = None  # what it adds to the loss
-    awaited: bool = True  # the hooks have run, the forward that they belong to has not begun
+    past: int | None = None
+    live: bool = False
+    adapter_names: list[str] | None = None
+    terms: Any = None
+    calls: dict[str, tuple[int, int]] = field(default_factory=dict)
+    other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
+    chunks: Memory | None = None  # what parts of a sequence leave to those that follow
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.known.mask
+
+    def about(self, sequence: tuple[int, ...]) -> Tokens:
+        """What is known of the tokens (B, T) that a layer is called on.
+
+        Raises:
+            Unclear: there is padding, and it cannot be told where it is in this layer.
+        """
+        if sequence == self.tokens:
+            if self.unclear is not None:
+                raise Unclear(self.unclear)
+            return self.known
+        for mask in self.masks.values():
+            found = self._translated(mask, sequence)
+            if found is not None:
+                return found
+        if self._pads_inside(sequence) and self.unclear is None:
+            assert self.tokens is not None and self.stack is not None
+            device = next(self.stack.parameters()).device
+            real = torch.ones(self.tokens, dtype=torch.bool, device=device) if self.mask is None else self.mask
+            return _of_real(nn.functional.pad(real, (0, sequence[1] - self.tokens[1])))
+        for name, mask in self.masks.items():
+            if not all_real(mask):
+                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise Unclear(
+                    f"{name} {shape} does not tell which of the {sequence[0]} x {sequence[1]} tokens here are padding"
+                )
+        if self.tokens is not None and sequence[1] > self.tokens[1] and not self.other_inputs:
+            raise Unclear(
+                f"the model was given {self.tokens[1]} tokens and makes {sequence[1]} of them, so that it cannot be "
+                "told which are padding"
+            )
+        return NOTHING
+
+    def about_encoder(self, sequence: tuple[int, ...]) -> Tokens:
+        """The same for a layer that reads the encoder's output."""
+        mask = self.encoder_mask
+        if mask is None or tuple(mask.shape) == sequence:
+            return Tokens(mask)
+        if all_real(mask):
+            return NOTHING
+        raise Unclear(f"the mask of the encoder {tuple(mask.shape)} does not fit its {sequence} features here")
+
+    def _translated(self, mask: Any, sequence: tuple[int, ...]) -> Tokens | None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        if tuple(mask.shape) == sequence:
+            real = mask.bool()
+        elif len(mask) != sequence[0]:
+            return None
+        elif _frames(self.stack, mask.shape[1]) == sequence[1]:
+            real = self.stack._get_feature_vector_attention_mask(
+                sequence[1], mask, **_without_adapter(self.stack)
+            ).bool()
+        else:
+            return None
+        return _of_real(real)
+
+    def _pads_inside(self, sequence: tuple[int, ...]) -> bool:
+        """Whether the model has added padding behind its tokens, as Longformer, BigBird and Reformer do."""
+        if self.tokens is None or sequence[0] != self.tokens[0] or sequence[1] <= self.tokens[1]:
+            return False
+        return any(name.startswith("_pad_to_") for name in dir(self.stack))
+
+    def place(self, layer: str, sequence: tuple[int, ...]) -> tuple[int, int]:
+        """Which call of the layer in this forward this is, and at which token it begins.
+
+        A layer that several blocks share is called on all tokens each time; one whose input is split into chunks is
+        called on a few at a time.
+        """
+        call, start = self.calls.get(layer, (0, 0))
+        steps = 0 if self.tokens is None else self.tokens[1]
+        end = start + sequence[1]
+        self.calls[layer] = (call, end) if end < steps else (call + 1, 0)
+        return call, start
+
+
+def _of_real(real: Tensor) -> Tokens:
+    return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
+
+
+def _frames(stack: nn.Module | None, samples: int) -> int | None:
+    """How many feature vectors a speech model makes of so many samples; None for other models."""
+    lengths = getattr(stack, "_get_feat_extract_output_lengths", None)
+    if lengths is None or not hasattr(stack, "_get_feature_vector_attention_mask"):
+        return None
+    return int(lengths(torch.tensor(samples), **_without_adapter(stack)))
+
+
+def _without_adapter(stack: nn.Module | None) -> dict[str, bool]:
+    """Models whose encoder is followed by a pooling of their own count up to there unless told not to."""
+    parameters = inspect.signature(stack._get_feat_extract_output_lengths).parameters  # type: ignore[union-attr]
+    return {"add_adapter": False} if "add_adapter" in parameters else {}
+
+
+class Flow(threading.local):
+    """What one flow of control is in the middle of. A copy of the model is in the middle of nothing."""
+
+    around: Surroundings | None = None
+    adapter_names: list[str] | None = None
+
+    def __reduce__(self) -> tuple:
+        return Flow, ()
 
 
 class Scope:
-    """Hooks on one stack, and what they found in the running forward."""
+    """Runs the forwards of one stack, and knows what surrounds the running one."""
 
     def __init__(self, stack: nn.Module) -> None:
         self.stack_name = type(stack).__name__
         self.arguments = tuple(inspect.signature(stack.forward).parameters)
         self.layers: list[BioLayer] = []
-        self.running: list[Surroundings] = []
-        self.adapter_names: list[str] | None = None
+        self.flow = Flow()
+        self.replaced: Callable[..., Any] | None = None
         self.learning = Learning(self.layers)
-        self.checkpointing = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
-        self.hooks = (
-            stack.register_forward_pre_hook(self.enter, with_kwargs=True),
-            stack.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
-        )
-        stack.__dict__["forward"] = CalledByName(stack, self)
+        self.checkpointing = patches.checkpointed_modules(stack)
+        self.switched: patches.Switched = []
+        self.told = False  # whether the last forward knew anything of its tokens
+        patches.surround(stack, self)
 
     @classmethod
     def of(cls, stack: nn.Module) -> Scope:
         """The scope of a stack, made on first use."""
-        found = stack.__dict__.get("bio_scope")
-        if found is None:
-            found = stack.__dict__["bio_scope"] = cls(stack)
-        return found
+        found = patches.surrounding(stack)
+        return cls(stack) if found is None else found
 
     def remove(self, stack: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        stack.__dict__.pop("bio_scope", None)
-        forward = stack.__dict__.get("forward")
-        if isinstance(forward, CalledByName):
-            forward.uninstall()
-        for module in self.checkpointing:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, CarriedThroughRecomputation):
-                module._gradient_checkpointing_func = function.function
+        patches.release(stack)
+        patches.stop_carrying(self.checkpointing)
+        patches.switch_back(self.switched)
+
+    def take_in(self, layer: BioLayer, enclosing: list[nn.Module]) -> None:
+        """Prepare the modules around a layer, from the nearest to the model, for what its primitives need of them."""
+        if any(isinstance(module, TORCH_STACKS) for module in enclosing):
+            self.switched += patches.run_part_by_part(layer, enclosing)
+        if layer.reads_tokens:
+            self.switched += patches.run_whole(enclosing)
 
     @property
     def surroundings(self) -> Surroundings | None:
-        return self.running[-1] if self.running else None
+        """Of the running forward of this flow of control."""
+        return self.flow.around
+
+    @property
+    def adapter_names(self) -> list[str] | None:
+        """The adapter of each sample, where this flow of control asks for several."""
+        around = self.flow.around
+        return self.flow.adapter_names if around is None else around.adapter_names
+
+    @contextmanager
+    def asking_for(self, adapter_names: list[str]) -> Iterator[None]:
+        """Forwards in which each sample uses the adapter named for it."""
+        before = self.flow.adapter_names
+        self.flow.adapter_names = adapter_names
+        try:
+            yield
+        finally:
+            self.flow.adapter_names = before
 
     @property
     def carries_state(self) -> bool:
         return any(layer.carries_state for layer in self.layers)
 
-    # -- the hooks --
+    @property
+    def reads_tokens(self) -> bool:
+        return any(layer.reads_tokens for layer in self.layers)
 
-    def enter(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        found = Surroundings(live=stack.training and torch.is_grad_enabled())
-        if found.live:
-            self.learning.begin()
-            for module in self.checkpointing:
-                self._carry_through_recomputation(module)
-        self._read_tokens(found, given)
-        self._read_memory(found, given)
-        self._read_mask(found, given)
-        self.running.append(found)
+    # -- a forward --
 
-    def leave(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not self.running:
-            return
-        found = self.running.pop()
-        found.live = False
+    def run(self, stack: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        before = self.flow.around
+        keep = None
+        if "logits_to_keep" in self.arguments and self.reads_tokens:
+            keep, args, kwargs = patches.ask_for_all_logits(self.arguments, args, kwargs)
+        found = self._read(stack, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        self.flow.around = found
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.flow.around = before
+            found.live = False
         if found.memory is not None and found.memory.series:
             cache = find_cache(output)
             if cache is not None:
                 attach_memory(cache, found.memory)
         found.memory = None
+        return output if keep is None else patches.keep_logits(output, keep)
+
+    def _read(self, stack: nn.Module, given: dict[str, Any]) -> Surroundings:
+        found = Surroundings(
+            stack, live=stack.training and torch.is_grad_enabled(), adapter_names=self.flow.adapter_names
+        )
+        if found.live:
+            self.learning.begin()
+            patches.carry_through_recomputation(self.checkpointing, self._carried)
+        self._read_tokens(found, given)
+        self._read_cache(found, given)
+        self._read_masks(found, given)
+        self.told = found.tokens is not None or bool(found.masks)
+        return found
 
     def _read_tokens(self, found: Surroundings, given: dict[str, Any]) -> None:
-        for name in ("input_ids", "inputs_embeds"):
+        # What lies in an encoder-decoder itself, and in neither of its parts, reads what the decoder wrote.
+        side = "decoder_" if "decoder_input_ids" in self.arguments else ""
+        for name in (f"{side}input_ids", f"{side}inputs_embeds", "labels" if side else "inputs_embeds"):
             tokens = given.get(name)
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
                 found.tokens = (tokens.shape[0], tokens.shape[1])
-                return
+                break
+        own = (f"{side}inputs_embeds", "encoder_hidden_states", "attention_mask")
+        found.other_inputs = any(
+            isinstance(value, Tensor) and value.dim() > 2 and value.is_floating_point() and name not in own
+            for name, value in given.items()
+        )
 
-    def _read_memory(self, found: Surroundings, given: dict[str, Any]) -> None:
-        if not self.carries_state:
+    def _read_cache(self, found: Surroundings, given: dict[str, Any]) -> None:
+        cache = cache_among(given)
+        if cache is not None:
+            past = tokens_in(cache)
+            # A compiled forward must not look into the tensor in which a static cache counts.
+            found.past = past if past is None or torch.compiler.is_compiling() else int(past)
+        elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
+            found.past = 0  # recurrent models do not count tokens
+        if not self.carries_state and (found.past is not None or not self.reads_tokens):
             return
-        cache = given.get("past_key_values")
+        refuse_other_states(given, self.stack_name)
         if cache is not None:
             found.memory = memory_of(cache, self.stack_name)
         elif given.get("use_cache") is not False and not found.live:
             found.memory = Memory()  # the model makes a cache of its own and returns it
 
-    def _read_mask(self, found: Surroundings, given: dict[str, Any]) -> None:
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        steps = None if found.tokens is None else found.tokens[1]
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            everything = mask.bool()
-            found.mask = everything if steps is None else everything[:, -steps:]
-            if positions is None:
-                counted = (everything.cumsum(-1) - 1).clamp(min=0)
-                found.positions = counted if steps is None else counted[:, -steps:]
-        elif mask is not None:
-            found.unreadable_mask = True
+    def _read_masks(self, found: Surroundings, given: dict[str, Any]) -> None:
+        found.encoder_mask = _encoder_mask(given)
+        side = "decoder_" if "decoder_input_ids" in self.arguments else ""
+        found.masks = _masks(given, side)
+        if found.tokens is None:
+            return
+        batch, steps = found.tokens
+        mask = found.masks.get(f"{side}attention_mask")
+        # Without a cache a longer mask belongs to what a model puts before the tokens.
+        past = None if cache_among(given) is None else found.past
+        try:
+            known = read_mask("attention_mask", mask, batch, steps, past)
+        except Unclear as unclear:
+            known, found.unclear = NOTHING, str(unclear)
+        positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            if found.tokens is not None:
-                positions = positions.expand(found.tokens[0], -1)
-            found.positions = positions
-            found.resets = positions == 0
-            if found.mask is not None and found.mask.shape == positions.shape:
-                found.resets = found.resets & found.mask
-        elif found.positions is None and found.tokens is not None:
-            cache = given.get("past_key_values")
-            past = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-            source = given.get("input_ids")
-            device = (source if isinstance(source, Tensor) else given["inputs_embeds"]).device
-            found.positions = (torch.arange(found.tokens[1], device=device) + past).expand(found.tokens)
-        encoder_mask = given.get("encoder_attention_mask")
-        if isinstance(encoder_mask, Tensor) and encoder_mask.dim() == 2:
-            found.encoder_mask = encoder_mask.bool()
+            positions = positions.expand(batch, -1)
+            resets = positions == 0
+            if known.mask is not None and known.mask.shape == positions.shape:
+                resets = resets & known.mask
+            known = known._replace(positions=positions, resets=resets)
+        elif known.positions is None and found.past is not None:
+            places = torch.arange(steps, device=_device_of(given)) + found.past
+            known = known._replace(positions=places.expand(batch, -1))
+        found.known = known
 
     # -- gradient checkpointing --
 
-    def _carry_through_recomputation(self, module: nn.Module) -> None:
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not isinstance(function, CarriedThroughRecomputation):
-            module._gradient_checkpointing_func = CarriedThroughRecomputation(function, self)
+    def _carried(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run`` within what surrounds it now, whenever and in whatever thread it is called."""
+        found = self.flow.around
 
-    @contextmanager
-    def restored(self, found: Surroundings | None) -> Iterator[None]:
-        """Run as in that forward again."""
-        if found is None:
-            yield
-            return
-        self.running.append(found)
-        try:
-            yield
-        finally:
-            self.running.pop()
+        def run_within(*args: Any, **kwargs: Any) -> Any:
+            before = self.flow.around
+            self.flow.around = found
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.flow.around = before
+
+        return run_within
 
 
-class CalledByName:
-    """A stack's forward that runs the hooks where a caller passes them by.
-
-    ``stack.forward(...)`` instead of ``stack(...)`` skips torch's hooks; sentence-transformers 6 calls its model so.
-    """
-
-    def __init__(self, stack: nn.Module, scope: Scope) -> None:
-        self.stack, self.scope = stack, scope
-        self.replaced = stack.__dict__.get("forward")
-        self.__signature__ = inspect.signature(stack.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.scope.surroundings
-        if found is not None and found.awaited:
-            found.awaited = False
-            return self._forward(*args, **kwargs)
-        self.scope.enter(self.stack, args, kwargs)
-        self.scope.running[-1].awaited = False
-        output = None
-        try:
-            output = self._forward(*args, **kwargs)
-            return output
-        finally:
-            self.scope.leave(self.stack, args, kwargs, output)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.stack).forward(self.stack, *args, **kwargs)
-
-    def uninstall(self) -> None:
-        if self.replaced is None:
-            del self.stack.__dict__["forward"]
-        else:
-            self.stack.__dict__["forward"] = self.replaced
+def _encoder_mask(given: Mapping[str, Any]) -> Tensor | None:
+    """(B, n) of what a decoder's cross-attention reads."""
+    mask = given.get("encoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    mask = given.get("memory_key_padding_mask")
+    return None if mask is None else read_key_padding("memory_key_padding_mask", mask).mask
 
 
-class CarriedThroughRecomputation:
-    """A checkpointing function whose recomputation, long after the forward, finds the forward's surroundings again."""
+def _masks(given: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """The arguments that tell padding among the tokens of a stack, with ones, or True, at what is no padding."""
+    own = f"{side}attention_mask"
+    elsewhere = ("encoder_", "decoder_", "cross_", "global_")
+    names = [
+        name for name in given if name == own or (name.endswith("attention_mask") and not name.startswith(elsewhere))
+    ]
+    found = {name: given[name] for name in sorted(names, key=lambda name: name != own) if given[name] is not None}
+    if side:
+        found.pop("attention_mask", None)
+    for name in ("src_key_padding_mask", "tgt_key_padding_mask"):
+        if isinstance(given.get(name), Tensor):
+            found[name] = read_key_padding(name, given[name]).mask
+    return found
 
-    def __init__(self, function: Callable[..., Any], scope: Scope) -> None:
-        self.function, self.scope = function, scope
 
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found = self.scope.surroundings
-
-        def run_within(*inputs: Any) -> Any:
-            with self.scope.restored(found):
-                return run(*inputs)
-
-        return self.function(run_within, *args, **kwargs)
+def _device_of(given: Mapping[str, Any]) -> torch.device:
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+    return next(given[name].device for name in names if isinstance(given.get(name), Tensor))
 
 
 # -- which stack, and which way time runs --
 
 
 def enclosing_stack(model: nn.Module, path: str) -> nn.Module:
-    """The nearest enclosing transformers model of the module at ``path``, else ``model`` itself."""
-    names = path.split(".")[:-1]
-    for depth in range(len(names), 0, -1):
-        module = model.get_submodule(".".join(names[:depth]))
-        if isinstance(module, PreTrainedModel):
-            return module
-    return model
+    """The nearest module around the one at ``path`` that is called with masks, else ``model`` itself."""
+    stacks = (PreTrainedModel, *TORCH_STACKS)
+    return next((module for module in enclosing_modules(model, path) if isinstance(module, stacks)), model)
 
 
 def reads_encoder(path: str) -> bool:
@@ -253,12 +393,50 @@ def reads_encoder(path: str) -> bool:
     return names[-1] in _READS and any(name in _CROSS_ATTENTION for name in names)
 
 
-def is_causal(stack: nn.Module) -> bool:
-    """Whether tokens of this stack must not see later ones.
+def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | None:
+    """Which axis is time for the module at ``path``; None if it cannot be told, and the user has not said it.
 
-    Attention modules of transformers say so themselves. Where none does, a stack counts as causal unless it is known to
-    be an encoder: reading time backwards only is always safe.
+    Models of transformers have the batch first, but for a few. torch's own layers say what they expect. Elsewhere time
+    is told from nothing, so that a module somewhere that wants it first leaves the question open.
     """
+    around = _within_stack(model, path)
+    layer = next((module for module in around if isinstance(module, TORCH_STACKS)), None)
+    if batch_first is not None:
+        return Axes(time_first=not batch_first, unbatched=layer is not None)
+    if layer is not None:
+        return Axes(time_first=not layer.self_attn.batch_first, unbatched=True)
+    if any(f"{type(module).__module__}.{type(module).__name__}".endswith(_TIME_FIRST) for module in around):
+        return Axes(time_first=True)
+    stack = enclosing_stack(model, path)
+    beside = [child for module in around for child in module.children()]
+    asked = beside if isinstance(stack, PreTrainedModel) else stack.modules()
+    open_question = any(getattr(module, "batch_first", True) is False for module in asked)
+    return None if open_question else Axes()
+
+
+def enclosing_modules(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules around the one at ``path``, from the nearest to the model."""
+    names = path.split(".")[:-1]
+    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
+
+
+def _within_stack(model: nn.Module, path: str) -> list[nn.Module]:
+    """The same up to the stack."""
+    around, stack = enclosing_modules(model, path), enclosing_stack(model, path)
+    return around[: next(i for i, module in enumerate(around) if module is stack) + 1]
+
+
+def is_causal(model: nn.Module, path: str) -> bool | None:
+    """Whether tokens of the module at ``path`` must not see later ones; None if nothing tells.
+
+    Attention modules of transformers say so themselves. Where none does, a model of transformers counts as causal
+    unless it is known to be an encoder: reading time backwards only is always safe.
+    """
+    if any(type(module).__module__.partition(".")[0] in _OF_IMAGES for module in _within_stack(model, path)):
+        return False
+    stack = enclosing_stack(model, path)
+    if isinstance(stack, nn.TransformerDecoderLayer):
+        return True
     if type(stack).__name__.startswith("CLIPText"):  # its attention is told per call
         return True
     told = [module.is_causal for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
@@ -267,7 +445,7 @@ def is_causal(stack: nn.Module) -> bool:
     config = getattr(stack, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(stack, PreTrainedModel) or model_type is None:
-        return True
+        return None
     if getattr(stack, "main_input_name", "") == "pixel_values":
         return False
     if getattr(config, "is_decoder", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_READ_BY_KERNELS = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")  # of the mixers of Mamba and its kin
 _CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -58,6 +60,19 @@ class Site:
         return None
 
 
+def bypassed(parent: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """Why an adapter on the child ``name`` of a module would not run, in words, or None if it would."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return (
+            "this is the output projection inside an nn.MultiheadAttention, which multiplies by its weight without "
+            "calling it, so an adapter here would never run: target a layer behind it"
+        )
+    cls = type(parent).__name__
+    if hasattr(parent, "A_log") and ("Mamba" in cls or cls.endswith("Mixer")) and name in _READ_BY_KERNELS:
+        return f"the kernels of {cls} read its weight without calling it: of this module, in_proj alone can be adapted"
+    return None
+
+
 def describe(layer: nn.Module) -> Site:
     """The site that a plain layer offers.
 
@@ -69,11 +84,6 @@ def describe(layer: nn.Module) -> Site:
         raise TypeError(
             "nn.MultiheadAttention multiplies by its projections without calling them, so they cannot be adapted: "
             "target the module that contains it or a layer behind it"
-        )
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            "this is the output projection inside an nn.MultiheadAttention, which multiplies by its weight without "
-            "calling it, so an adapter here would never run: target a layer behind it"
         )
     if isinstance(layer, nn.Linear):
         return Site(name, layer.in_features, layer.out_features, weight="rows")
@@ -109,6 +119,18 @@ def describe(layer: nn.Module) -> Site:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """How the module around a layer lays out its activations.
+
+    ``time_first``: (T, B, d) instead of (B, T, d). ``unbatched``: two axes are the tokens of one sequence, not single
+    vectors.
+    """
+
+    time_first: bool = False
+    unbatched: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one activation of a site lies in memory, and the way to (B, T, d) and back."""
 
@@ -116,29 +138,39 @@ class Layout:
     spatial: bool
     sequence: tuple[int, ...]  # (B, T) after the reshape
     grid: tuple[int, ...] | None
+    time_first: bool = False
 
     @classmethod
-    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None) -> Layout:
+    def of(cls, y: Tensor, site: Site, tokens: tuple[int, int] | None, axes: Axes | None = None) -> Layout:
         """``tokens``: (B, T) of the running forward where it is known; it tells a flattened batch of sequences from a
         batch of single vectors, which have no time axis."""
         if site.spatial:
             shape = y.shape if site.spatial < 0 or y.dim() == site.spatial + 2 else (1, *y.shape)
             grid = tuple(shape[2:])
-            return cls(y.shape, True, (shape[0], max(torch.Size(grid).numel(), 1)), grid or None)
+            return cls(y.shape, True, (shape[0], max(math.prod(grid), 1)), grid or None)
         if y.dim() == 1:
             return cls(y.shape, False, (1, 1), None)
         if y.dim() == 2:
             rows = y.shape[0]
+            if axes is not None and axes.unbatched:
+                return cls(y.shape, False, (1, rows), None)
             flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
             return cls(y.shape, False, tokens if flattened else (rows, 1), None)
-        return cls(y.shape, False, (y.shape[0], torch.Size(y.shape[1:-1]).numel()), None)
+        if axes is not None and axes.time_first and y.dim() == 3:
+            return cls(y.shape, False, (y.shape[1], y.shape[0]), None, time_first=True)
+        return cls(y.shape, False, (y.shape[0], math.prod(y.shape[1:-1])), None)
 
     def to_sequence(self, y: Tensor) -> Tensor:
         if not self.spatial:
             return self._flat(y)
-        return y.reshape(self.sequence[0], -1, self.sequence[1]).transpose(1, 2)
+        return y.reshape(self.sequence[0], self._channels(y), self.sequence[1]).transpose(1, 2)
+
+    def _channels(self, y: Tensor) -> int:
+        return y.shape[-len(self.grid or ()) - 1]
 
     def restore(self, sequence: Tensor) -> Tensor:
+        if self.time_first:
+            return sequence.transpose(0, 1)
         if not self.spatial:
             return sequence if sequence.shape == self.shape else sequence.reshape(self.shape)
         return sequence.transpose(1, 2).reshape(self.shape)
@@ -157,6 +189,8 @@ class Layout:
         return self._flat(v)
 
     def _flat(self, features: Tensor) -> Tensor:
+        if self.time_first:
+            return features.transpose(0, 1)
         shape = (*self.sequence, features.shape[-1])
         return features if features.shape == shape else features.reshape(shape)
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ..config import BioConfig
 from ..registry import primitive_info
 
@@ -151,3 +153,31 @@ def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:
     if model_type == "resnet" and model_config.get("layer_type") == "basic":
         return ["layer.1.convolution"]  # basic blocks end one convolution earlier, and names alone do not tell
     return RESIDUAL_WRITERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def unmatched(targets: Any, model: nn.Module) -> list[str]:
+    """Of a list of target modules, those that no module of the model is called."""
+    if not isinstance(targets, (set, list, tuple)):
+        return []
+    names = [f".{name.replace('.base_layer', '')}" for name, _ in model.named_modules()]
+    return sorted(target for target in targets if not any(name.endswith(f".{target}") for name in names))
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Modules that hold the weights of many experts in one tensor, so that there is no layer to adapt."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in name.rpartition(".")[2] and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Modules that are held in several places, with the paths to them: an adapter is put into one place alone."""
+    holders: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                place = path if name == "base_layer" else f"{path}.{name}" if path else name
+                holders.setdefault(child, []).append(place)
+    return {module: paths for module, paths in holders.items() if len(paths) > 1}

@@ -69,6 +69,7 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     attributes = [
         (
             module,
+            type(module),  # a stack has a class of its own while it carries an adapter
             dict(vars(module)),
             {name: copy(held) for name, held in vars(module).items() if type(held) in _CONTAINERS},
         )
@@ -79,7 +80,9 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, before, contents in attributes:
+        for module, cls, before, contents in attributes:
+            if type(module) is not cls:
+                module.__class__ = cls
             vars(module).clear()
             vars(module).update(before)
             for name, content in contents.items():

@@ -60,7 +60,9 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
     def steady_state(self) -> Tensor:
         """(I + Q)^-1, (rank, rank)."""
         # `inv_ex` asks no accelerator whether it succeeded; the bound on the eigenvalues says that it does.
-        return torch.linalg.inv_ex(self.lateral + torch.eye(self.rank, device=self.lateral.device)).inverse
+        return torch.linalg.inv_ex(
+            self.lateral + torch.eye(self.rank, device=self.lateral.device, dtype=self.lateral.dtype)
+        ).inverse
 
     def learn(self, fresh: Tensor) -> None:
         together = self.observed_coincidence

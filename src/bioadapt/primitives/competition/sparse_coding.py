@@ -19,7 +19,7 @@ def settled(drive: Tensor, overlap: Tensor, threshold: Tensor, rate: float, step
     """The code after ``steps`` of competition: drive (..., m), overlap (m, m), threshold (m,) -> (..., m)."""
     # Beyond the inverse of the overlaps' norm the steps would overshoot and grow; a row sum bounds that norm.
     safe = overlap.detach().abs().sum(1).amax().reciprocal().clamp(max=rate)
-    others = safe * (overlap - torch.eye(len(overlap), device=overlap.device))
+    others = safe * (overlap - torch.eye(len(overlap), device=overlap.device, dtype=overlap.dtype))
     drive = safe * drive
     z = drive
     for _ in range(steps - 1):

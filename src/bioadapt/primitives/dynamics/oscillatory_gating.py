@@ -38,6 +38,8 @@ class OscillatoryGating(Modulation):
     Shapes: x (B, T, d) -> (B, T, d); phi and psi are (d,).
     """
 
+    reads_positions = True
+
     def build(self, host: Host) -> None:
         self.theta_phase = nn.Parameter(math.tau * torch.rand(self.d_out))
         self.gamma_phase = nn.Parameter(math.tau * torch.rand(self.d_out))

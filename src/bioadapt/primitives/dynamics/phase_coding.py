@@ -40,6 +40,8 @@ class PhaseCoding(Latent):
     Shapes: x (B, T, d) -> (B, T, d); the phase is (B, T, rank).
     """
 
+    reads_positions = True
+
     rank: int = setting(4, low=1, high=256, meaning="number of oscillators r")
 
     def build(self, host: Host) -> None:

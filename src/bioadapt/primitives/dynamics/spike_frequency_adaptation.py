@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix
-from bioadapt.primitives.time import CHUNK, decay_of, front_aligned, past_trace, readings
+from bioadapt.primitives.time import decay_of, front_aligned, is_short, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
@@ -140,7 +140,7 @@ class SpikeFrequencyAdaptation(Primitive):
 
     def adapted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""
-        if self.products and context.resets is None and context.state is None and x.shape[1] <= CHUNK:
+        if self.products and context.resets is None and context.state is None and is_short(x.shape[1]):
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
         return readings(lambda series, around: self.by_scan(series, around, scale), x, context).mean(0)
 

@@ -1,0 +1,158 @@
+"""What an attention mask says about tokens: which are padding, and where a document begins.
+
+Models take masks of many forms. Primitives need one flag for each token, so a mask is translated where it says exactly
+that, and refused where it says anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# An additive mask holds 0 where a token is seen. Some models write a large number instead of the lowest one elsewhere.
+_HIDDEN = -1e4
+
+
+class Unclear(ValueError):
+    """It cannot be told which tokens are padding; the message says why, and goes behind the name of a layer."""
+
+
+class Tokens(NamedTuple):
+    """What is known of the tokens that a layer is called on, each (B, T) or None.
+
+    ``mask`` (bool): real tokens. ``positions`` (int): places in the document. ``resets`` (bool): first tokens of
+    documents.
+    """
+
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    resets: Tensor | None = None
+
+    def to(self, device: torch.device) -> Tokens:
+        if all(flags is None or flags.device == device for flags in self):
+            return self
+        return Tokens(*(None if flags is None else flags.to(device) for flags in self))
+
+
+NOTHING = Tokens()
+
+
+def read_mask(name: str, mask: Any, batch: int, steps: int, past: int | Tensor | None) -> Tokens:
+    """What the argument ``name`` of a model says about its tokens.
+
+    Args:
+        name: of the argument, for messages.
+        mask: (B, n) of ones at real tokens; (B, q, k) or (B, 1, q, k), boolean or additive, as attention takes it; or a
+            dict of those by kind of attention, of which the one that sees most is read.
+        batch, steps: (B, T) of the tokens.
+        past: number of tokens before them in a cache; None where that is unknown.
+
+    Raises:
+        Unclear: the mask says something else, or more, than which tokens are padding and where documents begin.
+    """
+    if mask is None:
+        return NOTHING
+    if isinstance(mask, Mapping):
+        kinds = sorted(mask, key=lambda kind: kind != "full_attention")
+        return read_mask(f"{name}[{kinds[0]!r}]", mask[kinds[0]], batch, steps, past) if kinds else NOTHING
+    if not isinstance(mask, Tensor):
+        raise Unclear(f"{name} is a {type(mask).__name__}, which does not tell which tokens are padding")
+    if mask.dim() == 2:
+        return _by_token(name, mask, steps, past)
+    if mask.dim() in (3, 4):
+        return _by_pair(name, mask, batch, steps, past)
+    raise Unclear(f"{name} of shape {tuple(mask.shape)} does not tell which tokens are padding")
+
+
+def _by_token(name: str, mask: Tensor, steps: int, past: int | Tensor | None) -> Tokens:
+    everything = mask.bool()
+    past = _as_number(past)
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and (mask < 0).any():
+        raise Unclear(f"{name} has negative values, but as (batch, tokens) it must hold 1 at real tokens, 0 at padding")
+    places = (everything.cumsum(-1) - 1).clamp(min=0)
+    if isinstance(past, Tensor):  # a static cache: the mask may be as long as the cache will ever be
+        columns = torch.arange(steps, device=mask.device) + past.to(mask.device)
+        return Tokens(everything[:, columns], places[:, columns])
+    if past is None:
+        past = mask.shape[1] - steps
+    if mask.shape[1] < past + steps or past < 0:
+        raise Unclear(
+            f"{name} has {mask.shape[1]} columns where there are {past + steps} tokens: it needs one for each token, "
+            "those in the cache included"
+        )
+    return Tokens(everything[:, past : past + steps], places[:, past : past + steps])
+
+
+def _by_pair(name: str, mask: Tensor, batch: int, steps: int, past: int | Tensor | None) -> Tokens:
+    """A token is real if it sees itself, and begins a document if it sees nothing before itself."""
+    seen = _visible(name, mask)  # (B, q, k)
+    if seen.shape[1] != steps or seen.shape[0] not in (1, batch):
+        raise Unclear(f"{name} of shape {tuple(mask.shape)} does not fit {batch} sequences of {steps} tokens")
+    seen = seen.expand(batch, -1, -1)
+    keys = seen.shape[2]
+    past = _as_number(past)
+    if past is None:
+        past = keys - steps
+    if not isinstance(past, Tensor) and not 0 <= past <= keys - steps:
+        raise Unclear(f"{name} of shape {tuple(mask.shape)} has no column for each of {past} + {steps} tokens")
+    own = torch.arange(steps, device=mask.device) + past  # the column of each token
+    columns = torch.arange(keys, device=mask.device)
+    real = seen.gather(2, own[None, :, None].expand(batch, -1, 1))[..., 0]
+    starts = real & ~(seen & (columns < own[:, None])).any(2)
+    document = starts.long().cumsum(1)  # 0 for what continues the cache
+    if not torch.compiler.is_compiling():
+        _check_pairs(name, seen.index_select(2, own), real, starts, document)
+    before = (seen[:, :1] & (columns < own[:1])).sum(2)  # real tokens in the cache, (B, 1)
+    count = real.long().cumsum(1)
+    first = torch.where(starts, count, 0).cummax(1).values
+    positions = torch.where(document > 0, count - first, before + count - 1).clamp(min=0)
+    return Tokens(real, positions, starts)
+
+
+def _as_number(past: int | Tensor | None) -> int | Tensor | None:
+    """A static cache counts its tokens in a tensor, which only a compiled forward must not look into."""
+    return int(past) if isinstance(past, Tensor) and not torch.compiler.is_compiling() else past
+
+
+def _visible(name: str, mask: Tensor) -> Tensor:
+    """A mask of pairs as bool, (B, q, k)."""
+    if mask.dim() == 4:
+        if mask.shape[1] > 1 and (torch.compiler.is_compiling() or not (mask == mask[:, :1]).all()):
+            raise Unclear(f"{name} of shape {tuple(mask.shape)} differs between heads")
+        mask = mask[:, 0]
+    if not mask.is_floating_point():
+        return mask.bool()
+    if not torch.compiler.is_compiling() and not ((mask == 0) | (mask <= _HIDDEN)).all():
+        raise Unclear(
+            f"{name} holds other values than 0 and large negative ones, so that it is not clear what it hides"
+        )
+    return mask > _HIDDEN
+
+
+def _check_pairs(name: str, seen: Tensor, real: Tensor, starts: Tensor, document: Tensor) -> None:
+    """Refuse what is no sequence of documents, such as the tree of drafts in speculative decoding."""
+    across = (document[:, :, None] != document[:, None, :]) & real[:, :, None]
+    neighbours = real[:, 1:] & real[:, :-1] & ~starts[:, 1:]
+    broken = (neighbours & ~seen.diagonal(-1, 1, 2)).any() or (seen & across).any()
+    if broken or (seen & real[:, :, None] & ~real[:, None, :]).any():
+        raise Unclear(
+            f"{name} is no sequence of documents: it hides tokens from each other that are neither padding nor apart"
+        )
+
+
+def read_key_padding(name: str, mask: Tensor) -> Tokens:
+    """A mask as torch's own transformer layers take it: True, or a large negative number, at padding."""
+    if mask.dim() != 2:
+        raise Unclear(f"{name} of shape {tuple(mask.shape)} does not tell which tokens are padding")
+    real = _visible(name, mask[None])[0] if mask.is_floating_point() else ~mask.bool()
+    return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
+
+
+def all_real(mask: Any) -> bool:
+    """Whether a mask, of whatever shape, marks no padding at all."""
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() > 3:
+        return False
+    return bool((mask == 0).sum() == 0) if not mask.is_floating_point() or (mask > 0).any() else bool((mask == 0).all())

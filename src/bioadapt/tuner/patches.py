@@ -1,0 +1,323 @@
+"""Every place of torch and transformers that bioadapt changes for its adapters to work, each with its reason.
+
+What is changed is one model, and changed back when its last adapter goes; of caches it is the classes. Each place has
+a test in `tests/tuner/test_patches.py` that fails when it moves.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache
+
+from ..primitives._state import Memory
+
+# -- the forward of a stack --
+#
+# Why: masks, positions and caches are arguments of a model's forward, and layers far inside have to know them. torch's
+# hooks see ``stack(...)`` alone, while sentence-transformers 6 calls ``stack.forward(...)``. A function put on the
+# instance would be tied to it, so that the replicas of `nn.DataParallel` ran the tensors of the original. torch's
+# parametrisations and FSDP2 give a module a class of its own in the same way.
+# It can go once callers agree to call models and not their forwards.
+
+
+class Around(Protocol):
+    """What surrounds the forwards of a stack."""
+
+    replaced: Callable[..., Any] | None  # a forward that somebody has put on the instance
+
+    def run(self, stack: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any: ...
+
+
+_AROUND = "bio_scope"
+
+
+def surround(stack: nn.Module, around: Around) -> None:
+    """Let ``around`` run every forward of a stack, whether the module or its forward is called."""
+    around.replaced = stack.__dict__.pop("forward", None)
+    stack.__dict__[_AROUND] = around
+    stack.__class__ = _surrounded(type(stack))
+
+
+def surrounding(stack: nn.Module) -> Any:
+    return stack.__dict__.get(_AROUND)
+
+
+def release(stack: nn.Module) -> None:
+    around = stack.__dict__.pop(_AROUND, None)
+    plain = type(stack).__dict__.get("_plain_class")
+    if plain is not None:
+        stack.__class__ = plain
+    if around is not None and around.replaced is not None:
+        stack.__dict__["forward"] = around.replaced
+
+
+def _surrounded(cls: type) -> type:
+    """A class that is in all else what ``cls`` is, its name included; one for all models of that class."""
+    made = next((sub for sub in cls.__subclasses__() if sub.__dict__.get("_plain_class") is cls), None)
+    return _surround_class(cls) if made is None else made
+
+
+def _surround_class(cls: type) -> type:
+    plain = cls.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        around = self.__dict__.get(_AROUND)
+        if around is None:  # made from the class of a surrounded model, like ``type(model)(config)``
+            return plain(self, *args, **kwargs)
+        if around.replaced is not None:
+            return around.run(self, around.replaced, args, kwargs)
+        return around.run(self, functools.partial(plain, self), args, kwargs)
+
+    functools.update_wrapper(forward, plain)
+    # accelerate takes its own wrappers off by following ``__wrapped__``, and would take off this one with them.
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
+        return _unsurrounded, (cls,), *object.__reduce_ex__(self, 2)[2:]
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_plain_class": cls}
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), {**body, **names})
+
+
+def _unsurrounded(cls: type) -> nn.Module:
+    """An empty instance for `copy` and `pickle` to fill."""
+    made = _surrounded(cls)
+    return made.__new__(made)
+
+
+# -- gradient checkpointing --
+#
+# Why: a checkpointed region is computed again in the backward, after its forward has ended and perhaps in another
+# thread. Without this it would be computed without mask and positions.
+# Layers of transformers have the function that checkpoints them in an attribute, and so have torch's wrappers, which
+# FSDP's activation checkpointing puts around layers. It can go once a forward's surroundings can be handed to
+# checkpointed regions as arguments.
+
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def checkpointed_modules(stack: nn.Module) -> list[nn.Module]:
+    names = ("gradient_checkpointing", *_CHECKPOINTS)
+    return [module for module in stack.modules() if any(hasattr(module, name) for name in names)]
+
+
+def recomputing() -> bool:
+    """Whether a backward is running in this thread, so that a forward in it is one that is computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class CarriedThroughRecomputation:
+    """A checkpointing function whose recomputation finds what surrounded the forward."""
+
+    def __init__(self, function: Callable[..., Any], carry: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.function, self.carry = function, carry
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.carry(run), *args, **kwargs)
+
+
+def carry_through_recomputation(
+    modules: list[nn.Module], carry: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Run whatever these modules checkpoint as ``carry(run)`` in the place of ``run``."""
+    for module in modules:
+        for name in _CHECKPOINTS:
+            function = module.__dict__.get(name)
+            if function is not None and not isinstance(function, CarriedThroughRecomputation):
+                setattr(module, name, CarriedThroughRecomputation(function, carry))
+
+
+def stop_carrying(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for name in _CHECKPOINTS:
+            function = module.__dict__.get(name)
+            if isinstance(function, CarriedThroughRecomputation):
+                setattr(module, name, function.function)
+
+
+# -- caches --
+#
+# Why: what a primitive carries over tokens must follow whatever happens to a cache: beam search reorders it, assisted
+# decoding crops it, contrastive search repeats it. transformers' caches tell nobody, so these methods of their classes
+# ask whether the cache carries a memory. (A class or methods of the one object's own could not be compiled or would
+# keep it alive.) A cache without a memory is not touched.
+# It can go once a cache takes layers of another kind, that hold no keys and values, behind those of the model.
+
+_MEMORY = "bio_memory"
+
+
+def _reorder(cache: Any, memory: Memory, beam_idx: Tensor) -> None:
+    memory.map(lambda series: series.index_select(0, beam_idx.to(series.device)))
+
+
+def _select(cache: Any, memory: Memory, indices: Tensor) -> None:
+    memory.map(lambda series: series[indices.to(series.device)])
+
+
+def _repeat(cache: Any, memory: Memory, repeats: int) -> None:
+    memory.map(lambda series: series.repeat_interleave(repeats, dim=0))
+
+
+def _crop(cache: Any, memory: Memory, tokens_to_remove: int) -> None:
+    tokens = int(tokens_to_remove)
+    # Older transformers read a positive number as the length that remains.
+    memory.crop(-tokens if tokens <= 0 else max(int(cache.get_seq_length()) - tokens, 0))
+
+
+def _reset(cache: Any, memory: Memory) -> None:
+    memory.clear()
+
+
+FOLLOWED: dict[str, Callable[..., None]] = {
+    "reorder_cache": _reorder,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "crop": _crop,
+    "reset": _reset,
+}
+
+
+def follow_cache(cache: Any, memory: Memory) -> None:
+    """Make a cache carry ``memory``, and the memory follow the cache."""
+    setattr(cache, _MEMORY, memory)
+    if not torch.compiler.is_compiling():  # what is compiled makes caches of known classes
+        _follow(type(cache))
+
+
+def followed_memory(cache: Any) -> Memory | None:
+    """The memory that a cache carries."""
+    return cache.__dict__.get(_MEMORY)
+
+
+def _follow(cls: type) -> None:
+    """Let the methods of a class of caches move the memory along, wherever in its ancestry they are defined."""
+    for name, move in FOLLOWED.items():
+        owner = next(ancestor for ancestor in cls.__mro__ if name in vars(ancestor))
+        if not hasattr(vars(owner)[name], "followed_by_bioadapt"):
+            setattr(owner, name, _followed(vars(owner)[name], move))
+
+
+def _followed(plain: Callable[..., Any], move: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        memory = self.__dict__.pop(_MEMORY, None)  # a method that calls that of its parent moves the memory once
+        if memory is None:
+            return plain(self, *args, **kwargs)
+        try:
+            move(self, memory, *args, **kwargs)
+            return plain(self, *args, **kwargs)
+        finally:
+            self.__dict__[_MEMORY] = memory
+
+    followed.followed_by_bioadapt = True  # type: ignore[attr-defined]
+    return followed
+
+
+for _cls in (Cache, EncoderDecoderCache):
+    _follow(_cls)
+
+
+# -- chunked feed-forward blocks --
+#
+# Why: transformers can run a feed-forward block on a few tokens at a time to save memory, with the same result. What
+# reads time both ways needs all of them at once, and what it reads would depend on the size of the chunks.
+# It can go with `chunk_size_feed_forward`, which newer models no longer have.
+
+Switched = list[tuple[nn.Module, str, Any]]  # attributes of modules, with the values that they had
+
+
+def run_whole(modules: Iterable[nn.Module]) -> Switched:
+    """Let feed-forward blocks run on all tokens at once."""
+    return [
+        _switch(module, "chunk_size_feed_forward", 0) for module in modules if "chunk_size_feed_forward" in vars(module)
+    ]
+
+
+def _switch(module: nn.Module, name: str, value: Any) -> tuple[nn.Module, str, Any]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    return module, name, before
+
+
+def switch_back(switched: Switched) -> None:
+    for module, name, before in reversed(switched):
+        setattr(module, name, before)
+
+
+# -- logits_to_keep --
+#
+# Why: `generate` has the head of a language model read the last token alone. A primitive on the head that reads time
+# would miss the tokens before it, so all logits are computed, and those asked for are returned.
+# It can go if primitives are no longer accepted on heads.
+
+_KEEP = "logits_to_keep"
+
+
+def ask_for_all_logits(arguments: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict]:
+    """What a forward was to keep of its logits (None: all), and its arguments if it is to keep them all.
+
+    Raises:
+        ValueError: there are labels as well, which a model aligns with the logits that it keeps.
+    """
+    if _KEEP not in arguments:
+        return None, args, kwargs
+    place = arguments.index(_KEEP)
+    keep = args[place] if place < len(args) else kwargs.get(_KEEP)
+    if keep is None or (isinstance(keep, int) and keep == 0):
+        return None, args, kwargs
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            f"{_KEEP} was given with labels, but a primitive on the head reads time and needs every token: leave "
+            f"{_KEEP} out"
+        )
+    if place < len(args):
+        return keep, (*args[:place], 0, *args[place + 1 :]), kwargs
+    return keep, args, {**kwargs, _KEEP: 0}
+
+
+def keep_logits(output: Any, keep: int | Tensor) -> Any:
+    """A forward's output with the logits that were asked for."""
+    if isinstance(output, tuple):
+        place = next(i for i, item in enumerate(output) if isinstance(item, Tensor) and item.dim() == 3)
+        return (*output[:place], _kept(output[place], keep), *output[place + 1 :])
+    output["logits"] = _kept(output["logits"], keep)
+    return output
+
+
+def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:
+    """Of logits (B, T, v): the last few, or those at places (P,), (B, P), or at True of (B, T)."""
+    if isinstance(keep, int):
+        return logits[:, -keep:]
+    if keep.dim() == 1:
+        return logits[:, keep]
+    if keep.dtype == torch.bool:
+        return logits[keep]
+    return logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+# -- torch's fast path --
+#
+# Why: in eval, `nn.TransformerEncoderLayer` hands the weights of its parts to one kernel and calls none of them, so
+# that an adapter in a part would never run. A layer with a hook is left to run part by part.
+# It can go once the fast path asks for more than hooks, such as for the classes of the parts.
+
+
+def run_part_by_part(part: nn.Module, enclosing: Iterable[nn.Module]) -> Switched:
+    """Keep ``part`` of a transformer layer of torch's from being passed over; the hook goes with the part."""
+    part.register_forward_pre_hook(_nothing)
+    # Nested tensors are read by the fast path alone; without them the values are the same.
+    return [
+        _switch(module, "use_nested_tensor", False) for module in enclosing if isinstance(module, nn.TransformerEncoder)
+    ]
+
+
+def _nothing(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing but be there."""

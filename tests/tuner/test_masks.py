@@ -1,0 +1,236 @@
+"""Masks of every form: padded equals alone, or a refusal at the first forward that says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+from bioadapt import BioConfig
+from bioadapt.tuner.masks import Unclear, read_mask
+
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+LOWEST = torch.finfo(torch.float32).min
+
+
+def adapted(model, primitives=("short_term_depression", "oscillatory_gating"), **fields):
+    torch.manual_seed(1)
+    return get_peft_model(model, BioConfig(primitives=list(primitives), init_weights=False, **fields)).eval()
+
+
+def qwen(**fields):
+    torch.manual_seed(0)
+    tokens = dict(vocab_size=50, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    config = transformers.Qwen2Config(num_key_value_heads=1, max_position_embeddings=64, **SIZES, **tokens, **fields)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def bert():
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(vocab_size=50, **SIZES))
+
+
+def ids(rows, length, seed=3):
+    return torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# -- the translation by itself --
+
+
+def causal(length):
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def pairs(mask, structure):
+    """The mask of pairs that attention gets for a mask of tokens (B, T)."""
+    return (structure & mask[:, None, :].bool())[:, None]
+
+
+PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("structure", [causal(5), torch.ones(5, 5, dtype=torch.bool)], ids=["causal", "both ways"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda mask: mask,
+        lambda mask: mask.long(),
+        lambda mask: mask[:, 0],
+        lambda mask: torch.where(mask, 0.0, LOWEST),
+        lambda mask: torch.where(mask, 0.0, -torch.inf).half(),
+        lambda mask: mask.expand(-1, 4, -1, -1),
+        lambda mask: {"sliding_attention": mask & causal(5), "full_attention": mask},
+    ],
+    ids=["bool", "int", "three axes", "additive", "half", "heads", "by kind"],
+)
+def test_a_mask_of_pairs_says_what_the_mask_of_tokens_said(structure, form):
+    found = read_mask("attention_mask", form(pairs(PADDED, structure)), 3, 5, 0)
+    assert torch.equal(found.mask, PADDED.bool())
+    places = (PADDED.cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(found.positions[PADDED.bool()], places[PADDED.bool()])
+
+
+def test_documents_in_a_mask_of_pairs_are_found():
+    document = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    apart = document[:, :, None] == document[:, None]
+    found = read_mask("attention_mask", (apart & causal(6))[:, None], 1, 6, 0)
+    assert found.resets.tolist() == [[True, False, True, False, False, True]]
+    assert found.positions.tolist() == [[0, 1, 0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("past", [3, torch.tensor(3)], ids=["dynamic", "static"])
+def test_the_columns_of_a_cache_are_skipped(past):
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 0]])  # 3 in the cache, 2 tokens, 2 places that are still free
+    seen = (causal(7)[3:5] & mask[:, None].bool())[:, None]
+    found = read_mask("attention_mask", seen, 1, 2, past)
+    assert found.mask.tolist() == [[True, True]] and found.positions.tolist() == [[2, 3]]
+    assert not found.resets.any()
+    assert read_mask("attention_mask", mask, 1, 2, past).positions.tolist() == [[2, 3]]
+
+
+def test_a_tree_of_drafts_is_no_sequence():
+    tree = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)[None, None]
+    with pytest.raises(Unclear, match="attention_mask is no sequence of documents"):
+        read_mask("attention_mask", tree, 1, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.randn(1, 1, 4, 4), "other values than 0"),
+        (torch.stack([causal(4), ~causal(4)])[None], "differs between heads"),
+        (torch.ones(1, 1, 3, 3).bool(), "does not fit 1 sequences of 4 tokens"),
+        (torch.ones(1, 2), "has 2 columns where there are 4 tokens"),
+        (torch.zeros(1, 4) - 5, "negative values"),
+        ("causal", "is a str"),
+    ],
+)
+def test_what_is_not_understood_is_said(mask, says):
+    with pytest.raises(Unclear, match=says):
+        read_mask("attention_mask", mask, 1, 4, 0)
+
+
+# -- models --
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_pairs_hides_padding_as_a_mask_of_tokens_does(side):
+    model, given = adapted(qwen()), ids(1, 6)
+    junk = torch.full((1, 3), 49)
+    padded = torch.cat([junk, given] if side == "left" else [given, junk], 1)
+    real = slice(3, 9) if side == "left" else slice(0, 6)
+    mask = torch.zeros(1, 9, dtype=torch.long)
+    mask[:, real] = 1
+    seen = pairs(mask, causal(9)) | torch.eye(9, dtype=torch.bool) & ~mask.bool().any()
+    additive = torch.where(seen, 0.0, LOWEST)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = model(input_ids=given).logits
+    for form in (mask, seen, additive):
+        found = model(input_ids=padded, attention_mask=form, position_ids=positions).logits[:, real]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_static_cache_with_padding_on_the_left_decodes_the_same():
+    model, prompt = adapted(qwen()), torch.cat([torch.zeros(1, 3).long(), ids(1, 5)], 1)
+    options = dict(input_ids=prompt, attention_mask=(prompt != 0).long(), max_new_tokens=6, do_sample=False)
+    dynamic = model.generate(**options)
+    assert torch.equal(model.generate(**options, cache_implementation="static"), dynamic)
+    alone = model.generate(input_ids=prompt[:, 3:], max_new_tokens=6, do_sample=False)
+    assert torch.equal(dynamic[:, 3:], alone)
+
+
+@torch.no_grad()
+def test_padded_sound_equals_sound_alone():
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        **SIZES, conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )  # fmt: skip
+    model = adapted(transformers.Wav2Vec2Model(config), target_modules=["output_dense"])
+    sound = torch.randn(1, 800)
+    padded = torch.cat([sound, torch.zeros(1, 400)], 1)
+    mask = torch.cat([torch.ones(1, 800), torch.zeros(1, 400)], 1).long()
+    alone = model(sound).last_hidden_state
+    found = model(padded, attention_mask=mask).last_hidden_state[:, : alone.shape[1] - 1]
+    torch.testing.assert_close(found, alone[:, :-1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_before_the_feature_vectors_is_refused_with_padding_alone():
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        **SIZES, conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+    )  # fmt: skip
+    model = adapted(transformers.Wav2Vec2Model(config), target_modules=["conv_layers.0.conv"])
+    sound, mask = torch.randn(1, 800), torch.ones(1, 800).long()
+    model(sound, attention_mask=mask)
+    mask[:, 600:] = 0
+    with pytest.raises(ValueError, match=r"conv_layers.0.conv reads its tokens in time, but attention_mask \(1, 800\)"):
+        model(sound, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_masks_under_another_name_are_read():
+    torch.manual_seed(0)
+    config = transformers.Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=4, num_channels=3)
+    model = adapted(transformers.Siglip2VisionModel(config), target_modules=["fc2"])
+    patches = torch.randn(1, 16, 48)
+    junk = patches.clone()
+    junk[:, 4:] = 5.0
+    given = dict(pixel_attention_mask=torch.tensor([[1] * 4 + [0] * 12]), spatial_shapes=torch.tensor([[2, 2]]))
+    found = model(pixel_values=patches, **given).last_hidden_state[:, :4]
+    torch.testing.assert_close(model(pixel_values=junk, **given).last_hidden_state[:, :4], found, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_torchs_own_layers_mark_the_padding(side):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+    model = adapted(encoder, ["short_term_depression"], target_modules=["linear2"], causal=False)
+    x, junk = torch.randn(1, 5, 16), torch.full((1, 3, 16), 9.0)
+    real = slice(3, 8) if side == "left" else slice(0, 5)
+    padding = torch.ones(1, 8, dtype=torch.bool)
+    padding[:, real] = False
+    padded = torch.cat([junk, x] if side == "left" else [x, junk], 1)
+    for mask in (padding, torch.where(padding, -torch.inf, 0.0)):
+        found = model(padded, src_key_padding_mask=mask)[:, real]
+        torch.testing.assert_close(found, model(x), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_a_model_pads_inside_is_padding():
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(
+        **SIZES, vocab_size=50, attention_window=[4, 4], max_position_embeddings=40, pad_token_id=1
+    )
+    model = adapted(transformers.LongformerModel(config), ["short_term_depression"], target_modules=["output.dense"])
+    given = ids(1, 6)
+    padded = torch.cat([given, torch.ones(1, 2).long()], 1)  # as the model itself does
+    mask = (padded != 1).long()
+    alone = model(given, attention_mask=torch.ones_like(given)).last_hidden_state
+    torch.testing.assert_close(model(given).last_hidden_state, alone, atol=1e-5, rtol=1e-4)
+    both = model(padded, attention_mask=mask).last_hidden_state[:, :6]
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_that_cannot_be_found_is_refused_where_it_matters():
+    torch.manual_seed(0)
+    config = transformers.VisualBertConfig(**SIZES, vocab_size=50, visual_embedding_dim=16)
+    given = dict(input_ids=ids(1, 5), visual_embeds=torch.randn(1, 3, 16), visual_attention_mask=torch.ones(1, 3))
+    whole, padded = torch.ones(1, 5), torch.tensor([[1.0, 1, 1, 1, 0]])
+    model = adapted(transformers.VisualBertModel(config), target_modules=["output.dense"])
+    model(**given, attention_mask=whole)
+    with pytest.raises(
+        ValueError, match=r"reads its tokens in time, but attention_mask \(1, 5\).*call the model without"
+    ):
+        model(**given, attention_mask=padded)
+    pointwise = adapted(transformers.VisualBertModel(config), ["lateral_inhibition"], target_modules=["output.dense"])
+    pointwise(**given, attention_mask=padded)

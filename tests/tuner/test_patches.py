@@ -1,0 +1,215 @@
+"""What bioadapt changes of torch and transformers is where it was; these tests fail when one of those places moves."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+from tuner.helpers import awake, bert, bio_layers, classifier, close, output, tokens
+
+from bioadapt.primitives._state import Memory
+from bioadapt.tuner import patches
+
+
+def adapted(model, primitives=("short_term_depression",), targets=("output.dense",)):
+    torch.manual_seed(1)
+    return get_peft_model(model, awake(list(primitives), list(targets))).eval()
+
+
+# -- the forward of a stack --
+
+
+def test_a_surrounded_model_is_in_all_else_what_it_was():
+    plain, model = classifier(), adapted(classifier()).get_base_model()
+    inner = model.bert
+    assert isinstance(inner, type(plain.bert)) and type(inner).__name__ == "BertModel"
+    assert repr(type(inner)) == repr(type(plain.bert))  # by which transformers looks up what a model can record
+    assert inspect.signature(inner.forward) == inspect.signature(plain.bert.forward)
+    assert inner(**tokens(), output_hidden_states=True, output_attentions=True).hidden_states is not None
+    fresh = type(inner)(inner.config)  # of the same class, but surrounded by nothing
+    assert fresh(**tokens()).last_hidden_state.shape == (3, 6, 16)
+
+
+def test_the_class_comes_back_when_the_adapter_goes():
+    base = bert()
+    model = adapted(base)
+    assert type(base) is not transformers.BertModel
+    assert type(model.unload()) is transformers.BertModel and "bio_scope" not in vars(base)
+
+
+def test_a_forward_that_somebody_put_on_the_model_still_runs():
+    base, calls = bert(), []
+    plain = base.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    base.forward = counted
+    wanted = output(adapted(bert()), tokens())
+    model = adapted(base)
+    assert torch.equal(output(model, tokens()), wanted) and len(calls) == 1
+    assert torch.equal(model.get_base_model().forward(**tokens()).last_hidden_state, wanted) and len(calls) == 2
+    assert model.unload().forward is counted
+
+
+def test_what_accelerate_wraps_it_unwraps():
+    base = bert()
+    base.add_adapter(awake(["short_term_depression"], ["output.dense"]))
+    wanted = output(base, tokens())
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(base.train())
+    prepared(**tokens()).last_hidden_state.sum().backward()
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(output(unwrapped, tokens()), wanted)
+    assert torch.equal(unwrapped.forward(**tokens()).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("primitive", ["lateral_inhibition", "short_term_depression", "predictive_coding"])
+def test_models_are_exported_for_any_length(primitive):
+    model = adapted(bert(), [primitive], ["0.output.dense"]).get_base_model()
+    length = torch.export.Dim("length", min=2, max=16)
+    given = {"input_ids": tokens()["input_ids"], "attention_mask": tokens()["attention_mask"]}
+    shapes = {name: {1: length} for name in given}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for steps in (2, 6, 9, 16):
+        new = tokens(length=steps + 1) if steps < 3 else tokens(length=steps)
+        new = {name: value[:, -steps:] for name, value in new.items()}
+        new["attention_mask"] = torch.ones_like(new["attention_mask"])
+        new["attention_mask"][0, -1] = 0
+        with torch.no_grad():
+            found, wanted = program(**new)[0], model(**new)[0]
+        assert close(found, wanted, 1e-5)
+
+
+# -- gradient checkpointing --
+
+
+def test_checkpointed_layers_take_their_function_from_an_attribute():
+    assert "_gradient_checkpointing_func" in inspect.getsource(GradientCheckpointingLayer)
+    assert "_gradient_checkpointing_func" in inspect.getsource(PreTrainedModel._set_gradient_checkpointing)
+    base = bert()
+    model = adapted(base).train()
+    base.gradient_checkpointing_enable(dict(use_reentrant=False))
+    layer = base.encoder.layer[0]
+    function = layer._gradient_checkpointing_func
+    model(**tokens())
+    assert isinstance(layer._gradient_checkpointing_func, patches.CarriedThroughRecomputation)
+    model.unload()
+    assert layer._gradient_checkpointing_func is function
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the adapter", "after it"])
+def test_torchs_checkpoint_wrappers_carry_the_mask_or_refuse(before):
+    def gradients(wrapped):
+        base = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        if wrapped and before:
+            base.encoder.layer[1] = checkpoint_wrapper(base.encoder.layer[1])
+        torch.manual_seed(1)
+        model = adapted(base).train()
+        if wrapped and not before:
+            base.encoder.layer[1] = checkpoint_wrapper(base.encoder.layer[1])
+        model(**tokens()).last_hidden_state.square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    if before:
+        torch.testing.assert_close(gradients(True), gradients(False), atol=1e-6, rtol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="computed again in the backward by a checkpoint"):
+            gradients(True)
+
+
+# -- caches --
+
+
+def test_all_that_can_be_done_to_a_cache_is_followed():
+    done = {name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")}
+    reads = {"get_seq_length", "get_max_length", "has_previous_state", "get_mask_sizes", "get_query_offset",
+             "is_recording_past", "get_conv_state", "get_recurrent_state"}  # fmt: skip
+    of_a_layer = {"update", "update_conv_state", "update_recurrent_state", "update_indexer", "early_initialization"}
+    elsewhere = {"offload", "prefetch", "activate_past_recording"}  # nothing moves along the batch or the time axis
+    assert done - reads - of_a_layer - elsewhere == set(patches.FOLLOWED)
+
+
+def test_a_cache_of_a_class_of_ones_own_is_followed_once():
+    class Louder(DynamicCache):
+        def reorder_cache(self, beam_idx):
+            super().reorder_cache(beam_idx)
+
+    cache, memory = Louder(), Memory()
+    memory.append("trace", torch.tensor([[[1.0]], [[2.0]], [[3.0]]]), keep=1)
+    patches.follow_cache(cache, memory)
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    assert memory.series["trace"].flatten().tolist() == [2, 3, 1]
+    cache.batch_repeat_interleave(2)
+    assert memory.series["trace"].flatten().tolist() == [2, 2, 3, 3, 1, 1]
+    cache.batch_select_indices(torch.tensor([0, 4]))
+    assert memory.series["trace"].flatten().tolist() == [2, 1]
+    cache.reset()
+    assert not memory.series and patches.followed_memory(cache) is memory
+
+
+def test_a_cache_with_a_memory_is_freed_as_soon_as_nobody_holds_it():
+    cache = DynamicCache()
+    patches.follow_cache(cache, Memory())
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+# -- chunked feed-forward blocks --
+
+
+def test_feed_forward_blocks_take_the_size_of_their_chunks_from_an_attribute():
+    assert "chunk_size > 0" in inspect.getsource(pytorch_utils.apply_chunking_to_forward)
+    assert bert(chunk_size_feed_forward=2).encoder.layer[0].chunk_size_feed_forward == 2
+
+
+# -- logits_to_keep --
+
+
+def test_language_models_take_logits_to_keep_as_an_argument():
+    parameters = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    assert parameters["logits_to_keep"].default == 0
+
+
+# -- torch's fast path --
+
+
+def test_torch_leaves_layers_with_hooks_to_run_part_by_part():
+    source = inspect.getsource(nn.TransformerEncoderLayer.forward)
+    assert "_forward_pre_hooks" in source and "torch._transformer_encoder_layer_fwd" in source
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    called = []
+    patches.run_part_by_part(layer.linear1, [layer])
+    layer.linear1.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 8))
+    assert called
+
+
+def test_adapters_in_a_layer_of_torchs_own_run_in_eval():
+    model = get_peft_model(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), awake("pointwise", ["linear2"])
+    ).eval()
+    ran = []
+    (layer,) = bio_layers(model)
+    layer.circuits["default"].register_forward_hook(lambda *_: ran.append(1))
+    layer.circuits["default"].applied = lambda y, context: ran.append(1) or y
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8))
+    assert ran
