@@ -18,7 +18,7 @@ FAMILIES = ("sts", "pairs", "clustering", "classification")
 class Finding:
     """One mechanism on one task, trained together with a LoRA r=8, in points of the task's metric.
 
-    ``over_lora``: more than the LoRA alone; ``over_equal``: more than the best of the LoRAs up to the next size above
+    ``over_lora``: more than the LoRA alone; ``over_equal``: more than the best LoRA up to the next size above
     the pair's; ``over_placebo``: more than the best of the placebos over the same LoRA (a GELU bottleneck, a linear one,
     plain gains), at the same steps. ``low``, ``high``: the 95 % interval of ``over_equal`` over seeds, None where there
     is one seed. ``factor``: the best learning rate as a multiple of the LoRA's. ``stage``: ``screen`` (few rows, on the
