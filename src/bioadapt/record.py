@@ -19,7 +19,7 @@ class Finding:
     """One mechanism on one task, trained together with a LoRA r=8, in points of the task's metric.
 
     ``over_lora``: more than the LoRA alone; ``over_equal``: more than the best LoRA up to the next size above
-    the pair's; ``over_placebo``: more than the best of the placebos over the same LoRA (a GELU bottleneck, a linear one,
+    the pair; ``over_placebo``: more than the best of the placebos over the same LoRA (a GELU bottleneck, a linear one,
     plain gains), at the same steps. ``low``, ``high``: the 95 % interval of ``over_equal`` over seeds, None where there
     is one seed. ``factor``: the best learning rate as a multiple of the LoRA's. ``stage``: ``screen`` (few rows, on the
     split on which the rate was chosen: it says where to look) or ``confirmed`` (on a test split, fresh seeds).
