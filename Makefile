@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+CONSTRAINTS := constraints.txt
+EXTRAS := dev,demo,st
 ARGS ?=
 
-.PHONY: demo test test-portable lint docs bench bench-methods readme stubs clean
+.PHONY: demo test test-portable test-floor test-newest lint docs bench bench-methods readme stubs clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -18,6 +20,15 @@ test: $(READY)
 test-portable: $(READY)
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(MAKE) test
 	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test
+
+# The parts that lean on other libraries, in environments of their own: with the lowest versions that are promised, and
+# with the newest that the promised ranges allow.
+LEANING := tests/tuner tests/methods tests/test_conformance.py tests/test_saved_adapters.py
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt EXTRAS=circuits,search,suite ARGS="$(LEANING) $(ARGS)"
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=circuits,search,suite ARGS="$(LEANING) $(ARGS)"
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -41,12 +52,12 @@ stubs: $(READY)
 	$(PY) scripts/stubs.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-floor .venv-newest
 
 # The stamp is written last: an interrupted installation is taken up again.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bioadapt needs Python 3.11 or newer; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time this takes some minutes."
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo,st]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@

@@ -63,6 +63,9 @@ def test_values_become_pythons_own(tmp_path):
     assert BioConfig("lateral_inhibition", rank=np.int32(4)).rank == 4
     indices = BioConfig(["neuro_ada"], target_modules=["query"], layers_to_transform=np.arange(2)).layers_to_transform
     assert indices == [0, 1] and json.dumps(indices) == "[0, 1]"
+    assert BioConfig("neuro_ada", target_modules=["query"], layers_to_transform=np.array(1)).layers_to_transform == 1
+    chosen = BioConfig(catalogue.neuro_ada(selection=np.str_("random"))).primitives[0]["selection"]
+    assert chosen == "random" and type(chosen) is str
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
 

@@ -18,7 +18,7 @@ CONFIGURATION, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OF_THE_SAVE = {"bioadapt_version", "peft_version", "settings_fingerprint"}
 # Fields and settings that the files lack because they came later, with the value that a file without them has.
 LATER_FIELDS: dict[str, object] = {"feedforward_modules": None, "batch_first": None}
-LATER_SETTINGS: dict[str, object] = {"zero_scale": 1.0}
+LATER_SETTINGS: dict[str, object] = {"zero_scale": 1.0, "per_forward": False, "resting": 0.5, "patch_gain": False}
 # Sums in another order, on another processor, through two layers: relative to the largest number.
 ROUNDING = 1e-6
 

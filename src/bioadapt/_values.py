@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 
 
+def as_plain(value: Any) -> Any:
+    """An array as a list, or as its one number; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def is_flag(value: object) -> bool:
     """Whether it is True or False, Python's or numpy's."""
     return isinstance(value, (bool, np.bool_))
@@ -45,8 +50,7 @@ def as_names(field: str, value: Any, accepted: str) -> list[str]:
     Raises:
         ValueError: anything else.
     """
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = as_plain(value)
     if not isinstance(value, (list, tuple, set, frozenset)):
         raise ValueError(f"{field}={value!r}: accepted are {accepted}")
     for name in value:

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -48,6 +49,7 @@ _DESCRIPTIVE = frozenset(
     }
 )
 _UNDER_WAY, _COMPLETE = ".saving", "complete"
+_ABANDONED = 3600.0  # seconds after which nobody is writing a file of an adapter any more
 
 
 # -- keys --
@@ -118,22 +120,25 @@ def check_settings(content: Mapping[str, Any], where: str) -> None:
         )
 
 
-def check_tensors(tensors: Mapping[str, Tensor], content: Mapping[str, Any], where: str) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], content: Mapping[str, Any], where: str) -> list[str]:
     """Raise `ValueError` if the tensors of a file are not those that its configuration was saved with.
 
-    Files without ``settings_fingerprint`` are older: their fingerprint leaves embeddings out.
+    Files without ``settings_fingerprint`` are older: their fingerprint leaves out all but the adapter's own tensors and
+    its modules to save, such as embeddings.
+
+    Returns:
+        The names of tensors that no fingerprint covers.
     """
-    expected = content.get("fingerprint")
-    if expected is None:
-        return
-    covered = bare(tensors)
-    if content.get("settings_fingerprint") is None:
-        covered = _covered_by_older_files(covered, tuple(content.get("modules_to_save") or ()))
-    if fingerprint(covered) != expected:
+    expected, given = content.get("fingerprint"), bare(tensors)
+    covered = given
+    if expected is None or content.get("settings_fingerprint") is None:
+        covered = _covered_by_older_files(given, tuple(content.get("modules_to_save") or ()))
+    if expected is not None and fingerprint(covered) != expected:
         raise ValueError(
             f"{where} does not hold the tensors that its {CONFIG_NAME} was saved with: it was changed, damaged, or "
             f"belongs to another adapter. To load it nevertheless, set fingerprint to null in {CONFIG_NAME}"
         )
+    return sorted(given.keys() - covered.keys())
 
 
 def _covered_by_older_files(tensors: Mapping[str, Tensor], heads: tuple[str, ...]) -> dict[str, Tensor]:
@@ -222,6 +227,10 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     """
     complete_saving(folder)
     new = not folder.exists()
+    for left in (folder / _UNDER_WAY).glob("*"):  # by processes that were killed
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - _ABANDONED:
+                shutil.rmtree(left)
     stage = folder / _UNDER_WAY / str(os.getpid())
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -246,10 +255,15 @@ def _put_in_place(stage: Path, folder: Path) -> None:
         return
     if (folder / ALONG).is_dir():
         (stage / ALONG).mkdir(exist_ok=True)  # an empty one takes the old one away
-    under_way = folder / _UNDER_WAY
-    under_way.mkdir(parents=True, exist_ok=True)
-    os.replace(stage, under_way / _COMPLETE)
-    complete_saving(folder)
+    complete = folder / _UNDER_WAY / _COMPLETE
+    while stage.exists():
+        complete.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(stage, complete)
+        except OSError:
+            if not complete.exists():
+                raise  # otherwise another process is saving here, and its files go into their places first
+        complete_saving(folder)
 
 
 def complete_saving(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command ``bioadapt``."""
+    # Loaded by PEFT where it is installed, it warns of an optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()
 
 

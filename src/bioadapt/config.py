@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
-from ._values import as_flag, as_integer, as_names
+from ._values import as_flag, as_integer, as_names, as_plain
 from ._version import __version__
 from ._words import suggest
 from .checkpoint import check_trained_over, complete_saving, write_configuration
@@ -196,6 +196,8 @@ class BioConfig(PeftConfig):
             if value is not None and not isinstance(value, (str, os.PathLike)):
                 raise ValueError(f"{name}={value!r}: accepted are None or a string")
             setattr(self, name, None if value is None else os.fspath(value))
+        if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
+            raise ValueError(f"auto_mapping={self.auto_mapping!r}: accepted are None or a dict")
 
     def _check(self) -> None:
         if self.composition not in COMPOSITIONS:
@@ -304,7 +306,7 @@ def _layers(value: Any) -> int | list[int]:
     Raises:
         ValueError: no index, a negative one, or none at all.
     """
-    accepted = "None for all layers, an index from 0, or some of them"
+    accepted, value = "None for all layers, an index from 0, or some of them", as_plain(value)
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         return as_integer("layers_to_transform", value, low=0, accepted=accepted)
     layers = [as_integer("layers_to_transform", index, low=0, accepted=accepted) for index in value]

@@ -163,6 +163,7 @@ class Demo:
     def _save(self, name: str, encoder: SentenceTransformer) -> int:
         """Write an arm's adapters, each into its folder; bytes of their weights."""
         model, total = transformer_of(encoder), 0
+        model.requires_grad_(False)  # else the LoRA below would be saved a second time, as what trains along
         for folder in reversed(_FOLDERS[name]):
             model.save_pretrained(str(self.output / folder))
             total += (self.output / folder / "adapter_model.safetensors").stat().st_size

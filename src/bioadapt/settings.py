@@ -5,8 +5,8 @@ Nothing is imported for it, so that the command's help and its answers to typing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 DEFAULT_TASK = "api-search"
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -25,6 +25,16 @@ def _option(default: Any, help: str, **limits: float) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
+C = TypeVar("C", bound=type)
+
+
+def _described(settings: C) -> C:
+    """Put the help of every field into the docstring, for those who read that."""
+    lines = (f"    {spec.name}: {spec.metadata['help']}" for spec in fields(settings))
+    settings.__doc__ = "\n".join([f"{settings.__doc__}\n", "Attributes:", *lines])
+    return settings
+
+
 _DEVICE = "cpu, cuda, mps; the fastest there is, if not given."
 _LIMIT = "About so many rows per split, for a quick look."
 _FOLDER = "Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given."
@@ -32,6 +42,7 @@ _ENCODER = "Sentence encoder: a name on the hub or a path."
 _ROWS = "Rows per training step."
 
 
+@_described
 @dataclass(frozen=True)
 class DemoSettings:
     """What to run; every field is an option of ``bioadapt demo``."""
@@ -52,6 +63,7 @@ class DemoSettings:
     device: str | None = _option(None, _DEVICE)
 
 
+@_described
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What to evaluate, and how; every field is an option of ``bioadapt evaluate``."""
@@ -79,6 +91,7 @@ class EvaluationSettings:
     device: str | None = _option(None, _DEVICE)
 
 
+@_described
 @dataclass(frozen=True)
 class SearchSettings:
     """What to search, and for how long; every field is an option of ``bioadapt search``."""

@@ -97,6 +97,23 @@ def test_a_cell_is_the_same_whenever_it_is_computed(settings, tmp_path):
     assert np.abs(frozen - trained).max() > 1e-3
 
 
+def test_a_rate_that_diverges_is_not_taken_and_a_cell_that_does_is_left_out(settings, tmp_path, monkeypatch):
+    fit = module.fit
+
+    def diverging(encoder, task, schedule):
+        if schedule.learning_rate > 5e-3:
+            raise module.Diverged("the loss is nan at step 1")
+        return fit(encoder, task, schedule)
+
+    monkeypatch.setattr(module, "fit", diverging)
+    (cell,) = Evaluate(settings(arms=("bio",), seeds=1), quiet()).run()["cells"]
+    assert cell["rate"] == 1e-3
+    console = quiet()
+    job = Evaluate(settings(arms=("zero-shot", "bio"), seeds=1, rates=(1e-2,), output=str(tmp_path / "other")), console)
+    assert [cell["arm"] for cell in job.run()["cells"]] == ["zero-shot"]
+    assert "bio, seed 1: no cell, the loss is nan at step 1." in console.file.getvalue()
+
+
 def test_training_rows_that_stand_in_any_test_set_are_dropped(settings, data_dir):
     job = Evaluate(settings(), quiet())
     prepared = job.prepare("near")
@@ -168,6 +185,7 @@ def test_a_folder_belongs_to_one_way_of_evaluating(settings):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"task": ("near", "fra")}, "task 'fra' is not in .*did you mean 'far'"),
         ({"arms": ("lora", "bios")}, "unknown arm 'bios'; did you mean 'bio'"),
         ({"arms": ()}, "at least one is needed"),
         ({"seeds": 0}, "--seeds 0: a number above zero"),

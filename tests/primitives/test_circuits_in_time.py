@@ -349,7 +349,7 @@ class TestResonateAndFire:
         module = awake("resonate_and_fire", seed)
         drive = 3 * torch.randn(2, 30, 8)
         code, potential = module.code(drive, Context()), module.potential(drive, Context())
-        silent = potential.abs() <= 1
+        silent = potential.abs() <= softplus(module.threshold)
         assert 0.1 < silent.float().mean() < 0.9
         assert torch.count_nonzero(code[silent]) == 0
         assert torch.equal(code[~silent], potential[~silent])

@@ -162,7 +162,7 @@ class TestBasalGangliaGate:
         return drive[..., :8], module.code(drive, Context())
 
     def test_nogo_holds(self, seed):
-        _, memory = self.memory(awake("basal_ganglia_gate", seed), 0.0, 1.0)
+        _, memory = self.memory(awake("basal_ganglia_gate", seed, resting=0.5), 0.0, 1.0)
         assert memory[:, 4].abs().min() > 0
         torch.testing.assert_close(memory[:, 5:], memory[:, 4:5].expand(-1, 15, -1), rtol=0, atol=1e-6)
 
@@ -188,8 +188,9 @@ class TestBasalGangliaGate:
         opened.sum().backward()
         assert (module.go_bias.grad > 0).all() and (module.nogo_bias.grad < 0).all()
 
-    def test_is_the_equation(self, seed):
-        module = awake("basal_ganglia_gate", seed)
+    @pytest.mark.parametrize("resting", [0.0, 0.5])
+    def test_is_the_equation(self, seed, resting):
+        module = awake("basal_ganglia_gate", seed, resting=resting)
 
         def smooth(exact: Tensor, other: Tensor) -> Tensor:
             return exact.detach() + other - other.detach()
@@ -199,7 +200,8 @@ class TestBasalGangliaGate:
             go, nogo = (smooth(z.clamp(min=0), softplus(4 * z) / 4) for z in (go, nogo))
             level = module.dopamine.tanh()
             balance = (1 + level) * go - (1 - level) * nogo
-            p = smooth((0.5 + 0.5 * balance).clamp(0, 1), torch.sigmoid(2 * balance)).repeat_interleave(4, -1)
+            line = resting + (1 - resting) * balance
+            p = smooth(line.clamp(0, 1), torch.sigmoid(4 * line - 2)).repeat_interleave(4, -1)
             series = torch.cat([p, content], -1)
             return scan(lambda h, z: (1 - z[:, :8]) * h + z[:, :8] * z[:, 8:], series, torch.zeros(2, 8))
 

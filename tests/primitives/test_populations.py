@@ -283,7 +283,9 @@ class TestVipDisinhibition:
             c = x / rho
             activity = torch.stack([c[..., index == group].abs().mean(-1) for group in range(8)], -1)
             vip = softplus(unit(v) @ module.context_weights.T + module.context_bias)
-            sst = torch.relu(softplus(module.onto_sst) * activity - softplus(module.vip_onto_sst) * vip)[..., index]
+            excess = softplus(module.onto_sst) * activity - softplus(module.vip_onto_sst) * vip
+            slope = softplus(4 * excess) / 4  # of a smooth threshold, in backward alone
+            sst = (torch.relu(excess).detach() + slope - slope.detach())[..., index]
             pv = (softplus(module.onto_pv) * activity)[..., index]
             return rho * (c.sign() * torch.relu(c.abs() - sst) / (1 + pv) - c)
 

@@ -205,7 +205,6 @@ class FakeChild:
 
 def test_more_trials_for_a_finished_search_are_confirmed_tested_and_counted_anew(data, tmp_path, monkeypatch):
     monkeypatch.setattr("bioadapt.search.contest.contest.Child", FakeChild)
-    monkeypatch.setattr(finale, "RESAMPLES", 20)
     monkeypatch.setattr(FakeChild, "confirmed", [])
     monkeypatch.setattr(FakeChild, "tested", [])
     job = Search(replace(settings(data), output=str(tmp_path / "out"), confirm=2), Console(quiet=True))

@@ -220,15 +220,21 @@ def test_order_is_kept_where_it_means_something():
     assert before not in space.features(params | staged)
 
 
+def test_a_rank_beyond_a_modules_width_is_no_choice():
+    assert SearchSpace(host()).ranks == ("full", 4, 8, 16)
+    with pytest.raises(ValueError, match=r"ranks=\[32\]: a module of this model has 16 features"):
+        SearchSpace(host(), ranks=(32,))
+
+
 def test_a_trial_is_asked_for_nothing_about_an_empty_slot():
     space = SearchSpace(host(), slots=2)
     trial = optuna.trial.FixedTrial(
-        {"composition": "serial", "learning_rate": 0.01, "rank": 4, "slot1.primitive": "none",
+        {"composition": "serial", "learning_rate": 0.001, "rank": 4, "slot1.primitive": "none",
          "slot2.primitive": CAUSAL, "slot2.layers": "all", "slot2.modules": "all", "slot2.strength": 3.0}
     )  # fmt: skip
     params = space.suggest(trial)
     assert set(params) == set(trial.params)
-    assert space.realise(params) == Configuration((Slot(CAUSAL, "all", "all", 3.0),), 4, "serial", 0.01)
+    assert space.realise(params) == Configuration((Slot(CAUSAL, "all", "all", 3.0),), 4, "serial", 0.001)
 
 
 def test_the_space_and_its_configurations_survive_json_and_pickle():

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -93,6 +94,10 @@ WRONG = [
     (dict(modules_to_save=5), ["modules_to_save=5"]),
     (dict(layers_to_transform=-1), ["layers_to_transform=-1", "from 0"]),
     (dict(layers_to_transform=[0, 1.5]), ["layers_to_transform=1.5"]),
+    (dict(auto_mapping=3), ["auto_mapping=3", "dict"]),
+    (dict(primitives=[{"name": "neuro_ada", "selection": np.array(["random"])}]), ["'selection'", "'magnitude'"]),
+    (dict(primitives=[{"name": "neuro_ada", "k": np.array([3, 4])}]), ["'k'", "integer"]),
+    (dict(primitives=[{"name": "neuro_ada", "k": float("inf")}]), ["'k'", "inf"]),
     (dict(layers_to_transform="0"), ["layers_to_transform='0'"]),
     (dict(layers_to_transform=[]), ["layers_to_transform=[]"]),
     (dict(rank=True), ["rank=True"]),

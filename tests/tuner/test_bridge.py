@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from typing import ClassVar
 
 import peft
 import pytest
-from peft import PeftConfig, PeftType, get_peft_config
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_config
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 from tuner.helpers import awake
 
 from bioadapt import BioConfig
@@ -123,3 +127,51 @@ def test_a_saved_configuration_holds_every_setting_and_is_the_same_text_each_tim
     BioConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+SURROUNDED = {
+    "PEFT's from_pretrained": (PeftModel.from_pretrained, ["model", "model_id", "adapter_name", "config"]),
+    "PEFT's load_adapter": (PeftModel.load_adapter, ["model_id", "adapter_name"]),
+    "PEFT's reading": (peft.peft_model.load_peft_weights, ["model_id", "device", "key_mapping"]),
+    "PEFT's save_pretrained": (
+        PeftModel.save_pretrained,
+        ["save_directory", "safe_serialization", "selected_adapters", "is_main_process"],
+    ),
+    "transformers' load_adapter": (
+        PeftAdapterMixin.load_adapter,
+        ["peft_model_id", "adapter_name", "peft_config", "adapter_state_dict", "is_trainable", "load_config"],
+    ),
+    "transformers' save_pretrained": (
+        PreTrainedModel.save_pretrained,
+        ["save_directory", "is_main_process", "state_dict", "push_to_hub", "token"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDED)
+def test_what_is_surrounded_takes_what_it_is_known_to_take(name):
+    function, arguments = SURROUNDED[name]
+    assert function.surrounded_by_bioadapt
+    assert set(arguments) <= set(inspect.signature(function).parameters)
+
+
+def test_surrounded_functions_are_called_by_their_libraries():
+    """Where PEFT reads tensors by another way than these, a file would pass unchecked."""
+    assert "load_peft_weights(" in inspect.getsource(inspect.unwrap(PeftModel.load_adapter))
+    assert ".load_adapter(" in inspect.getsource(inspect.unwrap(PeftModel.from_pretrained.__func__))
+    assert ".load_adapter(" in inspect.getsource(PreTrainedModel.from_pretrained)
+
+
+def test_other_methods_are_saved_and_loaded_as_ever(tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = peft.get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    wanted = model(torch.ones(1, 4))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(again(torch.ones(1, 4)), wanted)

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
 from bioadapt import BioConfig, list_primitives, primitive_info
+from bioadapt.tuner.learning import learning_of
 
 LOCAL = [name for name in list_primitives() if primitive_info(name).learns]
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50)
@@ -131,6 +132,21 @@ def test_rules_of_which_an_optimiser_holds_a_part_learn_by_the_next_forward():
     assert torch.equal(trace, before)
     loss_of(model, 2)
     assert not torch.equal(trace, before)
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_parameters_of_deepspeed_are_refused_where_its_steps_cannot_be_followed(mark):
+    """DeepSpeed itself is not at hand: its marks on the parameters stand for it."""
+    model = adapted("hebbian_trace", "synaptic_tagging")
+    for parameter in trainable(model):
+        setattr(parameter, mark, None)
+    with pytest.raises(ValueError, match=r"hebbian_trace.*BioTrainerCallback"):
+        loss_of(model, 1)
+    for learning in learning_of(model):
+        for rule in learning.rules():
+            rule.announced = True  # as the callback does
+    with pytest.raises(ValueError, match=r"synaptic_tagging changes its parameter 'early'.*DeepSpeed"):
+        loss_of(model, 1)
 
 
 # -- reference adapters --

@@ -96,6 +96,9 @@ def flat_shards(rows):
     with pytest.raises(ValueError, match=r"synaptic_consolidation.*'efficacy'.*fully_shard"):
         model = bert(["synaptic_consolidation"])
         trained(model, adamw(model), rows, FullyShardedDataParallel(model, **cpu))
+    with pytest.raises(ValueError, match=r"neuro_lora has a penalty.*fully_shard"):
+        model = bert([{"name": "neuro_lora", "r": 8, "k": 3}])
+        trained(model, adamw(model), rows, FullyShardedDataParallel(model, **cpu))
     model = bert(["hebbian_trace", "lateral_inhibition"])
     run = FullyShardedDataParallel(model, **cpu)
     trained(model, adamw(run), rows, run)

@@ -137,6 +137,20 @@ def test_tensors_of_another_function_are_not_put_into_an_adapter(tmp_path):
     model.load_adapter(tmp_path, "other")
 
 
+def test_transformers_loads_from_memory_with_the_same_checks():
+    model = injected()
+    wanted, config = output(model, INPUTS), model.peft_config["default"]
+    for prefix in ("", "base_model.model."):
+        state = {prefix + key: tensor for key, tensor in get_peft_model_state_dict(model).items()}
+        again = bert()
+        again.load_adapter(peft_config=config, adapter_state_dict=state)
+        assert close(output(again, INPUTS), wanted, 1e-6)
+        state.popitem()
+        base = bert()
+        with unchanged(base), pytest.raises(ValueError, match="1 missing"):
+            base.load_adapter(peft_config=config, adapter_state_dict=state)
+
+
 # -- each file once --
 
 
@@ -383,6 +397,20 @@ def test_files_without_a_fingerprint_of_the_settings_are_checked_as_they_were(tm
     base = bert()
     with unchanged(base), pytest.raises(ValueError, match="does not hold the tensors"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_embeddings_that_an_older_fingerprint_leaves_out_are_named(tmp_path):
+    model = stateful()
+    model.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / CONFIG_NAME).read_text())["fingerprint"]
+    model.get_base_model().embeddings.word_embeddings.weight.data += 1
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    edit(tmp_path, settings_fingerprint=None, fingerprint=own)
+    for way in BOTH:
+        base, call = loading(way, tmp_path)
+        with pytest.warns(UserWarning, match="embeddings.word_embeddings.weight of the base.*does not cover"):
+            loaded = call() if way == "PEFT" else call() and base
+        assert close(output(loaded, INPUTS), output(model, INPUTS), 1e-6)
 
 
 # -- killed while saving --

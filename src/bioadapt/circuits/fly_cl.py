@@ -17,7 +17,7 @@ from bioadapt.circuits.ridge import RidgeSums, packed, unpacked
 PENALTIES = 10.0 ** np.arange(-5, 3)  # times tr(G) / m, the mean squared activity of a unit, summed over the samples
 # The authors' scripts try 10^6 to 10^9. Where features have unit variance, as with theirs, a unit that reads 300 of
 # them and is among the strongest 0.3 has a mean squared activity of 145 per sample: the same grid without a unit.
-PUBLISHED = 10.0 ** np.arange(6, 10) / 145  # times tr(G) / (m n), the mean squared activity of a unit per sample
+PUBLISHED: Array = 10.0 ** np.arange(6, 10) / 145  # times tr(G) / (m n), the mean squared activity of a unit per sample
 LARGE = 2**30  # bytes of the Gram matrix from which on its size is worth a warning
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import numpy as np
 
 from .._extras import require
 from ..evaluation import Evaluation, Task
+from ..evaluation.tasks.overlap import normal_form
 from ..evaluation.tasks.task import embeddings
 from ..evaluation.training import Schedule, fit, load_encoder, trainable_parameters
 
@@ -149,6 +152,15 @@ class Imitation(Task):
 
     def texts(self, split: str) -> list[str]:
         return self._texts[split]
+
+    def keys(self, split: str) -> list[Hashable]:
+        return [(normal_form(text),) for text in self._texts[split]]
+
+    def keep(self, split: str, places: Sequence[int]) -> Imitation:
+        kept = copy(self)
+        kept._texts = {**self._texts, split: [self._texts[split][place] for place in places]}
+        kept._vectors = {**self._vectors, split: self._vectors[split][list(places)]}
+        return kept
 
     def without_test(self) -> Imitation:
         return self  # it has none

@@ -368,8 +368,3 @@ def _read(placebo: Placebo, module: nn.Module, inputs: tuple[Any, ...]) -> tuple
 
 def _write(placebo: Placebo, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     return placebo(output)
-
-
-def described(names: Sequence[str]) -> Mapping[str, str]:
-    """What arms are, by name."""
-    return {name: ARMS[name].meaning for name in names}

@@ -224,7 +224,7 @@ def _rivalry(
     means = np.stack([mean_of_units(rows, level=level, seed=seed) for _, rows in gaps.values()])
     estimates = np.array([difference.interval.estimate for difference in differences])
     gain = interval(estimates, means, level=level, seed=seed + 1)
-    return Rivalry(group, tuple(differences), gain, wilcoxon(estimates))
+    return Rivalry(group, tuple(differences), gain, wilcoxon(estimates.tolist()))
 
 
 def _paired(

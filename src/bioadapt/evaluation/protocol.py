@@ -26,7 +26,7 @@ from .._extras import require
 from .._words import suggest
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
 from ..settings import DEFAULT_TASK, EvaluationSettings
-from .arms import STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from .arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
@@ -92,6 +92,9 @@ class Evaluate:
         self.bio = bio or _bio_config(settings)
         self._own = {task.name: task for task in tasks or ()}
         self.names = tuple(self._own) or self._task_names()
+        for name in self.names:
+            if name not in self._own:
+                load_task(name, settings.data_dir, limit=settings.limit)  # what cannot be read is said before any work
         self.cells = Cells(settings.output)
         self._check_folder()
 
@@ -201,6 +204,8 @@ class Evaluate:
                         self._run_cell(prepared, recipe, arm, seed)
             except TakenElsewhere:
                 self._say(f"{name}: {arm}, seed {seed}: another process is at it.")
+            except Diverged as error:
+                self._say(f"{name}: {arm}, seed {seed}: no cell, {error}.")
 
     def _seeds(self, arm: str) -> range:
         """Nothing is drawn for what is not trained. Seed 0 has chosen the rates, so that reports start with 1."""
@@ -295,7 +300,8 @@ class Evaluate:
             self._say(f"On {part if part == 'all' else 'clean test'} rows: {comparison.verdict}", style="bold")
             if part == "clean" or "clean" not in record:
                 opened = {"test rows": part, "times opened": self.cells.opened()}
-                facts = {**record["settings"], **record["machine"], **opened}
+                arms = {f"arm {name}": ARMS[name].meaning for name in self.arms}
+                facts = {**record["settings"], **arms, **record["machine"], **opened}
                 write_report(self.cells.folder / "report.html", comparison, record["cells"], facts)
         path = self.cells.folder / "results.json"
         text = json.dumps(record, indent=1)

@@ -164,6 +164,6 @@ def with_slope(exact: Tensor, smooth: Tensor) -> Tensor:
     return exact.detach() + (smooth - smooth.detach())
 
 
-def rectified(z: Tensor, unit: Tensor | float = 1.0) -> Tensor:
-    """[z]_+, which silent cells still get gradient through; ``unit`` is what is one in z."""
-    return with_slope(torch.relu(z), nn.functional.softplus(SHARPNESS / unit * z) * (unit / SHARPNESS))
+def rectified(z: Tensor) -> Tensor:
+    """[z]_+, which silent cells still get gradient through."""
+    return with_slope(torch.relu(z), nn.functional.softplus(SHARPNESS * z) / SHARPNESS)

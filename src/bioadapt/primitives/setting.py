@@ -70,9 +70,10 @@ class Setting:
                 raise refusal
             return dict(value)
         if self.choices is not None:
-            if value not in self.choices:
+            chosen = [choice for choice in self.choices if isinstance(value, type(choice)) and value == choice]
+            if not chosen:
                 raise refusal
-            return value
+            return chosen[0]  # Python's own, where the value was numpy's
         if self.type is bool or is_flag(value):
             if self.type is not bool or not is_flag(value):
                 raise refusal

@@ -18,11 +18,12 @@ class TestMyPrimitiveInModels(AdapterConformance):
 ```
 
 The module that registers the primitive has to be imported, or announced by the entry-point group
-``bioadapt.primitives``. Needs pytest, which bioadapt itself does not: nothing else imports this package.
+``bioadapt.primitives``. Needs the extra ``testing``, which is pytest: nothing else imports this package.
 """
 
-import pytest
+from .._extras import require
 
+pytest = require("pytest", "testing")
 pytest.register_assert_rewrite(__name__)
 
 from .adapter import AdapterConformance  # noqa: E402  (assertions are rewritten in modules imported from here on)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint import PREFIX
 
-_KNOWN = "0.21 to 0.22"
+_KNOWN = "0.21"
 
 
 def register() -> None:

@@ -85,10 +85,12 @@ class BioTrainerCallback(TrainerCallback):
 def _share_of_step(model: Any, args: Any, given: dict[str, Any]) -> Number:
     """What part of a step's loss a micro-batch is, as the Trainer has it."""
     labels, counted = given.get("shift_labels", given.get("labels")), given.get("num_items_in_batch")
+    parts = max(args.gradient_accumulation_steps, 1)
     if not isinstance(labels, Tensor) or counted is None:
-        return 1.0 / max(args.gradient_accumulation_steps, 1)
-    whole_sequence = "shift_labels" in given or getattr(model.config, "is_encoder_decoder", False)
-    if getattr(model, "loss_type", None) == "ForCausalLM" and not whole_sequence:
-        labels = labels[..., 1:]  # the first token of a sequence is predicted from nothing
+        return 1.0 / parts
     replicas = args.world_size if getattr(args, "average_tokens_across_devices", False) else 1
+    shifted = "shift_labels" in given or getattr(model.config, "is_encoder_decoder", False)
+    if getattr(model, "loss_type", None) == "ForCausalLM" and not shifted:
+        # A language model predicts no first token, so the Trainer does not count it; the terms are about all of them.
+        counted = counted + labels[..., 0].ne(-100).sum() * parts * replicas
     return labels.ne(-100).sum() * replicas / counted

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..primitives.local_rule import LocalRule, whole_parameters
+from ..primitives.on_weight import OnWeight
 from .auxiliary import Terms
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _live: weakref.WeakSet[Learning] = weakref.WeakSet()
 _count = itertools.count()
+_OF_ZERO = ("_hp_mapping", "ds_id")  # what DeepSpeed's ZeRO puts on parameters, of stages 1 and 2, and 3
 
 
 class Learning:
@@ -90,6 +92,11 @@ def _check_reachable(rule: LocalRule) -> None:
             f"{rule.name} has no parameters of its own any more, so that its local rule cannot follow the optimiser: "
             "FullyShardedDataParallel needs use_orig_params=True"
         )
+    if not rule.announced and any(hasattr(p, mark) for p in rule.parameters() for mark in _OF_ZERO):
+        raise ValueError(
+            f"{rule.name} learns by a local rule, and DeepSpeed's optimiser does not tell when it has stepped: train "
+            "with transformers.Trainer and BioTrainerCallback"
+        )
     for name in rule.governed:
         if _kept_elsewhere(getattr(rule, name)):
             raise ValueError(
@@ -98,9 +105,15 @@ def _check_reachable(rule: LocalRule) -> None:
             )
 
 
+def _is_divided_flat(primitive: OnWeight) -> bool:
+    """Whether a primitive's penalty would read parameters of which this process has a flat part alone."""
+    divided = any(hasattr(parameter, "_fsdp_flattened") for parameter in primitive.parameters())
+    return divided and type(primitive).penalty is not OnWeight.penalty
+
+
 def _kept_elsewhere(parameter: Tensor) -> bool:
     """Whether the optimiser works on a copy or a part of the parameter (FullyShardedDataParallel, DeepSpeed's ZeRO)."""
-    return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", "_hp_mapping", "ds_id"))
+    return any(hasattr(parameter, mark) for mark in ("_fsdp_flattened", *_OF_ZERO))
 
 
 # -- the steps of optimisers --
@@ -202,6 +215,11 @@ def penalties(model: nn.Module) -> list[Tensor]:
             for name in [] if layer.disable_adapters or layer.merged else layer.active_adapters:
                 for primitive in layer.circuits[name].on_weight() if name in layer.circuits else ():
                     trained = any(p.requires_grad for p in primitive.parameters())
+                    if trained and _is_divided_flat(primitive):
+                        raise ValueError(
+                            f"{primitive.name} has a penalty on parameters that FullyShardedDataParallel keeps in a "
+                            "tensor of its own: shard the model with torch's fully_shard"
+                        )
                     with whole_parameters(primitive, primitive._parameters):
                         term = primitive.penalty() if trained else None
                     if term is not None:

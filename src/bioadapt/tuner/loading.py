@@ -8,10 +8,11 @@ its first argument.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,18 @@ from .tree import bio_layers, stacked_over, undone_on_failure
 Original = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saved:
-    """An adapter as it was saved: where, its ``adapter_config.json`` as it stands there, and what that says."""
+    """An adapter as it was saved: where, its ``adapter_config.json`` as it stands there, and what that says.
+
+    ``uncovered`` are the names of its tensors that no fingerprint covers, once they have been read.
+    """
 
     place: str
     hub: dict[str, Any]
     content: dict[str, Any]
     config: BioConfig
+    uncovered: list[str] = field(default_factory=list)
 
     @classmethod
     def at(cls, place: Any, hub: Mapping[str, Any]) -> Saved | None:
@@ -65,7 +70,10 @@ class Saved:
                 path = hf_hub_download(str(place), CONFIG_NAME, **hub)
             except Exception:  # the caller says so in its own words
                 return None
-        content = PeftConfig.from_json_file(path)
+        try:
+            content = PeftConfig.from_json_file(path)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
         if content.get("peft_type") != "BIO":
             return None
         config = BioConfig(**content)
@@ -80,7 +88,7 @@ class Saved:
             raise ValueError(f"{folder} has an {CONFIG_NAME}, but no {SAFETENSORS_WEIGHTS_NAME} beside it")
         with told_if_unreadable(file or self.place):
             found = read(self.place, **options, **self.hub)
-        check_tensors(found, self.content, str(file or self.place))
+        self.uncovered = check_tensors(found, self.content, str(file or self.place))
         return found
 
     def trained_along(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -160,11 +168,10 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
     options = given.arguments
     saved, config = None, options["peft_config"]
     place = options["peft_model_id"] or getattr(options["load_config"], "pretrained_model_name_or_path", None)
-    if config is None and place is not None and options["hotswap"] is not True:
+    if (config is None or isinstance(config, BioConfig)) and place is not None and options["hotswap"] is not True:
         hub = {**getattr(options["load_config"], "download_kwargs", {}), **options.get("kwargs", {})}
         saved = Saved.at(place, hub | (options["adapter_kwargs"] or {}))
-        if saved is not None:
-            config = saved.config
+        config = saved.config if config is None and saved is not None else config
     if not isinstance(config, BioConfig):
         return original(*given.args, **given.kwargs)
     name, trainable = options["adapter_name"] or "default", options["is_trainable"]
@@ -187,7 +194,13 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
             _settle_what_lies_below(self, saved, name, fresh=True)
     if not trainable:
         self.eval()
-    return LoadStateDictInfo(set(), set(), set(), [], {}, set())
+    return _nothing_amiss()
+
+
+def _nothing_amiss() -> LoadStateDictInfo:
+    """What transformers' own loading would report; newer versions have more fields."""
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    return LoadStateDictInfo(**{spec.name: empty.get(spec.name, set()) for spec in fields(LoadStateDictInfo)})
 
 
 # -- onto an adapter that is there already --
@@ -195,12 +208,12 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
 
 def _check_same_function(live: BioConfig, saved: Saved, name: str) -> None:
     """Raise `ValueError` if tensors of a file would make another function in the adapter that is to take them."""
-    for field in ("primitives", "rank", "composition", "causal", "seed", "feedforward_modules"):
-        now, then = getattr(live, field), getattr(saved.config, field)
+    for setting in ("primitives", "rank", "composition", "causal", "seed", "feedforward_modules"):
+        now, then = getattr(live, setting), getattr(saved.config, setting)
         if now != then:
             raise ValueError(
-                f"{saved.place} does not fit adapter {name!r}: it was saved with {field}={then!r}, the adapter has "
-                f"{field}={now!r}. Load it under another name"
+                f"{saved.place} does not fit adapter {name!r}: it was saved with {setting}={then!r}, the adapter has "
+                f"{setting}={now!r}. Load it under another name"
             )
 
 
@@ -227,6 +240,12 @@ def _settle_what_lies_below(model: nn.Module, saved: Saved, name: str, fresh: bo
 
     A ``fresh`` adapter beside another one leaves them alone: the other was trained over the values they have now.
     """
+    if saved.uncovered:
+        warnings.warn(
+            f"{saved.place} also holds {', '.join(saved.uncovered)} of the base, which its fingerprint does not cover "
+            "and which are loaded: earlier versions wrote such files. Save it again to have them covered",
+            stacklevel=5,
+        )
     trained, found = saved.config.trained_over, provenance.record(model)
     alone = len({held for layer in bio_layers(model) for held in layer.circuits}) == 1
     taken = _take_values_that_trained_along(model, saved) if alone or not fresh else []
@@ -237,7 +256,7 @@ def _settle_what_lies_below(model: nn.Module, saved: Saved, name: str, fresh: bo
         found = provenance.record(model)
     elif any(saved.trained_along()):
         places = ", ".join(str(Path(saved.place, way["subfolder"])) for _, way in saved.trained_along())
-        hint = f" What trained along lies in {places}: load it with PeftModel.from_pretrained, and this over it."
+        hint = f" What trained along lies in {places}: load that first, and this over it."
     provenance.warn_if_changed(trained, found, name, hint)
 
 

@@ -134,7 +134,8 @@ def read_overlap(name: str, folder: Path) -> dict[str, set[int]]:
     path = folder / name / _OVERLAP
     if not path.is_file():
         return {}
-    table, listed = read_tsv(path), {}
+    table = read_tsv(path)
+    listed: dict[str, set[int]] = {}
     for column in ("split", "row"):
         if column not in table:
             raise ValueError(f"{path}: no column {column!r}; it has {', '.join(table)}")

@@ -16,6 +16,7 @@ from bioadapt.primitives.frames import (
     read_in,
     rectified,
     token_scale,
+    with_slope,
 )
 from bioadapt.registry import register_primitive
 
@@ -99,5 +100,6 @@ class VipDisinhibition(Primitive):
         softplus, v, level = nn.functional.softplus, context.x_in, self.log_level.exp()
         activity = group_mean_magnitude(x, self.pooling)
         vip = softplus((v @ self.context_weights.T) / token_scale(v) + self.context_bias)
-        sst = rectified(softplus(self.onto_sst) * activity - level * softplus(self.vip_onto_sst) * vip, level)
+        drive = softplus(self.onto_sst) * activity - level * softplus(self.vip_onto_sst) * vip
+        sst = with_slope(torch.relu(drive), level * rectified(drive / level))
         return sst, 1 / (1 + softplus(self.onto_pv) * activity / level)

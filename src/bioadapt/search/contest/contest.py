@@ -114,12 +114,12 @@ class Search:
             time.sleep(_PATIENCE)
         while not self._has_tickets(self.name):
             time.sleep(_PATIENCE)
-        found = study.user_attrs.get("lora")
-        if found and not Path(found["folder"]).is_dir():
+        lora_record = study.user_attrs.get("lora")
+        if lora_record and not Path(lora_record["folder"]).is_dir():
             raise ValueError(
-                f"the LoRA {found['folder']} is not here; --output has to be a folder that all machines share"
+                f"the LoRA {lora_record['folder']} is not here; --output has to be a folder that all machines share"
             )
-        job = self._job(self.name, self._objective(study, found))
+        job = self._job(self.name, self._objective(study, lora_record))
         run_study(job, self.settings.workers, self.console, "searching bio adapters")
 
     def _has_tickets(self, name: str) -> bool:

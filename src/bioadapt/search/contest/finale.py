@@ -84,14 +84,14 @@ class Final:
         seconds = history.seconds
         if name == WINNER and self.lora is not None:
             seconds, trained = seconds + self._below_winner(seed)["seconds"], trained + self.bench.epochs
-        found = self.bench.test(encoder)
+        evaluation = self.bench.test(encoder)
         metric = self.bench.task.metrics[0]
         return {
             "name": name,
             "seed": seed,
-            "score": found.scores[metric],
-            "rows": found.rows[metric].tolist(),
-            "gold": found.gold.tolist(),
+            "score": evaluation.scores[metric],
+            "rows": evaluation.rows[metric].tolist(),
+            "gold": evaluation.gold.tolist(),
             "parameters": size,
             "epochs": trained,
             "seconds": seconds,
@@ -157,11 +157,11 @@ def confirm(
     for trial, seed, key in follow([pair for pair in pairs if pair[-1] not in known]):
         known[key] = train((trial.user_attrs["configuration"], seed))
         study.set_user_attr("confirmation_scores", known)
-    found = []
+    confirmed = []
     for trial in best:
         scores = [known[f"{trial.number}/{seed}"] for seed in seeds]
-        found.append({"number": trial.number, "scores": scores, "mean": float(np.mean(scores))})
-    return sorted(found, key=lambda record: -record["mean"])
+        confirmed.append({"number": trial.number, "scores": scores, "mean": float(np.mean(scores))})
+    return sorted(confirmed, key=lambda record: -record["mean"])
 
 
 def open_test(
@@ -280,14 +280,14 @@ def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:
     """
     words = {SAME_SIZE: "the LoRA of the same size", LORA: "the tuned LoRA", BASE: "the model as it comes"}
     by_name = {record["name"]: record for record in differences}
-    found = {rival: by_name[name] for rival in words if (name := f"{WINNER} - {rival}") in by_name}
+    against_rivals = {rival: by_name[name] for rival in words if (name := f"{WINNER} - {rival}") in by_name}
     against = [
         f"{record['estimate']:+.2f} [{record['low']:+.2f}, {record['high']:+.2f}] against {words[rival]}"
-        for rival, record in found.items()
+        for rival, record in against_rivals.items()
     ]
     sizes = f"{', '.join(against)}, in points of {metric} on test"
-    if any(record["high"] < 0 for record in found.values()):
+    if any(record["high"] < 0 for record in against_rivals.values()):
         return f"The bio adapter loses here: {WINNER} has {sizes}."
-    if all(record["low"] > 0 for record in found.values()):
+    if all(record["low"] > 0 for record in against_rivals.values()):
         return f"The bio adapter wins here: {WINNER} has {sizes}."
     return f"Undecided: {WINNER} has {sizes}, and is not better than every rival by an interval that excludes zero."

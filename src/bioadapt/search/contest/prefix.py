@@ -215,8 +215,8 @@ class _Prefix:
         if first:
             self._sound[self._training] = self._is_sound(batch, states, arguments) and self._has_room(batch, states)
         if self._sound[self._training]:
-            for row, length, found in zip(batch.rows, batch.lengths, states.detach().cpu(), strict=True):
-                self._store.add(row, found[:length])
+            for row, length, computed in zip(batch.rows, batch.lengths, states.detach().cpu(), strict=True):
+                self._store.add(row, computed[:length])
 
     def _is_sound(self, batch: _Batch, states: Any, arguments: Sequence[Any]) -> bool:
         """Whether nothing but these states goes up, and the same ones each time."""
@@ -229,8 +229,8 @@ class _Prefix:
         # Batches of another width take sums in another order: half of the digits have to agree.
         tolerance = torch.finfo(states.dtype).eps ** 0.5 * float(states.abs().max())
         return all(
-            torch.allclose(self._store.rows[row], found[:length], rtol=0, atol=tolerance)
-            for row, length, found in zip(batch.rows, batch.lengths, states.detach().cpu(), strict=True)
+            torch.allclose(self._store.rows[row], computed[:length], rtol=0, atol=tolerance)
+            for row, length, computed in zip(batch.rows, batch.lengths, states.detach().cpu(), strict=True)
             if row in self._store.rows
         )
 

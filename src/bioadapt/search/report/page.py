@@ -186,11 +186,11 @@ class _Report:
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many trials are in which state; those that were repeated are counted apart."""
-        found = {"tickets": len(self.trials) - len(self.repeated), "repeated": len(self.repeated)}
+        counts = {"tickets": len(self.trials) - len(self.repeated), "repeated": len(self.repeated)}
         for state in TrialState:
             own = [t for t in self.trials if t.state == state and t.number not in self.repeated]
-            found[state.name.lower()] = len(own)
-        return found
+            counts[state.name.lower()] = len(own)
+        return counts
 
     @property
     def unfinished(self) -> int:
@@ -278,16 +278,16 @@ class _Report:
     @cached_property
     def leaders(self) -> list[_Row]:
         """The best, each with what the model of all trials expects of it, where the study is one of ours."""
-        found = [self.row(trial) for trial in self.complete[:LEADERS]]
+        rows = [self.row(trial) for trial in self.complete[:LEADERS]]
         space = self._known_space
         if space is None:
-            return found
+            return rows
         expected = ThompsonSampler(features=space.features).expected(self.study)
         return [
             replace(row, expected=f"{number(expected[row.number][0])} ± {short(expected[row.number][1])}")
             if row.number in expected
             else row
-            for row in found
+            for row in rows
         ]
 
     def failed(self) -> list[_Row]:

@@ -52,9 +52,9 @@ def load_adapters(model: Any, folder: str | Path) -> PeftModel:
         ValueError: no adapter in the folder.
     """
     numbered = {1: _NAME} | {
-        int(found[1]): path.name
+        int(matched[1]): path.name
         for path in Path(folder).glob(f"{_NAME}_*")
-        if (found := re.fullmatch(rf"{_NAME}_(\d+)", path.name))
+        if (matched := re.fullmatch(rf"{_NAME}_(\d+)", path.name))
     }
     names = [name for _, name in sorted(numbered.items())]
     if not (Path(folder) / _NAME).is_dir():

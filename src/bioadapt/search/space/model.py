@@ -96,8 +96,8 @@ class SearchedModel:
 
 def block_of(path: str) -> tuple[int, str] | None:
     """Number of the block that a module belongs to, and its name in there; None outside of numbered blocks."""
-    found = _NUMBER.search(path)
-    return None if found is None else (int(found[1]), path[found.end() :])
+    number = _NUMBER.search(path)
+    return None if number is None else (int(number[1]), path[number.end() :])
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -43,11 +43,11 @@ def disjoint_tuples(
 def _disjoint(places: Sequence[tuple[int, ...]], most: int) -> Iterator[tuple[int, frozenset[int]]]:
     """Size and union of every set of at most ``most`` places that share nothing."""
     for size in range(most + 1):
-        found = False
+        any_chosen = False
         for chosen in combinations(places, size):
             union = frozenset(site for sites in chosen for site in sites)
             if len(union) == sum(map(len, chosen)):
-                found = True
+                any_chosen = True
                 yield size, union
-        if not found:
+        if not any_chosen:
             return

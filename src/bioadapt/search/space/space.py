@@ -43,8 +43,8 @@ class SearchSpace:
         host: what the model offers.
         budget: the most trainable numbers that a configuration may have; None for no limit.
         slots: the most primitives that a configuration may have.
-        ranks: sizes of the population, or ``"full"`` for the layer's full output. Primitives of kind ``weight``, which
-            have sizes of their own, ignore it.
+        ranks: sizes of the population, or ``"full"`` for the layer's full output; those that exceed the narrowest
+            module's width are left out. Primitives of kind ``weight``, which have sizes of their own, ignore it.
         strengths: factors on what is zero at birth in a primitive (its setting ``zero_scale``): how fast it learns.
         compositions: as in `BioConfig`.
         learning_rates: the grid.
@@ -66,7 +66,11 @@ class SearchSpace:
     ) -> None:
         _check(slots, ranks, strengths, compositions, learning_rates)
         self.host, self.budget, self.slots = host, budget, slots
-        self.ranks, self.strengths = tuple(ranks), tuple(float(s) for s in strengths)
+        width = min(site.d_out for site in host.sites)
+        fitting = tuple(rank for rank in ranks if rank == FULL or int(rank) <= width)
+        if not fitting:
+            raise ValueError(f"ranks={list(ranks)}: a module of this model has {width} features, no rank can be larger")
+        self.ranks, self.strengths = fitting, tuple(float(s) for s in strengths)
         self.compositions, self.learning_rates = tuple(compositions), tuple(float(rate) for rate in learning_rates)
         self._kinds = {name: primitive_info(name).kind for name in host.primitives}
         self._stages = {name: primitive_info(name).stage for name in host.primitives}
@@ -260,26 +264,26 @@ class SearchSpace:
         """
         configuration = self.realise(params)
         slots = configuration.slots
-        found: dict[Feature, float] = {
+        features: dict[Feature, float] = {
             f"rank {configuration.rank or FULL}": 1.0,
             f"learning rate {configuration.learning_rate:g}": 1.0,
             f"composition {configuration.composition}": 1.0,
         }
         for slot in slots:
             stage = f"stage {self._stages[slot.primitive]}"
-            found[stage] = found.get(stage, 0.0) + _STAGE
-            found[slot.primitive] = 1.0
-            found[f"{slot.primitive} @ {slot.place}"] = _AT_PLACE
+            features[stage] = features.get(stage, 0.0) + _STAGE
+            features[slot.primitive] = 1.0
+            features[f"{slot.primitive} @ {slot.place}"] = _AT_PLACE
             if slot.strength != 1:
-                found[f"{slot.primitive} strength"] = _STRENGTH * math.log(slot.strength, 3)
+                features[f"{slot.primitive} strength"] = _STRENGTH * math.log(slot.strength, 3)
         serial = configuration.composition == "serial"
         for first, second in combinations(slots, 2):
             a, b = sorted((first.primitive, second.primitive))
-            found[a, b] = 1.0
+            features[a, b] = 1.0
             if serial and self._bound(first, second):
                 # Of one name: an interaction, which is heavily shrunk and needs support, but of an order.
-                found[(f"{a} before {b}",)] = _ORDER if first.primitive == a else -_ORDER
-        return found
+                features[(f"{a} before {b}",)] = _ORDER if first.primitive == a else -_ORDER
+        return features
 
     # -- how large it is --
 
@@ -366,10 +370,10 @@ def _places(sites: Sequence[SearchedModule]) -> dict[tuple[str, str], tuple[int,
     distinct = {frozenset(members): name for name, members in reversed(layers.items()) if members}
     kept = [name for name in layers if name in distinct.values()]
     return {
-        (layer, module): found
+        (layer, module): inside
         for layer in kept
         for module in modules
-        if (found := tuple(i for i, s in enumerate(sites) if s.layer in layers[layer] and s.kind in modules[module]))
+        if (inside := tuple(i for i, s in enumerate(sites) if s.layer in layers[layer] and s.kind in modules[module]))
     }
 
 

@@ -47,16 +47,16 @@ def away(error: BaseException | None) -> bool:
 
 def patiently(call: Callable[[], T], patience: Callable[[], float]) -> T:
     """What ``call`` returns, tried again with growing pauses while its database is away, for so many seconds."""
-    started, pause, told = time.monotonic(), SOON, False
+    started, pause, warned = time.monotonic(), SOON, False
     while True:
         try:
             return call()
         except Exception as error:
             if not away(error) or time.monotonic() - started > patience():
                 raise
-            if not told and pause > 1:
+            if not warned and pause > 1:
                 _logger.warning("the database is away; waiting for it for up to %.0f s", patience())
-                told = True
+                warned = True
         until = time.monotonic() + pause * random.uniform(0.5, 1.0)
         while time.monotonic() < min(until, started + patience()):
             time.sleep(0.05)

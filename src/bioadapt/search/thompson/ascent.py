@@ -226,10 +226,10 @@ def best_configuration(
         ranked = ascent(score, sizes, starts)
     best: dict[str, Any] | None = None
     for state in ranked:
-        found = configuration(choices, state.tolist())
-        if key(found) not in taken:
-            return found
-        best = best or found
+        candidate = configuration(choices, state.tolist())
+        if key(candidate) not in taken:
+            return candidate
+        best = best or candidate
     assert best is not None
     return best
 

@@ -138,7 +138,7 @@ def _conditions(space: Mapping[str, BaseDistribution], table: Array) -> dict[int
     """
     there = ~np.isnan(table)
     categorical = [isinstance(distribution, CategoricalDistribution) for distribution in space.values()]
-    found: dict[int, tuple[int, Array]] = {}
+    conditions: dict[int, tuple[int, Array]] = {}
     for child in np.flatnonzero(~there.all(0)):
         for parent in np.flatnonzero(categorical):
             if parent == child or (there[:, child] & ~there[:, parent]).any():
@@ -146,9 +146,9 @@ def _conditions(space: Mapping[str, BaseDistribution], table: Array) -> dict[int
             having = np.unique(table[there[:, child], parent])
             lacking = np.unique(table[there[:, parent] & ~there[:, child], parent])
             if len(lacking) and len(having) and not np.isin(having, lacking).any():
-                found[int(child)] = (int(parent), lacking)
+                conditions[int(child)] = (int(parent), lacking)
                 break
-    return found
+    return conditions
 
 
 class SpaceDesign:
@@ -235,7 +235,7 @@ class SpaceDesign:
 
     def contrasts(self) -> list[Contrast]:
         """Every main effect and tested interaction that a report can name."""
-        found = []
+        contrasts = []
         columns = len(self.kind)
         for name, factor in self._factors.items():
             start = self._starts[name]
@@ -244,7 +244,7 @@ class SpaceDesign:
                 row[start : start + factor.width] = weights
                 switch = start + number if factor.switches else None
                 support = self._alone[start + (number if factor.switches else 0)]
-                found.append(Contrast((label,), row, int(support), switch))
+                contrasts.append(Contrast((label,), row, int(support), switch))
         place = {pair: self._width + i for i, pair in enumerate(self._together)}
         for (one, a), (two, b) in combinations(self._factors.items(), 2):
             for i, (first, left) in enumerate(a.shared.items()):
@@ -258,8 +258,8 @@ class SpaceDesign:
                             column = place.get((self._starts[one] + k, self._starts[two] + m))
                             if column is not None:
                                 row[column] = weight * other
-                    found.append(Contrast((first, second), row, int(self._together[pair])))
-        return found
+                    contrasts.append(Contrast((first, second), row, int(self._together[pair])))
+        return contrasts
 
     def _table(self, rows: Sequence[Array]) -> Array:
         return np.array(rows).reshape(len(rows), len(self._factors))
