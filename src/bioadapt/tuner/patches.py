@@ -59,7 +59,8 @@ def release(stack: nn.Module) -> None:
 
 def _surrounded(cls: type) -> type:
     """A class that is in all else what ``cls`` is, its name included; one for all models of that class."""
-    made = next((sub for sub in cls.__subclasses__() if sub.__dict__.get("_plain_class") is cls), None)
+    siblings: list[type] = cls.__subclasses__()
+    made = next((sibling for sibling in siblings if sibling.__dict__.get("_plain_class") is cls), None)
     return _surround_class(cls) if made is None else made
 
 
@@ -89,7 +90,7 @@ def _surround_class(cls: type) -> type:
 
 def _unsurrounded(cls: type) -> nn.Module:
     """An empty instance for `copy` and `pickle` to fill."""
-    made = _surrounded(cls)
+    made: Any = _surrounded(cls)
     return made.__new__(made)
 
 
