@@ -142,7 +142,7 @@ def progress(studies: Mapping[str, tuple[Sequence[int], Sequence[float], bool]],
             for i in range(1, len(best)):
                 best[i] = max(best[i - 1], best[i]) if higher else min(best[i - 1], best[i])
             axes.step(places, best, where="post", color=colour, linewidth=2, label=f"{title}: best so far")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(require("matplotlib.ticker", "search").MaxNLocator(integer=True))
         axes.set_xlabel("number of the trial")
         axes.set_ylabel(label)
         _legend(axes)

@@ -11,7 +11,8 @@ import optuna
 from ... import BioConfig
 from ..study import Report
 from ..thompson import Feature
-from .space import Configuration, SearchSpace
+from .configuration import Configuration
+from .space import SearchSpace
 
 # What a trial keeps of each `BioConfig`.
 _RECORDED = ("primitives", "target_modules", "rank", "composition")

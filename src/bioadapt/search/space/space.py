@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import optuna
 
@@ -249,7 +249,7 @@ class SearchSpace:
                 primitives=[_entry(name, strengths[name], rank) for name in names],
                 target_modules=_exactly(paths),
                 rank=rank,
-                composition=configuration.composition,
+                composition=cast(Any, configuration.composition),
             )
             for (names, rank), paths in lists.items()
         ]

@@ -40,12 +40,11 @@ _PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 
 
 class Objective(Protocol):
-    """What a study searches for. It travels to other processes by value (cloudpickle).
+    """What a study searches for. It travels to other processes by value (cloudpickle)."""
 
-    ``features`` is what the sampler's model sees of parameters; None for the default, see `ThompsonSampler`.
-    """
-
-    features: FeatureMap | None
+    @property
+    def features(self) -> FeatureMap | None:
+        """What the sampler's model sees of parameters; None for the default, see `ThompsonSampler`."""
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """The parameters of a trial."""
