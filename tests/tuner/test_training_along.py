@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
@@ -210,7 +211,10 @@ def _trainer(model, folder, **options) -> Trainer:
         str(folder), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=0.05, save_strategy="epoch",
         report_to=[], disable_tqdm=True, seed=0, **options,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+    falling = itertools.count(0, -1)
+    return Trainer(
+        model, arguments, train_dataset=Rows(), eval_dataset=Rows(), compute_metrics=lambda _: {"rank": next(falling)}
+    )
 
 
 def _classifying(seed: int = 1) -> PeftModel:
@@ -232,8 +236,8 @@ def test_a_trainer_resumes_both(tmp_path):
 def test_a_trainer_loads_the_best_of_both(tmp_path):
     model = _classifying()
     trainer = _trainer(
-        model, tmp_path, eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the loss falls, so that the best is the first
+        model, tmp_path, eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_rank",
+        greater_is_better=True,  # the first is the best
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_model_checkpoint
