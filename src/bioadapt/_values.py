@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -16,6 +17,11 @@ def as_plain(value: Any) -> Any:
 def is_flag(value: object) -> bool:
     """Whether it is True or False, Python's or numpy's."""
     return isinstance(value, (bool, np.bool_))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is one real number, Python's or numpy's; True and False are none."""
+    return isinstance(value, numbers.Real) and not is_flag(value)
 
 
 def as_flag(field: str, value: Any, accepted: str = "True or False") -> bool:

@@ -1,8 +1,9 @@
 """Tasks with real data, the fair comparison of adapters on them, and its statistics. Needs the extra ``demo``."""
 
 from .._extras import MissingExtra
+from ..settings import EvaluationSettings
 from .comparison import Comparison, compare
-from .protocol import EvaluationSettings, evaluate
+from .protocol import evaluate
 from .statistics import Evaluation, Interval, paired_interval, score_interval
 from .tasks import (
     ClassificationTask,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from .._values import is_flag
+from .._values import is_flag, is_number
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Setting:
             if self.type is not bool or not is_flag(value):
                 raise refusal
             return bool(value)
-        if not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise refusal
         assert self.low is not None and self.high is not None
         if not (self.low <= value <= self.high):  # also refuses NaN

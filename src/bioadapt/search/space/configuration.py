@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...config import Composition
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Configuration:
 
     slots: tuple[Slot, ...]
     rank: int | None
-    composition: str
+    composition: Composition
     learning_rate: float
 
     def record(self) -> dict[str, Any]:
