@@ -3,6 +3,7 @@
 `fixtures/write_saved_adapters.py` wrote the folders, with the code of commit 171d056.
 """
 
+import hashlib
 import json
 
 import pytest
@@ -23,6 +24,9 @@ LATER_SETTINGS: dict[str, object] = {"zero_scale": 1.0, "per_forward": False, "r
 ROUNDING = 1e-6
 
 pytestmark = [pytest.mark.rounding, pytest.mark.filterwarnings("error:.*trained over")]
+# Files of that time whose Gaussian projection is drawn again know it by its last bits, which hang on vector kernels.
+DRAWN_BY_ITS_BITS = ("competition", "weight_plasticity", "fly_lora", "neuro_lora")
+DRAWN = hashlib.sha256(torch.randn(64, generator=torch.Generator().manual_seed(0)).numpy().tobytes()).hexdigest()
 EACH = pytest.mark.parametrize("name", ADAPTERS)
 
 
@@ -30,6 +34,10 @@ def loaded(name: str) -> PeftModel:
     saved = ADAPTERS[name]
     if load_file(FOLDER / "hosts" / f"{saved.host}.safetensors").keys() != untrained(saved.host).state_dict().keys():
         pytest.skip(f"this version of transformers names the modules of {saved.host} otherwise")
+    if name in DRAWN_BY_ITS_BITS and not DRAWN.startswith("e1275a785936ab2f"):
+        with pytest.raises(ValueError, match="on the kind of processor that wrote it"):
+            PeftModel.from_pretrained(base(saved), str(FOLDER / name))
+        pytest.skip("another kind of processor wrote it, and it is refused by name")
     return PeftModel.from_pretrained(base(saved), str(FOLDER / name)).eval()
 
 
