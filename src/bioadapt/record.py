@@ -7,11 +7,13 @@ of it is written by hand.
 from __future__ import annotations
 
 import csv
+import statistics
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-FAMILIES = ("sts", "pairs", "clustering", "classification")
+from ._words import suggest as nearest
+from .registry import list_primitives, primitive_info
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,44 @@ def record() -> tuple[Finding, ...]:
 def findings(primitive: str) -> tuple[Finding, ...]:
     """What was found of one primitive; empty for one that was not measured."""
     return tuple(finding for finding in record() if finding.primitive == primitive)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A mechanism and what the record says of it on the tasks that were asked for: means of its findings."""
+
+    primitive: str
+    over_equal: float
+    over_placebo: float
+    factor: float
+    findings: tuple[Finding, ...]
+
+
+def suggest(
+    task: str | None = None, *, merges: bool = False, causal: bool = False, cheap: bool = False
+) -> list[Suggestion]:
+    """Mechanisms that were measured, the one furthest over a LoRA of its size first, losses last.
+
+    Args:
+        task: a task of the record, or a family of tasks; None for all of them.
+        merges: only those that can become part of a weight.
+        causal: only those that see no later token, as a language model needs them.
+        cheap: only gains, which have a few numbers for each channel.
+
+    Raises:
+        ValueError: nothing was measured on such a task; the nearest names are given.
+    """
+    known = sorted({finding.task for finding in record()} | {finding.family for finding in record()})
+    if task is not None and task not in known:
+        raise ValueError(f"task={task!r}: {nearest(task, known)}")
+    found = []
+    for name in list_primitives():
+        info, own = primitive_info(name), [f for f in findings(name) if task in (None, f.task, f.family)]
+        wanted = (info.mergeable or not merges) and (info.kind != "global" or not causal) and (info.gain or not cheap)
+        if own and wanted:
+            over_equal, over_placebo = (
+                statistics.fmean(getattr(finding, field) for finding in own) for field in ("over_equal", "over_placebo")
+            )
+            factor = statistics.median(finding.factor for finding in own)
+            found.append(Suggestion(name, over_equal, over_placebo, factor, tuple(own)))
+    return sorted(found, key=lambda suggestion: -suggestion.over_equal)
