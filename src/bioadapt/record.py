@@ -53,14 +53,23 @@ class Finding:
 def record() -> tuple[Finding, ...]:
     """All findings, as they stand in the file."""
     text = files("bioadapt").joinpath("record.csv").read_text(encoding="utf-8")
-    return tuple(
-        Finding(
-            **{name: row[name] for name in ("primitive", "family", "task", "stage")},
-            **{name: float(row[name]) for name in ("over_lora", "over_equal", "over_placebo", "factor")},
-            **{name: float(row[name]) if row[name] else None for name in ("low", "high")},
-            **{name: int(row[name]) for name in ("seeds", "params")},
-        )
-        for row in csv.DictReader(text.splitlines())
+    return tuple(_finding(row) for row in csv.DictReader(text.splitlines()))
+
+
+def _finding(row: dict[str, str]) -> Finding:
+    return Finding(
+        primitive=row["primitive"],
+        family=row["family"],
+        task=row["task"],
+        over_lora=float(row["over_lora"]),
+        over_equal=float(row["over_equal"]),
+        over_placebo=float(row["over_placebo"]),
+        low=float(row["low"]) if row["low"] else None,
+        high=float(row["high"]) if row["high"] else None,
+        seeds=int(row["seeds"]),
+        factor=float(row["factor"]),
+        params=int(row["params"]),
+        stage=row["stage"],
     )
 
 
