@@ -77,7 +77,7 @@ def basal_ganglia_gate(
     *,
     stripes: int = 2,
     rank: int = 8,
-    resting: float = 0.0,
+    resting: float = 0.2,
     zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Stripes of working memory take in the present where Go wins over NoGo, and hold what they have elsewhere.

@@ -134,7 +134,7 @@ class LocalRule(nn.Module):
         return self.evidence.isfinite().all() & (self.evidence[0] > 0)
 
     def _is_trained(self) -> bool:
-        return any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values())
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     # -- the slot: a leaf that gets the evidence of a whole backward as its gradient --
 

@@ -87,7 +87,7 @@ class Learning:
 
 def _check_reachable(rule: LocalRule) -> None:
     """Raise `ValueError` if a rule needs a parameter that is not where the model has it."""
-    if not any(parameter is not None for parameter in rule._parameters.values()):
+    if next(rule.parameters(), None) is None:
         raise ValueError(
             f"{rule.name} has no parameters of its own any more, so that its local rule cannot follow the optimiser: "
             "FullyShardedDataParallel needs use_orig_params=True"
