@@ -5,8 +5,9 @@
 
 The set-up: all-MiniLM-L6-v2 on pairs of SNLI (the folder `snli` in DATA), CoSENT loss, AdamW at 1e-3 without decay or
 warm-up, 30 steps of 8 pairs, each primitive alone on its default targets. The loss is that of the training pairs
-themselves, every second batch, in eval mode, before and after. `share` is the fall of the loss relative to that of PEFT's LoRA r=8 on query
-and value (mean of three seeds), `moved` the size of the change of a layer's output relative to that output.
+themselves, every second batch, in eval mode, before and after. `share` is the fall of the loss relative to that of
+PEFT's LoRA r=8 on query and value (mean of three seeds), `moved` the size of the change of a block's output relative to
+that output, the median over blocks.
 """
 
 from __future__ import annotations
