@@ -17,7 +17,7 @@ from bioadapt.registry import register_primitive
 SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
 
 
-class _Firing(torch.autograd.Function):
+class _Threshold(torch.autograd.Function):
     """Keeps one narrow tensor; the slope of the threshold is that of a sigmoid."""
 
     @staticmethod
@@ -64,7 +64,7 @@ class ResonateAndFire(Latent):
         self.threshold = positive(0.5, self.rank)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        return _Firing.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
+        return _Threshold.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
 
     def potential(self, drive: Tensor, context: Context) -> Tensor:
         """The membrane potential m of each resonator: (B, T, rank) -> (B, T, rank)."""
