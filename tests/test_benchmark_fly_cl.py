@@ -4,8 +4,7 @@ import csv
 
 import numpy as np
 import pytest
-
-from scripts import loaded, run
+from helpers.scripts import loaded, run
 
 pytest.importorskip("sklearn")
 

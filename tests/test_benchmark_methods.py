@@ -4,11 +4,11 @@ import csv
 
 import pytest
 import torch
+from helpers.scripts import loaded, run
 
 from bioadapt import list_primitives
 from bioadapt.methods.neuro_ada import sparse_product
 from bioadapt.primitives.base import Primitive
-from scripts import loaded, run
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -5,9 +5,9 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
+from helpers.scripts import loaded, run
 
 from bioadapt import list_primitives
-from scripts import loaded, run
 
 
 @pytest.fixture(scope="module")

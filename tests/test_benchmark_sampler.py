@@ -5,8 +5,9 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("scipy")
 
+from helpers.scripts import loaded, run
+
 from bioadapt.search.thompson.space_design import SpaceDesign
-from scripts import loaded, run
 
 
 @pytest.fixture(scope="module")

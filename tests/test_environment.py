@@ -14,7 +14,7 @@ import torch
 
 from bioadapt import BioConfig, environment
 
-LOADERS = Path(__file__).parent / "loaders.py"
+LOADERS = Path(__file__).parent / "helpers" / "loaders.py"
 
 
 def run(*command, **variables):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.models import bert, close, output, tokens
 from peft import PeftConfig, PeftModel, get_peft_model
-from tuner.helpers import bert, close, output, tokens
 
 from bioadapt import BioConfig, FlyLoraConfig, NeuroAdaConfig, NeuroLoraConfig, SanConfig
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.models import awake, bert, close, output, tokens, unchanged
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, load_peft_weights
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
-from tuner.helpers import awake, bert, close, output, tokens, unchanged
 
 from bioadapt.circuits.spine_pruning import (
     LostSynapses,

@@ -342,7 +342,7 @@ def test_ranks_of_several_right_documents():
     import torch
     from sklearn.metrics import ndcg_score
 
-    from bioadapt.evaluation.tasks.api_search import Search
+    from bioadapt.evaluation.tasks.api_search import RankingProblem
     from bioadapt.evaluation.tasks.retrieval import ranking
 
     class Positions:
@@ -357,8 +357,8 @@ def test_ranks_of_several_right_documents():
             return self.table[queries[:, 0]][:, documents[:, 0]]
 
     answers = (frozenset({3}), frozenset({0, 5, 9}), frozenset(range(12)), frozenset({14}))
-    search = Search(tuple("0123"), answers, tuple(str(n) for n in range(15)))
-    found = ranking(Positions(), search)
+    problem = RankingProblem(tuple("0123"), answers, tuple(str(n) for n in range(15)))
+    found = ranking(Positions(), problem)
     truth = np.array([[float(n in own) for n in range(15)] for own in answers])
     expected = [
         ndcg_score(row[None], score[None], k=10) for row, score in zip(truth, Positions.table.numpy(), strict=True)
@@ -374,7 +374,7 @@ def test_ranks_of_several_right_documents():
 def test_own_queries_and_documents(encoder):
     rows = {"query": ["sort a list", "sort a list", "open a file"], "document": ["sorted", "list.sort", "open"]}
     task = load_task("mine", {"train": rows, "test": rows})
-    assert task.family == "retrieval" and task.search("test").answers == (frozenset({0, 1}), frozenset({2}))
+    assert task.family == "retrieval" and task.problem("test").answers == (frozenset({0, 1}), frozenset({2}))
     found = task.evaluate(encoder)
     assert len(found.rows["mrr@10"]) == len(task.keys("test")) == 2
     assert set(found.scores) == {"mrr@10", "ndcg@10", "accuracy@1"}

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.models import Host as Model
+from helpers.models import awake, bert, bio_layers, close, gpt2, output, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tuner.helpers import Host as Model
-from tuner.helpers import awake, bert, bio_layers, close, gpt2, output, step, tokens, unchanged
 
 from bioadapt import build_primitive
 from bioadapt.methods.fly_lora import fingerprint, sparse_projection

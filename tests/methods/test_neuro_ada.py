@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 import torch
+from helpers.models import Host as Layers
+from helpers.models import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tuner.helpers import Host as Layers
-from tuner.helpers import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 
 from bioadapt import BioConfig, build_primitive
 from bioadapt.methods import neuro_ada

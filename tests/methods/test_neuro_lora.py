@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import awake, bert, bio_layers, tokens, unchanged
 from peft import get_peft_model
 from torch import Tensor
-from tuner.helpers import awake, bert, bio_layers, tokens, unchanged
 
 from bioadapt import auxiliary_loss, build_primitive
 from bioadapt.methods.neuro_lora import gain, likeness

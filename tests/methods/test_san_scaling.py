@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.models import Host as Layers
+from helpers.models import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,8 +19,6 @@ from torch.nn.functional import conv2d, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
-from tuner.helpers import Host as Layers
-from tuner.helpers import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 
 from bioadapt import BioConfig, build_primitive
 from bioadapt.methods._wiring import RESIDUAL, anterior_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import bert, tokens
 from peft import get_peft_model
-from tuner.helpers import bert, tokens
 
 from bioadapt import BioConfig, build_primitive
 from bioadapt.primitives.base import Context, Host

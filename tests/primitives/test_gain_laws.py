@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from primitives.oracles import assert_law, born, both_ways, past
+from helpers.oracles import assert_law, born, both_ways, past
 from torch import Tensor, nn
 
 from bioadapt import build_primitive

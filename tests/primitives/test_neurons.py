@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from primitives.oracles import assert_follows, results_of, woken
+from helpers.oracles import assert_follows, results_of, woken
 from torch import Tensor
 from torch.nn.functional import softplus
 

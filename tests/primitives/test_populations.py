@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from primitives.oracles import assert_follows, woken
+from helpers.oracles import assert_follows, woken
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot, softplus
 

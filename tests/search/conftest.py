@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,12 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers.processes import PATIENCE, free_port, until
 
 # "required": a server that is missing fails the tests instead of skipping them.
 REQUIRED = "BIOADAPT_TEST_POSTGRESQL"
 SERVER = "bioadapt"
-# Seconds after which a test gives up on another process; a busy machine is slow.
-PATIENCE = 180.0
 # What a worker needs seconds to import, once for all of them.
 PRELOAD = ["bioadapt.search.study", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
 
@@ -31,21 +29,6 @@ def _binaries():
     debian = Path("/usr/lib/postgresql").glob("*/bin")
     folders += sorted(debian, key=lambda folder: float(folder.parent.name), reverse=True)
     return next((folder for folder in folders if (folder / "postgres").exists()), None)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(condition, seconds=PATIENCE):
-    """Wait for something that another process does; what it returned."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 class Server:
@@ -160,8 +143,8 @@ def workers(tmp_path):
 def kill_one_of_two(workers):
     """A study of ten tickets, and two workers of which the first is killed in mid-trial; nothing must be lost."""
     import optuna
+    from helpers.ticket_worker import value_of, work
     from optuna.trial import TrialState
-    from search.ticket_worker import value_of, work
 
     from bioadapt.search.study import open_storage
     from bioadapt.search.study.tickets import DIED

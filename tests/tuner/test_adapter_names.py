@@ -6,9 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
-from tuner.helpers import (
+from helpers.models import (
     B,
     D,
     Host,
@@ -23,6 +21,8 @@ from tuner.helpers import (
     step,
     unchanged,
 )
+from peft import PeftModel, get_peft_model
+from torch import nn
 
 NAMES = [
     "bio", "a", "nrn", "nrn_circuit", "weight", "gate", "base_layer", "lin0", "lateral_inhibition", "model", "0",

@@ -12,10 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
-from tuner.helpers import (
+from helpers.models import (
     adapted,
     awake,
     base_and_inputs,
@@ -32,6 +29,9 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 
 from bioadapt import BioConfig, register_primitive, registry
 from bioadapt.primitives.base import Primitive, setting

@@ -11,6 +11,7 @@ from typing import ClassVar
 import peft
 import pytest
 import torch
+from helpers.models import awake
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_config
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -20,7 +21,6 @@ from peft.mapping import (
 )
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
-from tuner.helpers import awake
 
 from bioadapt import BioConfig
 from bioadapt.tuner import bridge

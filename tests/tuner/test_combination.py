@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import bert, close, output, tokens, unchanged
 from peft import PeftModel, get_peft_model
-from tuner.helpers import bert, close, output, tokens, unchanged
 
 from bioadapt import BioConfig
 

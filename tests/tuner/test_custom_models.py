@@ -6,11 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file
-from torch import nn
-from tuner.helpers import (
+from helpers.models import (
     KINDS,
     PRIMITIVES,
     adapted,
@@ -24,6 +20,10 @@ from tuner.helpers import (
     pairs,
     step,
 )
+from peft import PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import nn
 
 PAIRS = pairs()
 # Every kind of layer once, and every list of primitives once: for what does not depend on how the two meet.

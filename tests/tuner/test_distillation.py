@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
+from helpers.models import awake, bert, close, gpt2, mlp, output, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
-from tuner.helpers import awake, bert, close, gpt2, mlp, output, tokens, unchanged
 
 from bioadapt import BioConfig, conversion_residuals, distill_to_lora
 

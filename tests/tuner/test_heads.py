@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, TaskType, get_peft_model
-from peft.utils import ModulesToSaveWrapper
-from torch import nn
-from tuner.helpers import (
+from helpers.models import (
     B,
     awake,
     base_and_inputs,
@@ -20,6 +17,9 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+from peft import PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
 
 def _with_head(adapter_name: str = "default") -> tuple[PeftModel, torch.Tensor, torch.Tensor]:

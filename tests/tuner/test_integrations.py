@@ -8,10 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
-from tuner.helpers import (
+from helpers.models import (
     awake,
     bert,
     bio_layers,
@@ -25,6 +22,9 @@ from tuner.helpers import (
     step,
     tokens,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
 from bioadapt import BioConfig
 

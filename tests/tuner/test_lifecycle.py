@@ -10,14 +10,7 @@ import weakref
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
-from tuner.helpers import (
+from helpers.models import (
     HOOKS,
     KINDS,
     adapted,
@@ -33,6 +26,13 @@ from tuner.helpers import (
     record,
     step,
     tokens,
+)
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 
 EVERYTHING = ["lateral_inhibition", "homeostatic_scaling", "neuro_ada", "predictive_coding", "short_term_depression"]

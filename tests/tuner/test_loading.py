@@ -12,10 +12,7 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
-from tuner.helpers import (
+from helpers.models import (
     adapted,
     awake,
     base_and_inputs,
@@ -29,6 +26,9 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 
 from bioadapt import BioConfig, checkpoint
 
@@ -419,7 +419,7 @@ LOOP = """
 import sys
 import torch
 from peft import get_peft_model
-from tuner.helpers import adapted, base_and_inputs
+from helpers.models import adapted, base_and_inputs
 model, _ = adapted("mlp", "mergeable weight")
 print("ready", flush=True)
 while True:

@@ -6,10 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import nn
-from torch.nn.utils import prune
-from tuner.helpers import (
+from helpers.models import (
     KINDS,
     PRIMITIVES,
     B,
@@ -29,6 +26,9 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import prune
 
 from bioadapt import list_primitives, primitive_info
 

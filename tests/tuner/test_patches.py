@@ -11,12 +11,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers.models import awake, bert, bio_layers, classifier, close, output, tokens
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
-from tuner.helpers import awake, bert, bio_layers, classifier, close, output, tokens
 
 from bioadapt.primitives._state import Memory
 from bioadapt.tuner import patches

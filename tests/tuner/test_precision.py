@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import KINDS, PRIMITIVES, awake, base_and_inputs, close, digest, output, own_parameters, step
 from peft import PeftModel, get_peft_model
-from tuner.helpers import KINDS, PRIMITIVES, awake, base_and_inputs, close, digest, output, own_parameters, step
 
 HALVES = [torch.float16, torch.bfloat16]
 EPSILON = {torch.float16: 4e-3, torch.bfloat16: 3e-2}

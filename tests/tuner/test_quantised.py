@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import PRIMITIVES, Host, awake, bio_layers, close, digest, output, own_parameters, step, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from tuner.helpers import PRIMITIVES, Host, awake, bio_layers, close, digest, output, own_parameters, step, unchanged
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the quantised layers are those of bitsandbytes")
 D = 64

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import transformers
+from helpers.models import D, Host, awake, bert, bio_layers, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tuner.helpers import D, Host, awake, bert, bio_layers, tokens
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
-from tuner.helpers import (
+from helpers.models import (
     KINDS,
     MERGING,
     B,
@@ -22,6 +21,7 @@ from tuner.helpers import (
     step,
     unchanged,
 )
+from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
 
 from bioadapt import BioConfig
 

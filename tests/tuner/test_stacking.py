@@ -12,11 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
-from torch import nn
-from tuner.helpers import (
+from helpers.models import (
     awake,
     bert,
     bio_layers,
@@ -29,6 +25,10 @@ from tuner.helpers import (
     tokens,
     unchanged,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import nn
 
 # Some layers carry both, some the LoRA alone, some the bio adapter alone.
 LORA_TARGETS = ["query", "attention.output.dense"]

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from helpers.models import awake, classifier, close, digest, output, own_parameters, record, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from tuner.helpers import awake, classifier, close, digest, output, own_parameters, record, step, tokens, unchanged
 
 from bioadapt import BioConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import awake, bert, bio_layers, close, digest, gpt2, output, record, step, tokens, unchanged
 from peft import (
     AdaLoraConfig,
     FourierFTConfig,
@@ -25,7 +26,6 @@ from peft import (
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
-from tuner.helpers import awake, bert, bio_layers, close, digest, gpt2, output, record, step, tokens, unchanged
 
 INPUTS = tokens()
 TARGETS = {"target_modules": ["query", "attention.output.dense"]}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import D, Host, awake, base_and_inputs, bert, bio_layers, gpt2, output, tokens, unchanged
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tuner.helpers import D, Host, awake, base_and_inputs, bert, bio_layers, gpt2, output, tokens, unchanged
 
 
 def paths(model: nn.Module) -> list[str]:

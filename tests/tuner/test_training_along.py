@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
+from helpers.models import awake, bert, classifier, close, digest, output, record, step, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
-from tuner.helpers import awake, bert, classifier, close, digest, output, record, step, tokens
 
 from bioadapt.checkpoint import ALONG
 

@@ -94,7 +94,7 @@ def rivals_of_equal_size(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Site:
+class Placement:
     """Where a bio adapter acts: ``width`` features of a module's output, or of its input; and with how many numbers."""
 
     path: str
@@ -178,7 +178,7 @@ class Recipe:
         return trainable_parameters(transformer_of(encoder))
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[Placement, ...]:
         """Where the bio adapter acts on a fresh model.
 
         Raises:
@@ -194,7 +194,7 @@ class Recipe:
         for path in model.base_model.targeted_module_names:
             own = sum(count for name, count in counts.items() if name.startswith(f"base_model.model.{path}."))
             at_input = config.adapts_input_of(path)
-            found.append(Site(path, _features(modules[path])[0 if at_input else 1], at_input, own))
+            found.append(Placement(path, _features(modules[path])[0 if at_input else 1], at_input, own))
         return tuple(found)
 
 
@@ -331,7 +331,7 @@ class Placebo(nn.Module):
         return (features + inner @ self.up.T).to(x.dtype).movedim(-1, self.axis)
 
 
-def add_placebo(model: nn.Module, sites: Sequence[Site], *, linear: bool = False) -> list[Placebo]:
+def add_placebo(model: nn.Module, sites: Sequence[Placement], *, linear: bool = False) -> list[Placebo]:
     """Put placebos into a model, at the sites of a bio adapter and with as many numbers as it has there.
 
     A placebo has whole vectors alone; what is missing or too much at one site is made up for at the next.

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from .compare import random, seeded
-from .mould import Mould
+from .template import Template
 
 VOCABULARY, WIDTH, LAYERS = 50, 32, 2
 FIRST_WORD = 3  # ids below are special
@@ -45,7 +45,7 @@ class TinyHost:
 
         It is frozen: autograd chooses other attention kernels, which differ in the last bits, where the base trains.
         """
-        return _mould(self.name).cast()
+        return _template(self.name).copy()
 
     def inputs(self, batch: int = 3, seed: int = 0) -> dict[str, Tensor]:
         """What a forward is called with."""
@@ -118,13 +118,13 @@ HOSTS: dict[str, TinyHost] = {
 
 
 @cache
-def _mould(name: str) -> Mould:
+def _template(name: str) -> Template:
     host = HOSTS[name]
     configuration, arguments = host.configuration
     with seeded(9):
         model = getattr(transformers, host.architecture)(getattr(transformers, configuration)(**arguments))
         _scatter(model)
-    return Mould(model.requires_grad_(False).eval())
+    return Template(model.requires_grad_(False).eval())
 
 
 def _scatter(model: nn.Module) -> None:

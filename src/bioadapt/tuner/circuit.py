@@ -20,7 +20,7 @@ from .sites import Site
 _PARAMETRISATIONS = "parametrizations"  # torch's name for the child
 
 
-class Circuit(nn.Module):
+class AdapterCircuit(nn.Module):
     """Primitives by name, run in waves: within a wave all read the same features, waves follow each other.
 
     Primitives of kind ``weight`` act on the layer itself and therefore always come first. Not every child is a

@@ -18,7 +18,7 @@ from ..primitives.base import Context, Host, Primitive
 from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
 from . import patches
-from .circuit import Circuit
+from .circuit import AdapterCircuit
 from .masks import NOTHING, Tokens, Unclear
 from .merging import MergeableLayer, Original
 from .scope import Scope, Surroundings
@@ -121,7 +121,7 @@ class BioLayer(MergeableLayer):
         if config.rank is not None and config.rank > site.d_out:
             raise ValueError(f"rank={config.rank} is more than the {site.d_out} features at {self.path}")
         host = Host(None if at_input else self._matrix_or_none, seed=config.seed_of(self.path))
-        circuit = Circuit(config, site, host, at_input)
+        circuit = AdapterCircuit(config, site, host, at_input)
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is not None and device.type != "meta" and not any(p.is_meta for p in circuit.parameters()):
             circuit.to(device)
@@ -193,7 +193,7 @@ class BioLayer(MergeableLayer):
         first, *_ = kwargs
         return self.base_layer(**{**kwargs, first: read})
 
-    def _own_input(self, read: Tensor, reading: dict[str, Circuit]) -> Tensor:
+    def _own_input(self, read: Tensor, reading: dict[str, AdapterCircuit]) -> Tensor:
         """What the layer is to read where one adapter, or each sample's own, changes its input."""
         names = self.scope.adapter_names
         before = {name: circuit for name, circuit in reading.items() if circuit.at_input}
@@ -221,7 +221,7 @@ class BioLayer(MergeableLayer):
         self,
         y: Tensor,
         v: Tensor,
-        circuits: dict[str, Circuit],
+        circuits: dict[str, AdapterCircuit],
         apart: dict[str, Tensor],
         site: Site | None = None,
     ) -> Tensor:
@@ -252,7 +252,11 @@ class BioLayer(MergeableLayer):
         return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
     def _sum(
-        self, features: Tensor, circuits: dict[str, Circuit], contexts: dict[str, Context], apart: dict[str, Tensor]
+        self,
+        features: Tensor,
+        circuits: dict[str, AdapterCircuit],
+        contexts: dict[str, Context],
+        apart: dict[str, Tensor],
     ) -> Tensor:
         """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
         names = self.scope.adapter_names
@@ -295,7 +299,7 @@ class BioLayer(MergeableLayer):
         layout: Layout,
         v: Tensor,
         around: Surroundings,
-        circuits: dict[str, Circuit],
+        circuits: dict[str, AdapterCircuit],
         site: Site,
         tokens: Tokens,
     ) -> Context:
@@ -318,7 +322,12 @@ class BioLayer(MergeableLayer):
         )
 
     def _tokens(
-        self, layout: Layout, around: Surroundings, circuits: dict[str, Circuit], reads_tokens: bool, counted: str
+        self,
+        layout: Layout,
+        around: Surroundings,
+        circuits: dict[str, AdapterCircuit],
+        reads_tokens: bool,
+        counted: str,
     ) -> Tokens:
         """What is known of the tokens that the layer is called on.
 

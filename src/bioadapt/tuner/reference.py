@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .circuit import Circuit
+from .circuit import AdapterCircuit
 from .layer import BioLayer
 
 
@@ -28,7 +28,7 @@ def complete_copy(layers: Iterable[BioLayer], name: str) -> None:
         return
 
 
-def _same_parameters(copy: Circuit, source: Circuit) -> bool:
+def _same_parameters(copy: AdapterCircuit, source: AdapterCircuit) -> bool:
     settings = [{key: primitive.settings() for key, primitive in circuit.items()} for circuit in (copy, source)]
     if settings[0] != settings[1]:
         return False

@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER, ROOT, bare, check_keys
-from .circuit import Circuit
+from .circuit import AdapterCircuit
 from .tree import named_bio_layers
 
 # What wrappers of torch put into the names of modules. State dicts leave the first two out, the compiler's they keep.
@@ -77,7 +77,7 @@ def hide_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, lo
             state_dict[f"{path}.{rest}"] = state_dict.pop(key)
 
 
-def _circuits(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Circuit]]:
+def _circuits(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, AdapterCircuit]]:
     """The adapter's circuits, with the name that state dicts have for the layer of each."""
     for name, layer in named_bio_layers(model):
         if adapter_name in layer.circuits:

@@ -58,8 +58,8 @@ class ApiEntry:
 
 
 @dataclass(frozen=True)
-class Search:
-    """A search problem: for ``queries[i]`` the documents at the places ``answers[i]`` are right, and no other."""
+class RankingProblem:
+    """A ranking problem: for ``queries[i]`` the documents at the places ``answers[i]`` are right, and no other."""
 
     queries: tuple[str, ...]
     answers: tuple[frozenset[int], ...]
@@ -68,11 +68,11 @@ class Search:
 
 @dataclass(frozen=True)
 class ApiCorpus:
-    """Pairs (sentence, document) to train on, a search problem to choose by and one to report on."""
+    """Pairs (sentence, document) to train on, a ranking problem to choose by and one to report on."""
 
     train: tuple[tuple[str, str], ...]
-    validation: Search
-    test: Search
+    validation: RankingProblem
+    test: RankingProblem
     versions: dict[str, str]
 
     def fingerprint(self) -> str:
@@ -94,7 +94,7 @@ def build_api_corpus(
 
     Args:
         train, validation, test: import names of installed libraries, no library in two of them.
-        limit: keep about so many training pairs and queries of each search, for a quick look.
+        limit: keep about so many training pairs and queries of each split, for a quick look.
 
     Raises:
         ValueError: a library in two splits, or one that is not installed.
@@ -109,12 +109,12 @@ def build_api_corpus(
     held_out = [entry for split in ("validation", "test") for library in splits[split] for entry in entries[library]]
     return ApiCorpus(
         train=_thin(_pairs([entry for library in splits["train"] for entry in entries[library]], held_out), limit),
-        validation=_search(
+        validation=_ranking_problem(
             [entry for library in splits["validation"] for entry in entries[library]],
             VALIDATION_QUERIES if limit is None else min(limit, VALIDATION_QUERIES),
             thin_documents=limit is not None,
         ),
-        test=_search(
+        test=_ranking_problem(
             [entry for library in splits["test"] for entry in entries[library]], limit, thin_documents=limit is not None
         ),
         versions={library: _version(library) for library in libraries},
@@ -244,7 +244,7 @@ def _pairs(entries: list[ApiEntry], held_out: list[ApiEntry]) -> list[tuple[str,
     ]
 
 
-def _search(entries: list[ApiEntry], limit: int | None, *, thin_documents: bool) -> Search:
+def _ranking_problem(entries: list[ApiEntry], limit: int | None, *, thin_documents: bool) -> RankingProblem:
     asked = _thin([(entry.sentence, entry.document) for entry in _usable(entries)], limit)
     needed = {document for _, document in asked}
     documents = sorted({entry.document for entry in entries})
@@ -252,7 +252,7 @@ def _search(entries: list[ApiEntry], limit: int | None, *, thin_documents: bool)
         kept = {document for document, _ in _thin([(document, "") for document in documents], limit)}
         documents = [document for document in documents if document in needed | kept]
     place = {document: index for index, document in enumerate(documents)}
-    return Search(tuple(q for q, _ in asked), tuple(frozenset({place[d]}) for _, d in asked), tuple(documents))
+    return RankingProblem(tuple(q for q, _ in asked), tuple(frozenset({place[d]}) for _, d in asked), tuple(documents))
 
 
 def _thin(pairs: list[tuple[str, str]], limit: int | None) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..._extras import require
 from ..statistics import Evaluation
-from .api_search import ApiCorpus, Search, build_api_corpus
+from .api_search import ApiCorpus, RankingProblem, build_api_corpus
 from .overlap import normal_form
 from .task import TableTask, Task, embeddings
 
@@ -24,12 +24,12 @@ _DEPTH = 10  # ranks beyond it count as not found
 _METRICS = ("mrr@10", "ndcg@10", "accuracy@1")
 
 
-def ranking(model: SentenceTransformer, search: Search) -> dict[str, np.ndarray]:
+def ranking(model: SentenceTransformer, problem: RankingProblem) -> dict[str, np.ndarray]:
     """Reciprocal rank, nDCG and hit of every query, by the name of the metric, each (n,)."""
-    scores = model.similarity(embeddings(model, list(search.queries)), embeddings(model, list(search.documents)))
+    scores = model.similarity(embeddings(model, list(problem.queries)), embeddings(model, list(problem.documents)))
     # Of equals the first document comes first, in every process.
     hits = np.argsort(-scores.numpy(), axis=1, kind="stable")[:, :_DEPTH]
-    right = [set(answers) for answers in search.answers]
+    right = [set(answers) for answers in problem.answers]
     gains = np.array([[place in own for place in row] for row, own in zip(hits, right, strict=True)], dtype=float)
     discount = 1 / np.log2(np.arange(2, gains.shape[1] + 2))
     best = np.array([discount[: len(own)].sum() for own in right])
@@ -48,8 +48,8 @@ class RankingTask(Task):
         """Training rows: a query and a document that answers it."""
         raise NotImplementedError
 
-    def search(self, split: str) -> Search:
-        """The search problem of a split.
+    def problem(self, split: str) -> RankingProblem:
+        """The ranking problem of a split.
 
         Raises:
             ValueError: the task has no such rows.
@@ -64,10 +64,10 @@ class RankingTask(Task):
         return require("sentence_transformers.sentence_transformer.losses").MultipleNegativesRankingLoss(model)
 
     def evaluate(self, model: SentenceTransformer, split: str = "test") -> Evaluation:
-        search = self.search(split)
-        rows = ranking(model, search)
+        problem = self.problem(split)
+        rows = ranking(model, problem)
         statistics = {metric: 100 * float(values.mean()) for metric, values in rows.items()}
-        return Evaluation(statistics, rows, np.array([min(answers) for answers in search.answers]))
+        return Evaluation(statistics, rows, np.array([min(answers) for answers in problem.answers]))
 
 
 class RetrievalTask(TableTask, RankingTask):
@@ -84,17 +84,17 @@ class RetrievalTask(TableTask, RankingTask):
         return list(zip(rows["query"], rows["document"], strict=True))
 
     def keys(self, split: str) -> list[Hashable]:
-        queries = self.search(split).queries if split == "test" else self.rows(split)["query"]
+        queries = self.problem(split).queries if split == "test" else self.rows(split)["query"]
         return [(normal_form(query),) for query in queries]
 
-    def search(self, split: str) -> Search:
+    def problem(self, split: str) -> RankingProblem:
         rows = self.rows(split)
         documents = tuple(dict.fromkeys(rows["document"]))
         place = {document: number for number, document in enumerate(documents)}
         answers: dict[str, set[int]] = {}
         for query, document in zip(rows["query"], rows["document"], strict=True):
             answers.setdefault(query, set()).add(place[document])
-        return Search(tuple(answers), tuple(frozenset(found) for found in answers.values()), documents)
+        return RankingProblem(tuple(answers), tuple(frozenset(found) for found in answers.values()), documents)
 
 
 class ApiSearchTask(RankingTask):
@@ -112,7 +112,7 @@ class ApiSearchTask(RankingTask):
         return build_api_corpus(limit=self._limit)
 
     @cached_property
-    def _test(self) -> Search:
+    def _test(self) -> RankingProblem:
         if "corpus" in vars(self):
             return self.corpus.test
         return build_api_corpus(train=(), validation=(), limit=self._limit).test
@@ -131,28 +131,28 @@ class ApiSearchTask(RankingTask):
         return True  # known without reading the libraries
 
     def describe(self) -> dict[str, Any]:
-        documents = {split: len(self.search(split).documents) for split in ("validation", "test")}
+        documents = {split: len(self.problem(split).documents) for split in ("validation", "test")}
         return {**super().describe(), "documents": documents, "versions": self.corpus.versions}
 
     def texts(self, split: str) -> list[str]:
         if split == "train":
             return sorted({text for pair in self.corpus.train for text in pair})
-        search = self.search(split)
-        return sorted({*search.queries, *search.documents})
+        problem = self.problem(split)
+        return sorted({*problem.queries, *problem.documents})
 
     def keys(self, split: str) -> list[Hashable]:
-        sentences = [pair[0] for pair in self.corpus.train] if split == "train" else self.search(split).queries
+        sentences = [pair[0] for pair in self.corpus.train] if split == "train" else self.problem(split).queries
         return [(normal_form(sentence),) for sentence in sentences]
 
     def keep(self, split: str, places: Sequence[int]) -> Self:
         if split == "train":
             corpus = replace(self.corpus, train=tuple(self.corpus.train[place] for place in places))
         else:
-            search = self.search(split)
+            problem = self.problem(split)
             kept = replace(
-                search,
-                queries=tuple(search.queries[place] for place in places),
-                answers=tuple(search.answers[place] for place in places),
+                problem,
+                queries=tuple(problem.queries[place] for place in places),
+                answers=tuple(problem.answers[place] for place in places),
             )
             corpus = replace(self.corpus, **{split: kept})
         return self._with(corpus)
@@ -169,8 +169,8 @@ class ApiSearchTask(RankingTask):
     def pairs(self) -> Sequence[tuple[str, str]]:
         return self.corpus.train
 
-    def search(self, split: str) -> Search:
+    def problem(self, split: str) -> RankingProblem:
         return self._test if split == "test" else self.corpus.validation
 
     def _content(self, split: str) -> Any:
-        return self.corpus.train if split == "train" else self.search(split)
+        return self.corpus.train if split == "train" else self.problem(split)

@@ -18,7 +18,7 @@ REVERSAL = -0.5  # E_K
 HALF_OPEN, STEEPNESS = 0.7, 6.0  # of the channels, in the membrane's voltage
 
 
-class _Firing(torch.autograd.Function):
+class _KvLifFiring(torch.autograd.Function):
     """Keeps x and the rates."""
 
     @staticmethod
@@ -122,7 +122,7 @@ def _slopes(drive: Tensor, weight: Tensor, constants: Tensor, steps: int) -> tup
     return on_drive, on_constants
 
 
-@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=32.0)
+@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0)
 class KvLif(SpikingNeuron):
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 
@@ -160,4 +160,4 @@ class KvLif(SpikingNeuron):
         return torch.cat([softplus(torch.cat(raw)).clamp(min=1e-6), torch.sigmoid(self.memory)])
 
     def fired(self, x: Tensor, frame: Tensor, scale: Tensor) -> Tensor:
-        return _Firing.apply(self.constants(), self.steps, x, frame, self.gain, self.bias, scale)
+        return _KvLifFiring.apply(self.constants(), self.steps, x, frame, self.gain, self.bias, scale)

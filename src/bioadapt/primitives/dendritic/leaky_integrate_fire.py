@@ -14,7 +14,7 @@ from bioadapt.primitives.frames import positive
 from bioadapt.registry import register_primitive
 
 
-class _Firing(torch.autograd.Function):
+class _LifFiring(torch.autograd.Function):
     """Keeps x and the rates."""
 
     @staticmethod
@@ -101,4 +101,4 @@ class LeakyIntegrateFire(SpikingNeuron):
         leak = softplus(self.leak).clamp(min=1e-6)
         charge = -torch.expm1(-leak) / leak / softplus(self.threshold).clamp(min=1e-6)
         synapses = self.gain * charge, self.bias * charge
-        return _Firing.apply(torch.exp(-leak), self.steps, self.beta, x, frame, *synapses, scale)
+        return _LifFiring.apply(torch.exp(-leak), self.steps, self.beta, x, frame, *synapses, scale)

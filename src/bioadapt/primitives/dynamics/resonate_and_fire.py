@@ -17,7 +17,7 @@ from bioadapt.registry import register_primitive
 SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
 
 
-class _Firing(torch.autograd.Function):
+class _Threshold(torch.autograd.Function):
     """Keeps one narrow tensor; the slope of the threshold is that of a sigmoid."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _Firing(torch.autograd.Function):
         return on_potential, -on_excess.flatten(0, -2).sum(0)
 
 
-@register_primitive("resonate_and_fire", stage="dynamics", kind="causal", zero_at="readout", zero_scale=4.0)
+@register_primitive("resonate_and_fire", stage="dynamics", kind="causal", zero_at="readout", zero_scale=2.0)
 class ResonateAndFire(Latent):
     """Damped oscillators ring at periods of their own, and what rises above a threshold is passed on.
 
@@ -64,7 +64,7 @@ class ResonateAndFire(Latent):
         self.threshold = positive(0.5, self.rank)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        return _Firing.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
+        return _Threshold.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
 
     def potential(self, drive: Tensor, context: Context) -> Tensor:
         """The membrane potential m of each resonator: (B, T, rank) -> (B, T, rank)."""

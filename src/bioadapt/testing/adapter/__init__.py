@@ -1,7 +1,7 @@
 """Conformance of an adapter inside models."""
 
-from .birth import Birth, Refusals
-from .decoding import Decoding
+from .birth import AdapterBirth, Refusals
+from .decoding import AdapterDecoding
 from .leaks import Leaks
 from .merging import AdapterMerging
 from .precision import Checkpointing, Precision
@@ -10,7 +10,16 @@ from .switching import Stacking, Switching
 
 
 class AdapterConformance(
-    Birth, Refusals, Leaks, Decoding, Precision, Checkpointing, Saving, Switching, Stacking, AdapterMerging
+    AdapterBirth,
+    Refusals,
+    Leaks,
+    AdapterDecoding,
+    Precision,
+    Checkpointing,
+    Saving,
+    Switching,
+    Stacking,
+    AdapterMerging,
 ):
     """What every adapter keeps, tested inside tiny BERT, GPT-2, Qwen2, T5, ViT and ResNet models.
 

@@ -13,7 +13,7 @@ from ..hosts import TinyHost
 from .subject import Adapted, Inside, base_tensors, bio_buffers, bio_tensors, is_bio, on
 
 
-class Birth(Inside):
+class AdapterBirth(Inside):
     """A fresh adapter changes nothing; training reaches all of it and nothing else.
 
     Attributes:

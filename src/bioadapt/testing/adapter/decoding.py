@@ -16,7 +16,7 @@ DECODERS = on("gpt2", "qwen2", "t5")
 PROMPT, NEW = 3, 4
 
 
-class Decoding(Inside):
+class AdapterDecoding(Inside):
     """Greedy, beam, and by hand: the cache carries all there is."""
 
     @DECODERS

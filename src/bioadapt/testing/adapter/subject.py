@@ -16,12 +16,12 @@ from ...config import BioConfig
 from ...registry import PrimitiveInfo, primitive_info
 from ..compare import copied, random, seeded
 from ..hosts import HOSTS, TinyHost
-from ..mould import Mould
+from ..template import Template
 
 Entry = str | dict[str, Any]
 Test = TypeVar("Test", bound=Callable)
 
-_moulds: dict[Hashable, Mould] = {}  # of the last few models: to build one takes ten times as long
+_templates: dict[Hashable, Template] = {}  # of the last few models: to build one takes ten times as long
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Adapted:
             return self.wake(base, **changes)
         factories = tuple(info.factory for info in self.infos)  # names may be registered anew
         key = (self.host.name, repr((self.entries, self.fields, changes)), factories)
-        if key not in _moulds:
-            if len(_moulds) == len(HOSTS):
-                del _moulds[next(iter(_moulds))]
-            _moulds[key] = Mould(self.wake(**changes))
-        return _moulds[key].cast()
+        if key not in _templates:
+            if len(_templates) == len(HOSTS):
+                del _templates[next(iter(_templates))]
+            _templates[key] = Template(self.wake(**changes))
+        return _templates[key].copy()
 
     def wake(self, base: nn.Module | None = None, **changes: Any) -> PeftModel:
         """The same, but for certain from its own beginning and not a copy."""

@@ -3,13 +3,13 @@
 from .birth import Birth
 from .costs import Costs
 from .decoding import Decoding
-from .learning import Learning
+from .learning import LocalLearning
 from .merging import Merging
 from .numerics import Numerics
 from .time import Time
 
 
-class PrimitiveConformance(Birth, Time, Decoding, Numerics, Learning, Merging, Costs):
+class PrimitiveConformance(Birth, Time, Decoding, Numerics, LocalLearning, Merging, Costs):
     """What every primitive keeps, tested on the bare module.
 
     Subclass it under a name that pytest collects and override the fixture ``primitive``: it returns the name of a

@@ -11,7 +11,7 @@ from .subject import BOTH_WIDTHS, Bare, Subject, buffers, commit, learn, learned
 from .time import JUNK, padded
 
 
-class Learning(Bare):
+class LocalLearning(Bare):
     """A local rule acts in a commit after a training forward, and in nothing else."""
 
     @BOTH_WIDTHS

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Mould:
+class Template:
     """A module at rest: its structure as bytes, and beside them what bytes hold badly.
 
-    Tensors are cloned for every cast. Classes and functions are shared, as `copy.deepcopy` shares them, so that they
+    Tensors are cloned for every copy. Classes and functions are shared, as `copy.deepcopy` shares them, so that they
     may be local ones.
     """
 
@@ -23,7 +23,7 @@ class Mould:
         writer.dump(module)
         self._structure, self._beside = stream.getvalue(), writer.beside
 
-    def cast(self) -> Any:
+    def copy(self) -> Any:
         """A copy of the module that shares no tensor with any other."""
         return _Reader(io.BytesIO(self._structure), [_copied(found) for found in self._beside]).load()
 
