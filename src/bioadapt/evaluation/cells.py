@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -129,11 +129,8 @@ class Cells:
         with np.load(path) as stored:
             rows = {name.removeprefix("row "): stored[name] for name in stored.files if name.startswith("row ")}
             everything = Evaluation({}, rows, stored["gold"])
-            return (
-                everything.of_rows(stored["clean"].tolist())
-                if clean
-                else everything.of_rows(range(len(everything.gold)))
-            )
+            places: Sequence[int] = stored["clean"].tolist() if clean else range(len(everything.gold))
+            return everything.of_rows(places)
 
     def _rows_of(self, cell: Cell) -> Path:
         return self.folder / _ROWS / f"{_file_name(cell.task, cell.arm, str(cell.seed))}.npz"

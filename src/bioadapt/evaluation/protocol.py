@@ -431,7 +431,8 @@ def _blocks(model: torch.nn.Module) -> int:
 
 
 def _trained_on(task: Task, other: Task) -> Task:
-    assert isinstance(task, TableTask) and isinstance(other, TableTask)  # of the others, none is a test alone
+    if not isinstance(task, TableTask) or not isinstance(other, TableTask):
+        raise ValueError(f"train_on={other.name!r}: its rows cannot train for {task.name!r}, since both must be tables")
     splits = {
         **{split: other.rows(split) for split, n in other.sizes.items() if n and split != "test"},
         "test": task.rows("test"),
