@@ -80,7 +80,7 @@ class Learning:
         if hasattr(parameter, "device_mesh"):
             return tuple(parameter.device_mesh.get_all_groups())
         if _kept_elsewhere(parameter):
-            return (dist.group.WORLD,)
+            return () if dist.group.WORLD is None else (dist.group.WORLD,)
         wrapper = None if self.wrapper is None else self.wrapper()
         return () if wrapper is None else (wrapper.process_group,)
 
@@ -155,7 +155,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def commit(rules: Iterable[tuple[Learning, LocalRule]]) -> None:
     """Let rules take in what was observed; replicas put together first what they have."""
-    alone, shared = [], {}
+    alone: list[LocalRule] = []
+    shared: dict[tuple[tuple[dist.ProcessGroup, ...], torch.device], list[LocalRule]] = {}
     for learning, rule in rules:
         learning.committed.add(id(rule))
         groups = learning.replicas(rule)
