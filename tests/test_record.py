@@ -55,7 +55,7 @@ def test_it_is_shown():
 
 
 def cell(arm, dev, seed=0, factor=1.0, params=100):
-    return Result("stsb", arm, seed, 1e-3, factor, params, dev, 1.0)
+    return Result("stsb", arm, seed, 1e-3, factor, 1.0, params, dev, 1.0)
 
 
 def test_findings_compare_with_the_best_of_the_rivals():
