@@ -11,7 +11,7 @@ project = "bioadapt"
 author = "the bioadapt developers"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "house", "ledger"]
-exclude_patterns = ["_build", "_ext", "ledger_intro.md"]  # the last is part of a page that is made
+exclude_patterns = ["_build", "_ext", "ledger_intro.md", "catalogue/evidence.md"]  # the last two are parts of pages
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"

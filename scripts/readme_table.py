@@ -1,27 +1,139 @@
-"""Write the table of registered primitives into README.md; with --check, only say whether it is current."""
+"""Write the table of results into README.md, and draw it, from the files that the experiments have left.
+
+With --check, write nothing and exit with 1 if the table is out of date.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from bioadapt import list_primitives, primitive_info
+from bioadapt.record import record
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- primitives: begin (make readme) -->", "<!-- primitives: end -->"
-STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
+ROOT = Path(__file__).resolve().parent.parent
+README, PICTURE = ROOT / "README.md", ROOT / "docs" / "_static" / "results.png"
+BEGIN, END = "<!-- results: begin (make readme) -->", "<!-- results: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim of an experiment in the words of the README; ``scale`` makes percentage points of what was measured."""
+
+    words: str
+    experiment: str
+    claim: str
+    scale: float = 1.0
+
+    @cached_property
+    def found(self) -> dict[str, str]:
+        """The claim's line in the experiment's file.
+
+        Raises:
+            ValueError: there is no such line, or more than one.
+        """
+        (line,) = [line for line in claims(self.experiment) if line["claim"] == self.claim]
+        return line
+
+    def value(self, name: str) -> float:
+        return self.scale * float(self.found[name])
+
+
+# The question that stands behind each mechanism, with the answer, whichever it is.
+ROWS = (
+    Row("Fly-CL over ridge regression: accuracy, digits", "fly_cl", "digits: better than ridge on the features", 100),
+    Row("Fly-CL over ridge: accuracy, Banking77", "fly_cl", "Banking77: better than ridge on the features", 100),
+    Row(
+        "four FlyLoRAs added up over LoRAs r=8 added up",
+        "task_decoupling",
+        "Merged with weight 1 each, FlyLoRA route loses less than LoRA r=8",
+    ),
+    Row(
+        "the same, averaged instead of added",
+        "task_decoupling",
+        "Merged with weight 0.25 each, FlyLoRA route loses less than LoRA r=8",
+    ),
+    Row("SAN over IA3's gains: V-measure", "san", "SAN is more accurate than plain scaling of the same size"),
+    Row(
+        "NeuroAda over a LoRA of its size: V-measure",
+        "neuro_ada",
+        "NeuroAda is at least as accurate as LoRA of the same size",
+    ),
+    Row(
+        "NeuroLoRA over LoRA r=8, after tasks in sequence",
+        "several_tasks",
+        "After a sequence, NeuroLoRA is better than LoRA r=8 in the mean over tasks",
+    ),
+    Row(
+        "spine pruning over magnitude pruning: accuracy",
+        "nspdi",
+        "Spine pruning beats magnitude pruning",
+    ),
+)
+
+
+def claims(experiment: str) -> list[dict[str, str]]:
+    with (ROOT / "experiments" / experiment / "claims.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def table() -> str:
-    """One row per primitive, in the order in which the stages act."""
-    infos = sorted((primitive_info(name) for name in list_primitives()), key=lambda i: (STAGES.index(i.stage), i.name))
-    rows = [
-        f"| `{info.name}` | {info.stage} | {info.kind} | {'yes' if info.mergeable else 'no'} | "
-        f"{info.summary.replace('|', '&#124;')} |"
-        for info in infos
-    ]
-    return "\n".join(["| primitive | stage | kind | merges | what it does |", "|---|---|---|---|---|", *rows])
+    """The rows, and under them in a sentence each what all claims and the record of single mechanisms say."""
+    lines = ["| question | points | 95 % interval | seeds |", "|---|---|---|---|"]
+    for row in ROWS:
+        interval = f"[{row.value('low'):+.1f}, {row.value('high'):+.1f}]"
+        link = f"[{row.words}](experiments/{row.experiment}/README.md)"
+        lines.append(f"| {link} | {row.value('estimate'):+.1f} | {interval} | {row.found['seeds']} |")
+    return "\n".join([*lines, "", of_all_claims(), of_the_record()])
+
+
+def of_all_claims() -> str:
+    experiments = sorted(path.parent.name for path in ROOT.glob("experiments/*/claims.csv"))
+    verdicts = Counter(line["verdict"] for experiment in experiments for line in claims(experiment))
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("supported", "undecided", "not supported"))
+    return f"Of all claims in the [ledger](experiments/README.md), found on a 2-core CPU: {counts}."
+
+
+def of_the_record() -> str:
+    found = record()
+    single = sum(finding.seeds == 1 for finding in found)
+    ahead = sum(finding.over_equal > 0 and finding.over_placebo > 0 for finding in found)
+    confirmed = sum(finding.stage == "confirmed" and (finding.low or 0) > 0 for finding in found)
+    names, tasks = {finding.primitive for finding in found}, {finding.task for finding in found}
+    return (
+        f"[{len(names)} mechanisms](experiments/record/README.md) were screened so far beside a LoRA, on {len(tasks)} "
+        f"tasks.\nOf {len(found)} results {ahead} beat both the best LoRA up to their size and the best placebo; "
+        f"{single} rest on one seed, {confirmed} are confirmed."
+    )
+
+
+def draw(path: Path) -> None:
+    """The rows as points with their intervals, the first on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    for place, row in enumerate(reversed(ROWS)):
+        low, mean, high = (row.value(name) for name in ("low", "estimate", "high"))
+        colour = "#0072b2" if low > 0 else "#d55e00" if high < 0 else "#777777"
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot([mean], [place], "o", color=colour)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(ROWS)), [row.words for row in reversed(ROWS)])
+    axes.set_xlabel("difference in points, mean over seeds and 95 % interval; right of zero favours the mechanism")
+    axes.xaxis.label.set_horizontalalignment("right")
+    axes.xaxis.label.set_x(1.0)
+    axes.grid(axis="x", alpha=0.3)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def with_table(text: str) -> str:
@@ -46,6 +158,7 @@ def main() -> int:
     if check:
         return 0 if new == old else 1
     README.write_text(new, encoding="utf-8")
+    draw(PICTURE)
     return 0
 
 

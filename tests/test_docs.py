@@ -83,3 +83,49 @@ def test_the_examples_of_the_circuits_run(start, tmp_path, monkeypatch):
     (example,) = [code for code in blocks if code.startswith(start) and "genbais" not in code]
     names = {} if start != "from bioadapt" else {"torch": pytest.importorskip("torch")}
     exec(example, names)
+
+
+@pytest.mark.parametrize("guide", ["choosing.md", "rates.md", "sites.md", "from_lora.md", "own_data.md", "sharing.md"])
+def test_the_code_of_the_guides_runs_in_order(guide, tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / guide).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, guide, "exec"), names)
+
+
+@pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md")))
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    made = ("catalogue/", "ledger/", "capabilities.md")
+    links = [link for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text) if not link.startswith(made)]
+    assert [link for link in links if not (DOCS / link).exists()] == []
+
+
+def test_every_page_is_in_the_contents():
+    listed = set((DOCS / "index.md").read_text(encoding="utf-8").split())
+    parts = {"index", "ledger_intro", "capabilities"}
+    assert {page.stem for page in DOCS.glob("*.md")} - parts <= listed
+
+
+def test_a_page_opens_with_when_to_use_it_the_evidence_and_the_rate():
+    measured, unmeasured = primitive_info("lateral_inhibition"), primitive_info("predictive_coding")
+    found = dict.fromkeys(capabilities.COLUMNS, "yes")
+    page = catalogue.page(measured, found, None)
+    assert (
+        page.index("**Use it when**") < page.index("**Evidence**") < page.index("**Rate.**") < page.index("## Biology")
+    )
+    assert all(str(finding) in page for finding in measured.record)
+    if not unmeasured.record:
+        assert "Not measured beside a LoRA yet" in catalogue.page(unmeasured, found, None)
+    assert set(catalogue.USES) == set(STAGES)
+
+
+def test_the_ranking_has_every_mechanism_of_the_record_and_says_how_many_were_not_measured():
+    from bioadapt.record import record
+
+    names, ranking = {finding.primitive for finding in record()}, catalogue.ranking()
+    assert all(f"](catalogue/{name}.md)" in ranking for name in names)
+    assert f"{len(list_primitives()) - len(names)} mechanisms have not been measured" in ranking
