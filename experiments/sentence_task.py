@@ -22,7 +22,15 @@ from torch import nn
 
 from bioadapt import evaluation
 from bioadapt.evaluation import Task
-from bioadapt.evaluation.training import Schedule, adapt, calm, fit, load_encoder, trainable_parameters, transformer_of
+from bioadapt.evaluation.training import (
+    Schedule,
+    adapt,
+    fit,
+    load_encoder,
+    trainable_parameters,
+    transformer_of,
+    without_progress_bars,
+)
 from experiments import ledger
 
 if TYPE_CHECKING:
@@ -94,7 +102,7 @@ def train_adapter(task: Task, wrap: Wrap, rate: float, seed: int, epochs: float 
     """
     torch.manual_seed(seed)
     encoder = wrapped(wrap)
-    with calm():
+    with without_progress_bars():
         fit(encoder, task, Schedule(epochs, rate, BATCH, seed))
     return encoder
 

@@ -1,4 +1,9 @@
-"""What a mechanism has to beat: arms with its sites, its zero and its number of parameters, but without any biology."""
+"""What a mechanism has to beat: primitives with its sites, its zero and its scale, but without any biology.
+
+The placebo of `bioadapt.evaluation` is a module of any size, put by hooks where one given adapter sits. These are
+primitives instead, because the screen gives every mechanism, and so every placebo, its own default sites, its own rate
+and the frame in which the mechanisms read their input.
+"""
 
 from __future__ import annotations
 

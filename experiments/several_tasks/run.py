@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from bioadapt import FlyLoraConfig, NeuroLoraConfig
 from bioadapt.evaluation import Task
-from bioadapt.evaluation.training import Schedule, adapt, calm, fit, trainable_parameters
+from bioadapt.evaluation.training import Schedule, adapt, fit, trainable_parameters, without_progress_bars
 from experiments import sentence_task
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, publish
 from experiments.sentence_task import BATCH, PROJECTIONS, fresh_encoder, load_task, parser
@@ -68,7 +68,7 @@ METHODS = {
 
 def learn(encoder: SentenceTransformer, task: Task, rate: float, seed: int) -> None:
     """One pass over the task's training rows, the adapters' own terms of the loss included."""
-    with calm():
+    with without_progress_bars():
         fit(encoder, task, Schedule(1.0, rate, BATCH, seed))
 
 

@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from bioadapt import FlyLoraConfig
 from bioadapt.evaluation import Interval, Task
-from bioadapt.evaluation.training import Schedule, adapt, calm, fit, trainable_parameters
+from bioadapt.evaluation.training import Schedule, adapt, fit, trainable_parameters, without_progress_bars
 from experiments import sentence_task
 from experiments.ledger import COLOURS, Claim, markdown, over_seeds, publish
 from experiments.sentence_task import BATCH, PROJECTIONS, fresh_encoder, load_task, parser
@@ -213,7 +213,7 @@ class Experiment:
 
     def _encoder(self, name: str, rate: float, seed: int) -> SentenceTransformer:
         folder = self.output / "adapters" / f"{name.replace(' ', '-')}_{rate:g}_{seed}_{self.results.rows[0]}"
-        with calm():
+        with without_progress_bars():
             return trained(METHODS[name], rate, seed, self.tasks, folder)
 
 

@@ -183,7 +183,7 @@ def weights_file(folder: Path) -> Path | None:
 
 
 @contextmanager
-def told_if_unreadable(where: Any) -> Iterator[None]:
+def refuse_unreadable(where: Any) -> Iterator[None]:
     """Raise `ValueError` with the name of the file that cannot be read in full."""
     try:
         yield
@@ -193,7 +193,7 @@ def told_if_unreadable(where: Any) -> Iterator[None]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU."""
-    with told_if_unreadable(path):
+    with refuse_unreadable(path):
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
 
@@ -208,7 +208,7 @@ def write_configuration(folder: Path, content: Mapping[str, Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def seal(folder: Path, trained_over: Mapping[str, Any] | None) -> None:
+def record_fingerprints(folder: Path, trained_over: Mapping[str, Any] | None) -> None:
     """Write into the configuration of a folder what its tensors and its settings are known by afterwards."""
     content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     path = weights_file(folder)

@@ -24,7 +24,7 @@ from .registry import primitive_info
 Composition = Literal["staged", "serial", "parallel"]
 COMPOSITIONS = get_args(Composition)
 
-# What users of other methods and of trainers look for here.
+# Fields that users of other methods or of trainers may look for in a BioConfig, and where to find them instead.
 _SCALE = "how fast a primitive learns is its setting zero_scale, and fly_lora has an alpha of its own"
 _RATE = (
     "it belongs to the optimiser, such as TrainingArguments(learning_rate=...); what trains a LoRA trains this as well"

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from bioadapt import BioConfig
 from bioadapt.circuits import genbais
-from bioadapt.circuits.recipe import Imitation, distil
+from bioadapt.circuits.recipe import DistillationTask, distil
 from bioadapt.evaluation import StsTask
 from bioadapt.evaluation.training import Schedule, adapt, load_encoder
 from bioadapt.search import contest
@@ -52,7 +52,7 @@ def taught(tmp_path_factory):
 
 def test_the_student_comes_nearer_to_the_teacher(taught):
     student, _ = taught
-    before = Imitation(task(), teacher()).evaluate(load_encoder(device="cpu"), "validation").scores["cosine"]
+    before = DistillationTask(task(), teacher()).evaluate(load_encoder(device="cpu"), "validation").scores["cosine"]
     assert 100 - student.agreement < 0.75 * (100 - before)
     assert student.scores.keys() == student.taught.keys() == {"spearman"}
 
@@ -75,7 +75,7 @@ def test_the_student_trains_all_of_a_plain_encoder(taught):
 
 def test_a_lesson_holds_each_text_once_and_the_teachers_vectors():
     encoder = teacher()
-    lesson = Imitation(task(), encoder)
+    lesson = DistillationTask(task(), encoder)
     rows = lesson.train_dataset()
     assert sorted(rows["sentence"]) == sorted(WORDS)
     np.testing.assert_allclose(rows["label"], encoder.encode(rows["sentence"]), atol=1e-6)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, one_hot, softplus
 from bioadapt import build_primitive
 from bioadapt.primitives.base import Context, Host
 from bioadapt.primitives.competition.dale_small_world import small_world
-from bioadapt.primitives.competition.sparse_coding import settled
+from bioadapt.primitives.competition.sparse_coding import code_after
 from bioadapt.primitives.frames import group_index, unit
 
 SEEDS = range(4)
@@ -302,7 +302,7 @@ class TestSparseCoding:
         strength = 2 + torch.rand(5, 1, generator=torch.Generator().manual_seed(seed))
         drive, threshold = strength * overlap[0], torch.full((2,), 0.5)
         assert (drive[:, 1] > threshold[1]).all()
-        code = settled(drive, overlap, threshold, 0.4, 300)
+        code = code_after(drive, overlap, threshold, 0.4, 300)
         assert (code[:, 1] == 0).all()
         torch.testing.assert_close(code[:, 0], drive[:, 0] - 0.5, rtol=1e-3, atol=0)
 
@@ -310,7 +310,7 @@ class TestSparseCoding:
         torch.manual_seed(seed)
         atoms = normalize(torch.randn(8, self.D), dim=1)
         x, threshold = torch.randn(20, self.D), torch.linspace(0.3, 0.8, 8)
-        code = settled(x @ atoms.T, atoms @ atoms.T, threshold, 0.4, 300)
+        code = code_after(x @ atoms.T, atoms @ atoms.T, threshold, 0.4, 300)
         residual = (x - code @ atoms) @ atoms.T
         active = code != 0
         assert 20 < active.sum() < 140
@@ -319,7 +319,7 @@ class TestSparseCoding:
 
     def test_atoms_that_are_all_alike_do_not_diverge(self, seed):
         overlap = torch.ones(64, 64)
-        code = settled(torch.full((1, 64), 3.0), overlap, torch.full((64,), 0.5), 1.0, 64)
+        code = code_after(torch.full((1, 64), 3.0), overlap, torch.full((64,), 0.5), 1.0, 64)
         assert code.sum() == pytest.approx(2.5, abs=0.5)
 
     def test_is_the_equation(self, seed):

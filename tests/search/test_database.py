@@ -73,7 +73,7 @@ def test_patience_ends(locked):
 
 def test_a_process_that_has_to_end_does_not_wait(locked, monkeypatch):
     study, lock = locked
-    monkeypatch.setattr("bioadapt.search.study.tickets.FAREWELL", 0.2)
+    monkeypatch.setattr("bioadapt.search.study.tickets.GIVES_BACK_WITHIN", 0.2)
     study.enqueue_trial({})
     began = None
     with pytest.raises(KeyboardInterrupt), ticket(study):

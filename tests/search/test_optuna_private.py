@@ -31,7 +31,7 @@ def test_a_storage_is_asked_for_a_waiting_trial_by_its_id(study):
     assert isinstance(storage, BaseStorage)
     assert storage.set_trial_state_values(private.id_of(trial), state=TrialState.RUNNING)
     assert not storage.set_trial_state_values(private.id_of(trial), state=TrialState.RUNNING)
-    assert private.begun(study, private.id_of(trial)).suggest_float("x", 0, 1) == 0.5
+    assert private.trial_to_work_with(study, private.id_of(trial)).suggest_float("x", 0, 1) == 0.5
 
 
 def test_asking_reads_the_list_of_trials_anew(study):
@@ -54,9 +54,9 @@ def test_a_database_has_a_cache_before_it_and_a_heartbeat(tmp_path):
     database = RDBStorage(f"sqlite:///{tmp_path}/s.db", heartbeat_interval=1)
     study = optuna.create_study(storage=database)
     storage = private.storage_of(study)
-    assert isinstance(storage, _CachedStorage) and private.behind_cache(storage) is database
+    assert isinstance(storage, _CachedStorage) and private.uncached(storage) is database
     trial = study.ask()
-    with private.signs_of_life(storage, trial._trial_id):
+    with private.heartbeat(storage, trial._trial_id):
         pass
     with database.engine.connect() as connection:
         beats = connection.exec_driver_sql("select trial_id from trial_heartbeats").fetchall()

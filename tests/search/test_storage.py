@@ -278,7 +278,7 @@ def test_the_living_and_other_machines_are_left_alone_until_they_are_lost(study)
 def test_a_trial_that_nobody_signed_is_given_a_moment(study, monkeypatch):
     asked(study)
     assert recover(study) == []
-    monkeypatch.setattr(tickets, "MOMENT", timedelta(0))
+    monkeypatch.setattr(tickets, "HANDOVER", timedelta(0))
     assert recover(study) == [0]
 
 
@@ -306,7 +306,7 @@ def test_who_dies_between_failing_a_trial_and_enqueueing_it_again_loses_nothing(
     assert states(study) == ["WAITING", "FAIL", "FAIL", "FAIL"]
     finish_waiting(study)
     assert not settled(study)  # two tickets are yet to come
-    monkeypatch.setattr(tickets, "MOMENT", timedelta(0))
+    monkeypatch.setattr(tickets, "HANDOVER", timedelta(0))
     recover(study)
     recover(study)
     assert [trial.system_attrs.get("retry_history") for trial in study.trials] == [None] * 4 + [[1], [3]]

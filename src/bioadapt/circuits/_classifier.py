@@ -257,7 +257,7 @@ class ContinualClassifier(ClassifierMixin, BaseEstimator, ABC):
         return sparse_projection((units, features), degree, 1.0, kind, source).numpy().astype(np.float64)
 
     def _winners(self, drive: Array) -> NDArray[np.bool_]:
-        # 0.29 * 100 is 28.999999999999996
+        # The small number undoes rounding: 0.29 * 100 is 28.999999999999996, and means 29 winners.
         return winners(drive, max(1, int(self.coding_level * drive.shape[1] + 1e-9)))
 
     def _checked(self, X: Any) -> Array:

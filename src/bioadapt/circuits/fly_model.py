@@ -114,7 +114,7 @@ class FlyModelClassifier(ContinualClassifier):
             learn(self._coded(X[rows]), labels[rows])
 
     def _associate(self, codes: Array, labels: NDArray[np.int64]) -> None:
-        # One row more than classes: that of all classes not met yet, which are no sample's target.
+        # The last row stands for all classes that have not been met yet; no sample has one of them as its target.
         changed = np.eye(len(self.classes_) + 1)[labels]
         if self.rule == "depression":
             changed = 1 - changed

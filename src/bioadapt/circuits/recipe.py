@@ -109,7 +109,7 @@ def distil(
     Raises:
         ValueError: the task has no rows to train or validate on.
     """
-    lesson = Imitation(task, teacher)
+    lesson = DistillationTask(task, teacher)
     fit(student, lesson, schedule)
     student.save(str(folder))
     return Student(
@@ -121,7 +121,7 @@ def distil(
     )
 
 
-class Imitation(Task):
+class DistillationTask(Task):
     """Another task's texts, to be embedded as a teacher embeds them."""
 
     family = "imitation"
@@ -156,13 +156,13 @@ class Imitation(Task):
     def keys(self, split: str) -> list[Hashable]:
         return [(normal_form(text),) for text in self._texts[split]]
 
-    def keep(self, split: str, places: Sequence[int]) -> Imitation:
+    def keep(self, split: str, places: Sequence[int]) -> DistillationTask:
         kept = copy(self)
         kept._texts = {**self._texts, split: [self._texts[split][place] for place in places]}
         kept._vectors = {**self._vectors, split: self._vectors[split][list(places)]}
         return kept
 
-    def without_test(self) -> Imitation:
+    def without_test(self) -> DistillationTask:
         return self  # it has none
 
     def _content(self, split: str) -> Any:

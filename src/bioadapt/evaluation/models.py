@@ -31,7 +31,7 @@ from .._extras import require
 from .tasks.images import ImageTask, as_pixels
 from .tasks.language import padded
 from .tasks.task import IMAGES, LANGUAGE, SENTENCES, Task
-from .training import DEFAULT_MODEL, calm, load_encoder
+from .training import DEFAULT_MODEL, load_encoder, without_progress_bars
 
 SMALL_VIT, SMALL_CONVNET, SMALL_LM = "small-vit", "small-convnet", "small-lm"
 SMALL = {SMALL_VIT: IMAGES, SMALL_CONVNET: IMAGES, SMALL_LM: LANGUAGE}
@@ -166,7 +166,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
     else:
         path = name
     try:
-        with calm():
+        with without_progress_bars():
             if task.reads == IMAGES:
                 return ImageModel(AutoModelForImageClassification.from_pretrained(path).float().to(place).eval())
             model = AutoModelForCausalLM.from_pretrained(path).float().to(place).eval()

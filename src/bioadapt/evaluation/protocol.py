@@ -35,21 +35,21 @@ from .statistics import Evaluation, better
 from .tasks import DIGITS, Overlap, Task, list_tasks, load_task
 from .tasks.files import read_overlap
 from .tasks.task import TableTask
-from .training import Diverged, History, Schedule, calm, fit, load_stack, transformer_of
+from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
 
 ALL = "all"
 _VALIDATION_SHARE, _MOST_VALIDATION = 0.1, 500
 _TUNING_SEED = 0
 
 
-# What another call on the same folder may change: it adds cells, and makes none of the old ones something else.
+# Settings that another call on the same folder may change: they add cells, and alter none that is there.
 _FREE = frozenset({"task", "arms", "seeds", "output", "device"})
-# Seconds between two looks at what another process is at.
+# Seconds between two looks at a cell that another process works on.
 _PATIENCE = 2.0
 
 
 @dataclass
-class Prepared:
+class PreparedTask:
     """A task ready for the protocol.
 
     Attributes:
@@ -129,7 +129,7 @@ class Evaluate:
                     found.add(load_task(name, self.settings.data_dir))
         return found
 
-    def prepare(self, name: str) -> Prepared:
+    def prepare(self, name: str) -> PreparedTask:
         """A task by name, cut for the protocol: without leaks, with validation rows, and with its test rows sealed.
 
         Raises:
@@ -164,7 +164,7 @@ class Evaluate:
         if task.trainable and not task.sizes.get("validation"):
             task = _with_validation(task)
             notes.append(f"{task.sizes['validation']} training rows serve as validation rows")
-        return Prepared(task.without_test(), SealedTest(whole, clean, self.cells), notes)
+        return PreparedTask(task.without_test(), SealedTest(whole, clean, self.cells), notes)
 
     def recipe(self, task: Task) -> Recipe:
         """What the arms are made of on a task."""
@@ -212,7 +212,7 @@ class Evaluate:
         """Nothing is drawn for what is not trained. Seed 0 has chosen the rates, so that reports start with 1."""
         return range(1) if arm == ZERO_SHOT else range(_TUNING_SEED + 1, _TUNING_SEED + 1 + self.settings.seeds)
 
-    def _run_cell(self, prepared: Prepared, recipe: Recipe, arm: str, seed: int) -> None:
+    def _run_cell(self, prepared: PreparedTask, recipe: Recipe, arm: str, seed: int) -> None:
         started = time.perf_counter()
         rate = 0.0 if arm == ZERO_SHOT else self._rate(prepared, recipe, arm)
         started = started if arm == ZERO_SHOT else time.perf_counter()
@@ -238,13 +238,13 @@ class Evaluate:
         history = History()
         if arm != ZERO_SHOT:
             schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, seed)
-            with calm():
+            with without_progress_bars():
                 history = fit(encoder, task, schedule)
         known = task.sizes.get("validation")
         dev = task.evaluate(encoder, "validation").scores[task.metrics[0]] if known else float("nan")
         return encoder, params, history, dev
 
-    def _rate(self, prepared: Prepared, recipe: Recipe, arm: str) -> float:
+    def _rate(self, prepared: PreparedTask, recipe: Recipe, arm: str) -> float:
         """The learning rate with the best score on the validation rows; of equals the lower one."""
         rates, task = sorted(self.settings.rates), prepared.task
         if len(rates) == 1:

@@ -165,7 +165,7 @@ def best_threshold(values: np.ndarray, gold: np.ndarray, metric: str) -> float:
     called = np.arange(len(order) + 1)
     hits = np.append(0, np.cumsum(right))
     score = hits - (called - hits) if metric == "accuracy" else 2 * hits / (called + hits[-1] + 1e-12)
-    # Between equals no threshold can be.
+    # No threshold can part values that are equal.
     possible = np.concatenate([[True], np.diff(ordered) != 0, [True]])
     best = int(np.argmax(np.where(possible, score, -np.inf)))
     if best == 0:

@@ -82,7 +82,7 @@ def load_encoder(model: str = DEFAULT_MODEL, device: str | None = None) -> Sente
     library = require("sentence_transformers")
     path = model_path(model)
     try:
-        with calm():
+        with without_progress_bars():
             return library.SentenceTransformer(path, device=device, model_kwargs={"dtype": torch.float32})
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that a device is there
         where = "" if device is None else f" on device {device!r}"
@@ -99,7 +99,7 @@ def adapt(encoder: Any, wrap: Callable[[Any], PeftModel]) -> PeftModel:
 
     The encoder then runs a plain PeftModel, so that whatever a user does to one can be done here: stack, save, load.
     """
-    with calm():
+    with without_progress_bars():
         adapted = wrap(transformer_of(encoder))
     _holder(encoder).model = adapted.to(encoder.device)
     return adapted
@@ -118,7 +118,7 @@ def load_stack(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> S
 
 
 @contextmanager
-def calm() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Without the libraries' own progress bars, and without warnings between them that a user cannot act upon."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

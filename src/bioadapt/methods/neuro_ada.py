@@ -461,7 +461,7 @@ class NeuroAda(OnWeight):
             if part.index.shape[0] != first.index.shape[0] or not same:
                 raise ValueError("different rows adapt in them, so there is no table of values for all")
         index, fresh = _union([part.index for part in parts], first.d_in)
-        # Only synapses that some part has take part in pruning and in the vote over signs.
+        # Synapses that none of the adapters has are neither pruned nor counted in the vote over signs.
         given = [
             _looked_up(index, part.index, part.zero_scale / first.zero_scale * part.values.detach())[fresh]
             for part in parts

@@ -90,6 +90,11 @@ def group_matrix(features: int, groups: int) -> Tensor:
     return nn.functional.one_hot(group_index(features, groups), groups).float()
 
 
+def products_pay(features: int, groups: int) -> bool:
+    """Whether a trace costs less as products with one matrix per group: if each matrix serves several channels."""
+    return features % groups == 0 and features // groups >= 8
+
+
 class _GroupMeanMagnitude(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Number = Tensor | float
 
 
-class Together:
+class JointForwards:
     """Forwards whose gradients come together.
 
     Attributes:
@@ -43,10 +43,10 @@ class Together:
     def promised(self, value: Tensor) -> Tensor:
         """A value without a graph as part of a loss, which takes the gradients of the terms along."""
         self.asked = True
-        return _Promise.apply(torch.zeros((), requires_grad=True), value, self)
+        return _GradientOfRepetition.apply(torch.zeros((), requires_grad=True), value, self)
 
 
-class Foreseen(Together):
+class ForwardsToRepeat(JointForwards):
     """Forwards without gradients, whose parts will run again with them (gradient caching)."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Foreseen(Together):
 class Forward:
     """One forward of a stack: how many tokens it has, and its terms, those without a graph apart."""
 
-    def __init__(self, tokens: Number, together: Together) -> None:
+    def __init__(self, tokens: Number, together: JointForwards) -> None:
         self.tokens, self.together = tokens, together
         self.terms: list[weakref.ref[Tensor]] = []  # their graphs lead back to here
         self.values: list[Tensor] = []
@@ -109,8 +109,8 @@ class Terms:
 
     def forget(self) -> None:
         """What was run so far will get no gradient any more."""
-        self._together = Together()
-        self._foreseen: Foreseen | None = None
+        self._together = JointForwards()
+        self._to_repeat: ForwardsToRepeat | None = None
         self._compiled: list[Tensor] = []
         self._latest: list[Tensor] = []
 
@@ -128,10 +128,10 @@ class Terms:
         forward = around.terms
         if forward is None:
             forward = around.terms = self._begin(around)
-        if around.live and not (isinstance(forward.together, Foreseen) or self.factor is not None):
+        if around.live and not (isinstance(forward.together, ForwardsToRepeat) or self.factor is not None):
             return self._kept(features, term, forward)
         if not torch.is_grad_enabled():
-            if isinstance(forward.together, Foreseen):
+            if isinstance(forward.together, ForwardsToRepeat):
                 forward.together.take(forward, term)
             return features
         if forward.together.asked and forward.together.factor is None:
@@ -154,17 +154,17 @@ class Terms:
         elif around.tokens is not None:
             tokens = float(around.tokens[0] * around.tokens[1])
         if not (around.live or torch.is_grad_enabled()):
-            if self._foreseen is None or self._foreseen.begun:
-                self._foreseen = Foreseen()
-            self._foreseen.count(tokens)
-            return Forward(tokens, self._foreseen)
-        again = self._foreseen
+            if self._to_repeat is None or self._to_repeat.begun:
+                self._to_repeat = ForwardsToRepeat()
+            self._to_repeat.count(tokens)
+            return Forward(tokens, self._to_repeat)
+        again = self._to_repeat
         if again is not None and (again.factor is not None or torch._C._current_graph_task_id() != -1):
             again.factor = again.factor if self.factor is None else self.factor
             return Forward(tokens, again)
         if self._together.begun:
-            self._together = Together()
-        self._foreseen, self._together.factor = None, self.factor
+            self._together = JointForwards()
+        self._to_repeat, self._together.factor = None, self.factor
         self._latest = []
         forward = Forward(tokens, self._together)
         self._together.forwards = [weakref.ref(other) for other in (*self._together.alive(), forward)]
@@ -173,10 +173,10 @@ class Terms:
     def collect(self) -> list[Tensor]:
         """The sum of the terms of the forwards since the last call, in the mean over tokens."""
         compiled, self._compiled = self._compiled, []
-        together, self._together = self._together, Together()
+        together, self._together = self._together, JointForwards()
         terms = [term for forward in together.alive() for term in forward.collected()]
-        if not terms and self._foreseen is not None and not self._foreseen.begun:
-            terms = [self._foreseen.promised(self._foreseen.value())]
+        if not terms and self._to_repeat is not None and not self._to_repeat.begun:
+            terms = [self._to_repeat.promised(self._to_repeat.value())]
         self._latest = []
         return compiled + terms
 
@@ -211,11 +211,11 @@ class _WithGradientOf(torch.autograd.Function):
         return grad, torch.ones_like(ctx.like) * weight, None
 
 
-class _Promise(torch.autograd.Function):
+class _GradientOfRepetition(torch.autograd.Function):
     """A value without a graph, whose gradient is what multiplies those of the forwards that are run again later."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor, together: Together) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, together: JointForwards) -> Tensor:
         ctx.together = together
         return value.clone()
 

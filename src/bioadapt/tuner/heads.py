@@ -33,7 +33,7 @@ def heads(model: nn.Module, names: Iterable[str]) -> Iterator[AuxiliaryTrainingW
 def take_over_heads(model: nn.Module, adapter_name: str) -> None:
     """Let a fresh copy of a module to save start from the trained copy of the method below, not from scratch."""
     for wrapper in heads(model, [adapter_name]):
-        # Here and not at each request, whose hook would be heard by the requests of other threads.
+        # The hook is put on once, and not for each request: one for a request would act in those of other threads.
         hooks = wrapper.__dict__.setdefault(_HOOKS, {})
         hooks[adapter_name] = wrapper.register_forward_pre_hook(tell_head, with_kwargs=True)
         below = head_below(model, wrapper)
@@ -102,32 +102,32 @@ def is_trained(model: nn.Module, adapter_name: str | None) -> bool:
     )
 
 
-class _Asked(threading.local):
+class _ChosenCopies(threading.local):
     """Which copy each sample is to use, by the id of the module to save: in this flow of control alone."""
 
     copies: dict[int, list[str]] | None = None
 
 
-_asked = _Asked()
+_chosen = _ChosenCopies()
 
 
 @contextmanager
-def asking_heads(model: nn.Module, ours: Iterable[str], adapter_names: list[str]) -> Iterator[None]:
+def choosing_heads(model: nn.Module, ours: Iterable[str], adapter_names: list[str]) -> Iterator[None]:
     """Forwards in which each sample uses the copy of the adapter named for it."""
     copies = {}
     for wrapper in heads(model, ours):
         instead = head_below(model, wrapper) or "__base__"
         copies[id(wrapper)] = [name if name in wrapper._adapters else instead for name in adapter_names]
-    before, _asked.copies = _asked.copies, copies
+    before, _chosen.copies = _chosen.copies, copies
     try:
         yield
     finally:
-        _asked.copies = before
+        _chosen.copies = before
 
 
 def tell_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """Tell a module to save which sample uses which copy. Beam search repeats samples."""
-    names = (_asked.copies or {}).get(id(module))
+    names = (_chosen.copies or {}).get(id(module))
     if names is None:
         return None
     repeats = len(args[0]) // len(names)

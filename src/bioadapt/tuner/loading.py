@@ -28,8 +28,8 @@ from ..checkpoint import (
     check_settings,
     check_tensors,
     complete_saving,
+    refuse_unreadable,
     settings_fingerprint,
-    told_if_unreadable,
     weights_file,
 )
 from ..config import BioConfig
@@ -37,7 +37,7 @@ from . import provenance
 from .model import BioModel
 from .tree import bio_layers, stacked_over, undone_on_failure
 
-Original = Callable[..., Any]
+ReplacedFunction = Callable[..., Any]
 
 
 @dataclass
@@ -80,13 +80,13 @@ class Saved:
         check_settings(content, str(folder))
         return cls(str(place), hub, content, config)
 
-    def tensors(self, read: Original, **options: Any) -> dict[str, Tensor]:
+    def tensors(self, read: ReplacedFunction, **options: Any) -> dict[str, Tensor]:
         """The tensors, read once, and held against what the configuration says they were when they were saved."""
         folder = Path(self.place, self.hub.get("subfolder") or "")
         file: Any = weights_file(folder)
         if file is None and folder.is_dir():
             raise ValueError(f"{folder} has an {CONFIG_NAME}, but no {SAFETENSORS_WEIGHTS_NAME} beside it")
-        with told_if_unreadable(file or self.place):
+        with refuse_unreadable(file or self.place):
             found = read(self.place, **options, **self.hub)
         self.uncovered = check_tensors(found, self.content, str(file or self.place))
         return found
@@ -114,7 +114,7 @@ def _loading(saved: Saved | None) -> Iterator[None]:
 # -- PEFT's way --
 
 
-def from_pretrained(original: Original, cls: type, *args: Any, **kwargs: Any) -> Any:
+def from_pretrained(original: ReplacedFunction, cls: type, *args: Any, **kwargs: Any) -> Any:
     """Around `PeftModel.from_pretrained`."""
     given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
     saved = Saved.at(given["model_id"], given.get("kwargs", {}))
@@ -124,7 +124,7 @@ def from_pretrained(original: Original, cls: type, *args: Any, **kwargs: Any) ->
         return original(cls, *args, **kwargs)
 
 
-def load_adapter(original: Original, self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+def load_adapter(original: ReplacedFunction, self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """Around `PeftModel.load_adapter`."""
     given = inspect.signature(original).bind(self, *args, **kwargs)
     place, name = given.arguments["model_id"], given.arguments["adapter_name"]
@@ -147,7 +147,7 @@ def load_adapter(original: Original, self: PeftModel, *args: Any, **kwargs: Any)
         return result
 
 
-def read_weights(original: Original, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+def read_weights(original: ReplacedFunction, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Around the `load_peft_weights` that PEFT's ``load_adapter`` calls."""
     saved, given = _running.get(), inspect.signature(original).bind(*args, **kwargs).arguments
     if saved is None:
@@ -161,7 +161,7 @@ def read_weights(original: Original, *args: Any, **kwargs: Any) -> dict[str, Ten
 # -- transformers' way, which is also that of AutoModel, pipeline and sentence-transformers --
 
 
-def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def load_adapter_of_transformers(original: ReplacedFunction, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Around `PeftAdapterMixin.load_adapter`: for a bio adapter, PEFT's own functions and all their checks."""
     given = inspect.signature(original).bind(self, *args, **kwargs)
     given.apply_defaults()
@@ -194,10 +194,10 @@ def load_adapter_of_transformers(original: Original, self: nn.Module, *args: Any
             _settle_what_lies_below(self, saved, name, fresh=True)
     if not trainable:
         self.eval()
-    return _nothing_amiss()
+    return _clean_report()
 
 
-def _nothing_amiss() -> LoadStateDictInfo:
+def _clean_report() -> LoadStateDictInfo:
     """What transformers' own loading would report; newer versions have more fields."""
     empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
     return LoadStateDictInfo(**{spec.name: empty.get(spec.name, set()) for spec in fields(LoadStateDictInfo)})

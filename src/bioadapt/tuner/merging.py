@@ -202,7 +202,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
             self.below.merge(safe_merge=safe_merge)
         matrix = self.site.matrix(self.get_base_weight())
         vector = None if bias is None else _wide(bias.detach())
-        # With none of its active adapters at this layer, the tuner below has nothing to take back.
+        # The tuner below has merged nothing where none of its active adapters sits on this layer.
         merged_below = merges_below and self.below.merged
         return Original(base_weight, data[0], bias, data[1], merged_below, matrix, vector, attributes, state)
 

@@ -23,7 +23,7 @@ from ..checkpoint import PREFIX, without_adapter_name
 from ..config import BioConfig
 from ..registry import primitive_info
 from .combination import Combination, combined
-from .heads import asking_heads, heads, release_heads, take_over_heads, use_head
+from .heads import choosing_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
 from .reference import complete_copy
 from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
@@ -313,10 +313,10 @@ class BioModel(BaseTuner):
             if name != "__base__" and name not in known:
                 raise ValueError(f"adapter_names contains {name!r}; {suggest(name, [*known, '__base__'])}")
         scopes = {id(layer.scope): layer.scope for layer in self.layers()}.values()
-        with ExitStack() as told:
+        with ExitStack() as choices:
             for scope in scopes:
-                told.enter_context(scope.asking_for(list(names)))
-            told.enter_context(asking_heads(self.model, self.own_names, list(names)))
+                choices.enter_context(scope.asking_for(list(names)))
+            choices.enter_context(choosing_heads(self.model, self.own_names, list(names)))
             yield
 
     # -- removal and merging --

@@ -16,16 +16,16 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..checkpoint import ALONG, seal, whole_or_not_at_all
+from ..checkpoint import ALONG, record_fingerprints, whole_or_not_at_all
 from . import provenance
 from .card import CARD, is_somebodys, write_card
 from .model import BioModel
 from .tree import bio_layers, stacked_over
 
-Original = Callable[..., Any]
+ReplacedFunction = Callable[..., Any]
 
 
-def save_pretrained(original: Original, self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(original: ReplacedFunction, self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """Around `PeftModel.save_pretrained`."""
     given = inspect.signature(original).bind(self, *args, **kwargs)
     given.apply_defaults()
@@ -58,14 +58,14 @@ def save_pretrained(original: Original, self: PeftModel, *args: Any, **kwargs: A
                     state_dict=None if state_dict is None else provenance.without_ours(state_dict),
                 )
             if main:
-                seal(own, _with_places(record, along))
+                record_fingerprints(own, _with_places(record, along))
         if ours and names:
             configs = {name: self.peft_config[name] for name in names}
             write_card(Path(stage, CARD), configs, stacked_over(self)[0], _with_places(record, along))
     return None
 
 
-def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Around `PreTrainedModel.save_pretrained`, for models that carry the adapters themselves."""
     given = inspect.signature(original).bind(self, *args, **kwargs)
     given.apply_defaults()
@@ -92,7 +92,7 @@ def save_pretrained_of_transformers(original: Original, self: nn.Module, *args: 
             with _active_alone(self, adapter):
                 original(*given.args, **given.kwargs)
         if main:
-            seal(Path(stage), _with_places(record, along))
+            record_fingerprints(Path(stage), _with_places(record, along))
     if upload:
         hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
         self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)

@@ -15,7 +15,7 @@ from .sites import Layout
 from .tree import bio_layers
 
 
-class _Listen(torch.autograd.Function):
+class _GradientOfOutput(torch.autograd.Function):
     """The identity on a layer's output; backward tells the layer's input and the gradient of its output."""
 
     @staticmethod
@@ -39,12 +39,12 @@ class _Gradient:
         self.total = torch.zeros(layer.site.d_out, layer.site.d_in)
         self.reached = False
 
-    def hear(self, base_layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def watch(self, base_layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook."""
         v = args[0] if args else next(iter(kwargs.values()))
         y, *others = output if isinstance(output, tuple) else (output,)
-        heard = _Listen.apply(y, v.detach(), self.anchor, self.add)
-        return (heard, *others) if isinstance(output, tuple) else heard
+        watched = _GradientOfOutput.apply(y, v.detach(), self.anchor, self.add)
+        return (watched, *others) if isinstance(output, tuple) else watched
 
     def add(self, v: Tensor, grad: Tensor) -> None:
         site = self.layer.site
@@ -91,7 +91,7 @@ def select_synapses(
                 "that were chosen before. Select for a fresh adapter"
             )
     seen = False
-    with _listening(model, gradients), torch.enable_grad():
+    with _recording(model, gradients), torch.enable_grad():
         for batch in batches:
             seen = True
             torch.autograd.grad(_loss_of(model, batch, loss), anchor, allow_unused=True)
@@ -121,10 +121,12 @@ def _loss_of(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tens
 
 
 @contextmanager
-def _listening(model: nn.Module, gradients: list[_Gradient]) -> Iterator[None]:
+def _recording(model: nn.Module, gradients: list[_Gradient]) -> Iterator[None]:
     """The model in eval mode, with hooks on the layers below the bio layers; afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [gradient.layer.base_layer.register_forward_hook(gradient.hear, with_kwargs=True) for gradient in gradients]
+    hooks = [
+        gradient.layer.base_layer.register_forward_hook(gradient.watch, with_kwargs=True) for gradient in gradients
+    ]
     model.eval()
     try:
         yield

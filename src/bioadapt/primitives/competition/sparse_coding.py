@@ -15,7 +15,7 @@ def active(z: Tensor, threshold: Tensor) -> Tensor:
     return z - torch.clamp(z, -threshold, threshold)
 
 
-def settled(drive: Tensor, overlap: Tensor, threshold: Tensor, rate: float, steps: int) -> Tensor:
+def code_after(drive: Tensor, overlap: Tensor, threshold: Tensor, rate: float, steps: int) -> Tensor:
     """The code after ``steps`` of competition: drive (..., m), overlap (m, m), threshold (m,) -> (..., m)."""
     # Beyond the inverse of the overlaps' norm the steps would overshoot and grow; a row sum bounds that norm.
     safe = overlap.detach().abs().sum(1).amax().reciprocal().clamp(max=rate)
@@ -57,5 +57,5 @@ class SparseCoding(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         atoms, scale = torch.nn.functional.normalize(self.dictionary, dim=1), token_scale(x)
         threshold = torch.nn.functional.softplus(self.threshold)
-        code = settled((x @ atoms.T) / scale, atoms @ atoms.T, threshold, self.rate, self.steps)
+        code = code_after((x @ atoms.T) / scale, atoms @ atoms.T, threshold, self.rate, self.steps)
         return (scale * code) @ self.writer.T

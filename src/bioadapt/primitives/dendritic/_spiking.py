@@ -74,7 +74,7 @@ def trace_back(
         current = torch.addcmul(bias, part * s.reciprocal(), gain)
         on_rate = (g * scale).mul_(s)
         sign, drive = current.sign(), current.abs_()
-        # Cells are even in a / (1 + a): fine where spikes begin, and no drive is out of reach.
+        # Cells are equally wide in a / (1 + a): they are fine where spikes begin, and cover every drive.
         cell = drive.div_(drive + 1).mul_(CELLS).long().clamp_(0, CELLS - 1).flatten()
         weight.scatter_add_(0, cell, sign.mul_(on_rate).flatten())
         cells.append(cell)

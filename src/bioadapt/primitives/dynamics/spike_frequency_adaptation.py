@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
-from bioadapt.primitives.frames import group_matrix
+from bioadapt.primitives.frames import group_matrix, products_pay
 from bioadapt.primitives.time import decay_of, front_aligned, is_short, past_trace, readings
 from bioadapt.registry import register_primitive
 
@@ -122,8 +122,7 @@ class SpikeFrequencyAdaptation(Primitive):
         self.groups = min(self.groups, self.d_out)
         self.strength = nn.Parameter(torch.zeros(self.d_out))
         self.log_tau = nn.Parameter(torch.linspace(math.log(4), math.log(64), self.groups))
-        # Products take one matrix per group, which pays if that serves several channels.
-        self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
+        self.products = products_pay(self.d_out, self.groups)
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:

@@ -44,7 +44,7 @@ class Ca1Comparator(Modulation):
         self.baseline = nn.Parameter(torch.full((1,), 0.5))
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        # Of unit length whatever the token's scale, so that the scale-free frame is not needed.
+        # The cue has unit length whatever the token's scale, so that the scale-free frame is not needed.
         key = nn.functional.normalize(x @ self.reader.mT, dim=-1, eps=1e-6)
         novelty = readings(self.novelty, key, context).mean(0)
         return novelty - self.baseline, x.new_ones(self.d_out, 1)

@@ -15,7 +15,7 @@ from bioadapt.registry import register_primitive
 
 def granule_drive(v: Tensor, wiring: Tensor) -> Tensor:
     """What reaches each granule cell from its mossy fibres: v (N, n), wiring (cells, claws) -> (cells, N)."""
-    # Cells in rows: what is gathered is then contiguous, and costs a third of a product with the dense matrix.
+    # Cells lie in rows: what is gathered is then contiguous, and costs a third of a product with the dense matrix.
     return nn.functional.embedding_bag(wiring, v.mT.contiguous(), mode="sum").div_(wiring.shape[1] ** 0.5)
 
 

@@ -45,7 +45,7 @@ class PlaceFields(Latent):
 
     def activity(self, places: Tensor) -> Tensor:
         """How much each cell is driven at the given places: (..., dimensions) -> (..., fields)."""
-        # Multiplied out, so that no tensor of fields times axes is kept.
+        # The square is multiplied out, so that no tensor of fields times axes is kept.
         squares = places.square().sum(-1, keepdim=True) + self.centres.square().sum(-1)
         distance = (squares - 2 * places @ self.centres.mT).clamp(min=0)
         return torch.exp(-0.5 * distance / nn.functional.softplus(self.width).clamp(min=1e-2).square())

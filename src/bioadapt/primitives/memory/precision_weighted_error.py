@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
-from bioadapt.primitives.frames import group_matrix, group_mean_square, mean_square, pooling_matrix, positive
+from bioadapt.primitives.frames import (
+    group_matrix,
+    group_mean_square,
+    mean_square,
+    pooling_matrix,
+    positive,
+    products_pay,
+)
 from bioadapt.primitives.modulation import modulated
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -70,8 +77,7 @@ class PrecisionWeightedError(Primitive):
         self.log_tau_variance = nn.Parameter(torch.full((self.groups,), math.log(self.tau_variance)))
         self.sigma = positive(0.1, 1)
         self.log_level = nn.Parameter(torch.tensor([host.level]).log())
-        # Products take one matrix per group, which pays if that serves several channels.
-        self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
+        self.products = products_pay(self.d_out, self.groups)
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 

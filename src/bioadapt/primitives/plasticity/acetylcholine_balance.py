@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
-from bioadapt.primitives.frames import group_matrix, mean_square, positive, token_scale, unit
+from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
 from bioadapt.registry import register_primitive
 
@@ -89,8 +89,7 @@ class AcetylcholineBalance(Primitive):
         self.log_tau_uncertainty = nn.Parameter(torch.tensor([math.log(16.0)]))
         self.steepness = positive(16.0, 1)
         self.threshold = nn.Parameter(torch.tensor([0.45]))
-        # Products take one matrix per group, which pays if that serves several channels.
-        self.products = self.d_out % self.groups == 0 and self.d_out // self.groups >= 8
+        self.products = products_pay(self.d_out, self.groups)
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:

@@ -11,7 +11,7 @@ from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, 
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
-# Per update of the optimiser.
+# Rates per update of the optimiser.
 TAG_DECAY, PROTEIN_DECAY = math.exp(-1 / 100), math.exp(-1 / 50)
 CAPTURE, FADING = 0.05, 0.01
 STRONG = 0.2  # share of tagged synapses that sets off the synthesis of proteins

@@ -206,7 +206,7 @@ def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
     seeds = max(map(len, by_name.values()))
-    # The model as it comes is the same for every seed.
+    # A contender with one result is the model as it comes, which is the same for every seed.
     every = {name: list(own) * (seeds if len(own) == 1 else 1) for name, own in by_name.items()}
     differences = []
     for name in by_name:

@@ -28,7 +28,7 @@ QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR = "query + value", "query + key + value
 TARGETS = (QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR)
 LEARNING_RATES = (1e-4, 1e-2)
 
-# What most people start from; the tuning does, too.
+# The settings that most people start from. The tuning starts from them, too.
 USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "targets": QUERY_VALUE, "learning_rate": 1e-3}
 
 

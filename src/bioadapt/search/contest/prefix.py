@@ -96,7 +96,7 @@ def frozen_blocks(model: nn.Module) -> tuple[str, int]:
         lowest[path] = min(number, lowest.get(path, number))
     path, count = next(iter(lowest.items()), ("", 0))
     blocks = model.get_submodule(path) if count and len(lowest) == 1 else None
-    # Who has replaced a forward already would be undone.
+    # Where somebody has replaced the forward of a block, replacing it here would undo that.
     if not isinstance(blocks, nn.ModuleList) or any("forward" in vars(block) for block in blocks[:count]):
         return "", 0
     return path, count

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib wants colours, the page decides on them: each stands for a variable of the style sheet.
+# The page decides on colours: matplotlib gets stand-ins, each to be replaced by a variable of the style sheet.
 INK, FAINT, GOOD, BAD, OTHER = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "currentColor", FAINT: "var(--faint)", GOOD: "var(--good)", BAD: "var(--bad)", OTHER: "var(--other)"}
 _STYLE = {
@@ -34,7 +34,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _WIDTH = 8.0
-# What is larger is drawn in a unit of this size: matplotlib's sums of it would overflow.
+# Larger numbers are drawn as multiples of this one, since matplotlib's sums of them would overflow.
 _LARGE = 1e300
 
 
@@ -58,7 +58,7 @@ class ReportedScores:
     kind: str
 
 
-# Told apart by dash and width as well as by colour.
+# Lines differ in dash and width as well as in colour.
 CURVES: Mapping[str, Mapping[str, Any]] = {
     "complete": {"color": OTHER, "linewidth": 1.0, "alpha": 0.6},
     "pruned": {"color": BAD, "linewidth": 1.0, "alpha": 0.8, "linestyle": "--", "marker": "x"},

@@ -12,7 +12,7 @@ from ... import BioConfig, list_primitives, primitive_info
 from ..study.optuna_private import ENQUEUED
 from .recorded import of_trial
 
-# What a record of a `BioConfig` says beyond what one would write.
+# Fields of a recorded `BioConfig` that a user would not write.
 _RECORDED = {
     *("primitives", "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"),
     *("inference_mode", "trained_over", "fingerprint", "bioadapt_version"),
@@ -99,7 +99,7 @@ def _entry(entry: Mapping[str, Any], under_rank: bool) -> str:
         info = primitive_info(entry["name"])
         defaults = {name: setting.default for name, setting in info.settings.items()}
         defaults["zero_scale"] = 1.0 if under_rank else info.fresh_zero_scale
-    # A study of a time without that setting has trained without a factor.
+    # Studies recorded before zero_scale existed have trained with a factor of 1.
     chosen = {
         key: value
         for key, value in {**entry, "zero_scale": entry.get("zero_scale", 1.0)}.items()

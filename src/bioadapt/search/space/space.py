@@ -281,7 +281,8 @@ class SearchSpace:
             a, b = sorted((first.primitive, second.primitive))
             features[a, b] = 1.0
             if serial and self._bound(first, second):
-                # Of one name: an interaction, which is heavily shrunk and needs support, but of an order.
+                # A tuple of one name makes the order of two primitives an interaction: it is heavily shrunk, and
+                # needs many trials.
                 features[(f"{a} before {b}",)] = _ORDER if first.primitive == a else -_ORDER
         return features
 

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def away(error: BaseException | None) -> bool:
+def unreachable(error: BaseException | None) -> bool:
     """Whether a database could not be reached or was locked, so that the same call may succeed later."""
     from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
@@ -52,7 +52,7 @@ def patiently(call: Callable[[], T], patience: Callable[[], float]) -> T:
         try:
             return call()
         except Exception as error:
-            if not away(error) or time.monotonic() - started > patience():
+            if not unreachable(error) or time.monotonic() - started > patience():
                 raise
             if not warned and pause > 1:
                 _logger.warning("the database is away; waiting for it for up to %.0f s", patience())

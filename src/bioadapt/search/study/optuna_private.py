@@ -34,7 +34,7 @@ def storage_of(study: Study) -> BaseStorage:
     return study._storage
 
 
-def behind_cache(storage: BaseStorage) -> BaseStorage:
+def uncached(storage: BaseStorage) -> BaseStorage:
     """The storage that `open_storage` has made: `Study` puts a cache before a database."""
     return getattr(storage, "_backend", storage)
 
@@ -44,12 +44,12 @@ def id_of(trial: FrozenTrial) -> int:
     return trial._trial_id
 
 
-def begun(study: Study, trial_id: int) -> Trial:
+def trial_to_work_with(study: Study, trial_id: int) -> Trial:
     """A trial to work with. As in `Study.ask`, the list of all trials that samplers share is read anew for it."""
     study._thread_local.cached_all_trials = None
     return Trial(study, trial_id)
 
 
-def signs_of_life(storage: BaseStorage, trial_id: int) -> AbstractContextManager[None]:
+def heartbeat(storage: BaseStorage, trial_id: int) -> AbstractContextManager[None]:
     """Optuna's heartbeat, while the block runs, where the storage keeps one; else only `Study.optimize` has it."""
     return get_heartbeat_thread(trial_id, storage)

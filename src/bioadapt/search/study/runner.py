@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from ..thompson import FeatureMap, ThompsonPruner, ThompsonSampler
-from .database import PATIENCE, away
+from .database import PATIENCE, unreachable
 from .isolation import FROM_TERMINAL, Child, Failed, Report, Stopped, handled, packed, processes
 from .progress import watched
 from .storage import open_storage
@@ -33,7 +33,7 @@ from .tickets import count_left, count_tickets, count_used, recover, settled, ti
 _POLL = 0.5
 # Seconds that workers have to give their trials back.
 _GRACE = 10.0
-# A worker that has died is replaced; so many deaths of each without a ticket being used up meanwhile are enough.
+# A worker that has died is replaced, until each has died so often without a ticket being used up meanwhile.
 DEATHS = 3
 # Seconds before the first replacement, twice as many before each further one that had no success.
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -305,7 +305,7 @@ def _worker(packed_job: bytes, connection: Connection) -> None:
 def _storage_in_words(error: Exception) -> str:
     """What went wrong with a storage, or with a worker."""
     cause = error.__cause__
-    if away(error):
+    if unreachable(error):
         said = getattr(cause, "orig", None) or error
         return f"the database was away for more than {PATIENCE:.0f} s: {' '.join(str(said).split())}"
     return f"{type(error).__name__}: {' '.join(str(cause or error).split())}"

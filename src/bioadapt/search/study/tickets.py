@@ -36,16 +36,16 @@ from optuna.storages import fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from .optuna_private import ENQUEUED, FIRST, REPEATS, begun, behind_cache, id_of, signs_of_life, storage_of
+from .optuna_private import ENQUEUED, FIRST, REPEATS, heartbeat, id_of, storage_of, trial_to_work_with, uncached
 
-# A configuration that takes its worker down (out of memory, a crash in a kernel) is tried so often again.
+# How often a configuration is tried again that took its worker down (out of memory, a crash in a kernel).
 RETRIES = 2
 DIED, INTERRUPTED = "worker died", "interrupted"
-# A trial that has no worker yet, or a failed one that has no successor yet, is in somebody's hands for a moment.
-MOMENT = timedelta(seconds=60)
+# How long a trial without a worker, or a failed one without a successor, may just be passing from one to the other.
+HANDOVER = timedelta(seconds=60)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 # Seconds for which a process that has to end waits for its database, to give its trial back.
-FAREWELL = 3.0
+GIVES_BACK_WITHIN = 3.0
 
 
 def this_worker() -> dict[str, Any]:
@@ -80,14 +80,14 @@ def ticket(study: Study) -> Iterator[Trial | None]:
     if trial_id is None:
         yield None
         return
-    with signs_of_life(storage, trial_id):
+    with heartbeat(storage, trial_id):
         storage.set_trial_user_attr(trial_id, "worker", this_worker())
         try:
-            yield begun(study, trial_id)
+            yield trial_to_work_with(study, trial_id)
         except BaseException as error:
             # An error in the block is the worker's, and counts as its death; Ctrl-C says nothing about the trial.
             reason = f"{DIED}: {error!r}" if isinstance(error, Exception) else INTERRUPTED
-            behind_cache(storage).patience = FAREWELL
+            uncached(storage).patience = GIVES_BACK_WITHIN
             with suppress(StorageInternalError, OSError):  # who finds the trial later gives it back
                 _give_up(study, storage.get_trial(trial_id), reason)
             raise
@@ -165,7 +165,7 @@ def _take(study: Study) -> int | None:
 def _is_dead(trial: FrozenTrial, lost: Collection[str]) -> bool:
     worker = trial.user_attrs.get("worker")
     if worker is None:
-        return trial.datetime_start is not None and datetime.now() - trial.datetime_start > MOMENT
+        return trial.datetime_start is not None and datetime.now() - trial.datetime_start > HANDOVER
     if worker["host"] != socket.gethostname():
         return worker["host"] in lost
     return not runs_here(worker)
@@ -222,5 +222,5 @@ def _forgotten(study: Study) -> list[FrozenTrial]:
         trial
         for trial in _lost(study.get_trials(deepcopy=False))
         # Machines differ in their clocks, and even in their time zones.
-        if trial.datetime_complete is not None and abs(datetime.now() - trial.datetime_complete) > MOMENT
+        if trial.datetime_complete is not None and abs(datetime.now() - trial.datetime_complete) > HANDOVER
     ]

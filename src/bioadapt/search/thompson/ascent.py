@@ -17,8 +17,8 @@ Choices = Mapping[str, Sequence[Any]]
 
 EXHAUSTIVE = 1024
 SWEEPS = 4
-# Where a configuration's features have to be asked for one by one: so many starts, and of a parameter with more
-# alternatives than a few only those that were best for the first start.
+# These bound an ascent in which a configuration's features have to be asked for one by one: the number of starts;
+# and of a parameter with more than FEW alternatives how many are tried: those that were best for the first start.
 CLIMBERS, FEW, SHORTLIST = 3, 32, 12
 
 

@@ -104,7 +104,7 @@ class MappedDesign:
         ]
 
     def _rows(self, seen: Sequence[Mapping[Feature, float]]) -> Array:
-        # A last column takes what the model does not have.
+        # Features that the model does not have go into a last column, which is dropped.
         matrix = np.zeros((len(seen), len(self._names) + 1))
         rows = np.repeat(np.arange(len(seen)), [len(values) for values in seen])
         columns = [self._place.get(name, -1) for name in chain.from_iterable(seen)]

@@ -15,8 +15,9 @@ Array = NDArray[np.float64]
 
 # The kinds of weights; each has a prior sd of its own.
 MAIN_EFFECT, INTERACTION, WALK = range(3)
-# Of standardised scores: prior sd of a main effect; how many times that an interaction has, and a step of a walk, from
-# a number that counts smoothly to one with a cliff; residual variance.
+# The grid over which scales are averaged, in units of standardised scores. MAIN: the prior sd of a main effect. RATIO:
+# that of an interaction, as a multiple of MAIN. ROUGH: that of one step of a walk, as a multiple of MAIN, from a number
+# that counts smoothly to one with a cliff. RESIDUAL: the residual variance.
 MAIN = (0.15, 0.4, 1.0)
 RATIO = (0.1, 0.3, 1.0)
 ROUGH = (0.2, 0.7, 2.0)

@@ -53,7 +53,7 @@ class RungRegression:
             (trial.intermediate_values[step], trial.value) for trial in finished if step in trial.intermediate_values
         ]
         scores = np.array([pair for pair in pairs if np.isfinite(pair).all()], dtype=float).reshape(-1, 2)
-        # One trial that diverged would be the only one that a line through all of them sees.
+        # A trial that diverged is left out, since it alone would decide where a least-squares line runs.
         middle = np.median(scores, axis=0) if len(scores) else np.zeros(2)
         spread = np.median(np.abs(scores - middle), axis=0) if len(scores) else np.zeros(2)
         usual = ((np.abs(scores - middle) <= 20 * spread) | (spread == 0)).all(1)

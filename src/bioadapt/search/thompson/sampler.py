@@ -462,14 +462,14 @@ def _standardised(scores: Array) -> tuple[Array, float, float]:
     finite = scores[np.isfinite(scores)]
     if len(finite) == 0:
         return np.zeros(len(scores)), 0.0, 1.0
-    # Held back by a factor, so that no difference overflows.
+    # Scores may be as large as floats get: divided by 32, no difference of two of them overflows.
     scores = np.clip(scores, finite.min(), finite.max()) / 32
     middle = np.median(scores)
     better = [np.quantile(part, (0.5, 0.75)) for part in (scores, scores[:FIRST])]
     spread, upper = max((high - low, high) for low, high in better)
     if spread > 0:
         scores = np.maximum(scores, upper - WORST * spread / ndtri(0.75))
-    # And no square.
+    # Divided by the largest deviation, no square of a deviation overflows either.
     largest = np.abs(scores - middle).max()
     if largest == 0:
         return np.zeros(len(scores)), float(middle * 32), 1.0
@@ -496,7 +496,7 @@ def _pool_repetitions(
     mean = np.bincount(own, values, len(numbers)) / np.maximum(size, 1)
     freedom = (size[size > 0] - 1).sum()
     noise = float(((values - mean[own]) ** 2).sum() / freedom) if freedom else 0.0
-    # Never exactly zero: a mean weighs its trials by the inverse.
+    # A variance is never exactly zero, since a mean weighs its trials by the inverse.
     precision = 1 / np.maximum(np.where(unstated, noise, errors), 1e-8)
     first = np.unique(group, return_index=True)[1]
     total = np.bincount(group, precision)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...checkpoint import PREFIX
 from ..compare import assert_equal_tensors, assert_identical
-from .subject import Adapted, Inside, bio_tensors, on, shaken
+from .subject import Adapted, Inside, bio_tensors, on, with_other_parameters
 
 ROOT = "base_model.model."
 
@@ -41,7 +41,7 @@ class Saving(Inside):
         expected = adapted.output(model.eval())
         other = copy.deepcopy(model) if way == "copied" else pickle.loads(pickle.dumps(model))
         assert_identical(adapted.output(other), expected, "the copy's output")
-        adapted.output(shaken(other))
+        adapted.output(with_other_parameters(other))
         assert_identical(adapted.output(model), expected, "the original after a change of the copy")
 
 

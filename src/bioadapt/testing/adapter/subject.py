@@ -164,7 +164,7 @@ def bio_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def shaken(model: nn.Module) -> nn.Module:
+def with_other_parameters(model: nn.Module) -> nn.Module:
     """The same model with other adapter parameters."""
     for name, parameter in model.named_parameters():
         if is_bio(name):

@@ -20,7 +20,10 @@ class Decoding(Bare):
     def test_prefill_and_steps_equal_the_full_forward(self, subject: Subject) -> None:
         primitive, x, x_in = subject.woken(), subject.features(), subject.inputs()
         memory, expected = Memory(), primitive(x, Context(x_in=x_in))
-        found = [said(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT]), *steps(primitive, memory, x, x_in, PROMPT)]
+        found = [
+            continued(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT]),
+            *steps(primitive, memory, x, x_in, PROMPT),
+        ]
         assert_same(torch.cat(found, 1), expected, f"{subject.name}: prefill and steps")
 
     def test_left_padded_prompts_decode_as_alone(self, subject: Subject) -> None:
@@ -28,7 +31,7 @@ class Decoding(Bare):
         mask = torch.arange(TOKENS) >= torch.tensor([0, PROMPT - 1, 17])[:, None]
         expected = primitive(x, Context(x_in=x_in, mask=mask))
         memory = Memory()
-        found = [said(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT], mask=mask[:, :PROMPT])]
+        found = [continued(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT], mask=mask[:, :PROMPT])]
         found += steps(primitive, memory, x, x_in, PROMPT)
         assert_same(torch.cat(found, 1)[mask], expected[mask], f"{subject.name}: left-padded prompts")
 
@@ -36,9 +39,9 @@ class Decoding(Bare):
         primitive, x, x_in = subject.woken(), subject.features(), subject.inputs()
         straight = primitive(x, Context(x_in=x_in))[:, PROMPT:]
         memory, rejected = Memory(), 5
-        said(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT])
+        continued(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT])
         draft = random(x.shape[0], rejected, x.shape[-1], seed=44)
-        said(primitive, memory, draft, random(x.shape[0], rejected, x_in.shape[-1], seed=45))
+        continued(primitive, memory, draft, random(x.shape[0], rejected, x_in.shape[-1], seed=45))
         memory.crop(rejected)
         found = torch.cat(steps(primitive, memory, x, x_in, PROMPT), 1)
         assert_same(found, straight, f"{subject.name}: after {rejected} rejected tokens")
@@ -49,7 +52,7 @@ class Decoding(Bare):
         x[:, PROMPT:], x_in[:, PROMPT:] = x[:1, PROMPT:], x_in[:1, PROMPT:]
         expected = primitive(x[beams], Context(x_in=x_in[beams]))[:, PROMPT:]
         memory = Memory()
-        said(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT])
+        continued(primitive, memory, x[:, :PROMPT], x_in[:, :PROMPT])
         memory.map(lambda series: series.index_select(0, beams))
         found = torch.cat(steps(primitive, memory, x, x_in, PROMPT), 1)
         assert_same(found, expected, f"{subject.name}: reordered")
@@ -59,17 +62,17 @@ class Decoding(Bare):
         before, attributes = buffers(primitive), set(vars(primitive))
         first = primitive(x, Context(x_in=x_in))
         primitive(-2 * x, Context(x_in=x_in, bidirectional=True))
-        said(primitive, Memory(), x, x_in)
+        continued(primitive, Memory(), x, x_in)
         assert_identical(primitive(x, Context(x_in=x_in)), first, f"{subject.name}: the same input again")
         assert_equal_tensors(buffers(primitive), before, f"{subject.name}: buffers after eval")
         assert set(vars(primitive)) == attributes, f"{subject.name}: a forward left something on the module"
 
 
-def said(primitive: Primitive, memory: Memory, x: Tensor, x_in: Tensor, mask: Tensor | None = None) -> Tensor:
+def continued(primitive: Primitive, memory: Memory, x: Tensor, x_in: Tensor, mask: Tensor | None = None) -> Tensor:
     """One forward that goes on where ``memory`` stopped."""
     return primitive(x, Context(x_in=x_in, mask=mask, state=memory.part("layer")))
 
 
 def steps(primitive: Primitive, memory: Memory, x: Tensor, x_in: Tensor, start: int) -> list[Tensor]:
     """Token by token from ``start`` to the end."""
-    return [said(primitive, memory, x[:, t : t + 1], x_in[:, t : t + 1]) for t in range(start, x.shape[1])]
+    return [continued(primitive, memory, x[:, t : t + 1], x_in[:, t : t + 1]) for t in range(start, x.shape[1])]
