@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import disk_offload
 from datasets import Dataset
+from helpers.models import VOCAB, awake, bert, close, digest, gpt2, output, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from helpers.models import VOCAB, awake, bert, close, digest, gpt2, output, step, tokens, unchanged
 
 from bioadapt import BioConfig
 
