@@ -8,10 +8,15 @@ import pytest
 import torch
 from accelerate import disk_offload
 from datasets import Dataset
-from helpers.models import VOCAB, awake, bert, close, digest, gpt2, output, step, tokens, unchanged
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from helpers.models import BERT, VOCAB, awake, bert, classifier, close, digest, gpt2, output, step, tokens, unchanged
+from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+)
 
 from bioadapt import BioConfig
 
@@ -58,6 +63,50 @@ def test_the_adapter_sits_over_trained_tokens():
     step(model, tokens())
     assert not close(output(model, tokens()), before, 1e-3)
     assert model.unload() is under
+
+
+# -- tasks --
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_that_the_model_cannot_do_leaves_it_as_it_was(task):
+    model = bert()
+    with unchanged(model), pytest.raises(ValueError, match=f"task_type='{task}': BertModel generates nothing"):
+        get_peft_model(model, awake(task_type=task))
+
+
+def test_whatever_fails_in_a_task_leaves_the_model_as_it_was(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("later")
+
+    monkeypatch.setattr("peft.peft_model._set_trainable", fail)
+    model = classifier()
+    with unchanged(model), pytest.raises(RuntimeError, match="later"):
+        get_peft_model(model, awake(task_type="TOKEN_CLS"))
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "head"),
+    [
+        (TaskType.TOKEN_CLS, AutoModelForTokenClassification, "classifier"),
+        (TaskType.QUESTION_ANS, AutoModelForQuestionAnswering, "qa_outputs"),
+    ],
+)
+def test_the_head_of_a_task_is_trained_and_saved(task, kind, head, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return kind.from_config(BertConfig(**BERT))
+
+    config = awake(task_type=task)
+    model = get_peft_model(base(), config)
+    assert config.modules_to_save is None and head in model.peft_config["default"].modules_to_save
+    before = output(model, tokens()) if task == TaskType.TOKEN_CLS else None
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any(f"{head}.modules_to_save.default" in name for name in trained)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert before is None or close(output(again, tokens()), before)
 
 
 # -- reference adapters of preference training --

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TaskType
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 from .._words import suggest
 from ..config import ELSEWHERE, BioConfig
 from .layer import BioLayer
+from .tree import undone_on_failure
 
 
 def base_of(under: PeftModel | PeftMixedModel) -> nn.Module:
@@ -58,6 +62,31 @@ def check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str
             f"(modules_to_save={sorted(config.modules_to_save or [])} here); give the bio adapter another one, for "
             f"instance adapter_name={free_name(module._adapters)!r}"
         )
+
+
+# What PEFT trains in full for a task, and notes in the configuration only after the adapter has copied it.
+_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def made_for_task(original: Callable[..., None], self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """Around the ``__init__`` of PEFT's models for tasks: what the task needs is there, or the model is as before.
+
+    Raises:
+        ValueError: the model cannot do what ``task_type`` says.
+    """
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    model, config = given.arguments["model"], given.arguments.get("peft_config")
+    if not isinstance(config, BioConfig):
+        return original(*given.args, **given.kwargs)
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={TaskType(config.task_type).value!r}: {type(model).__name__} generates nothing; "
+            "load it with its head, such as by AutoModelForCausalLM, or leave task_type=None"
+        )
+    heads = [*(config.modules_to_save or []), *_HEADS.get(config.task_type, [])]
+    given.arguments["peft_config"] = dataclasses.replace(config, modules_to_save=heads or None)
+    with undone_on_failure(model):
+        return original(*given.args, **given.kwargs)
 
 
 def check_attributes(config: BioConfig) -> None:
