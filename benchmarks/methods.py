@@ -275,7 +275,7 @@ def methods(subject: Subject) -> list[Method]:
             ]
     if "pairs" in subject.questions:
         found += [
-            _configured("san", "bioadapt", partial(SanConfig, wiring=subject.wiring), "san_scaling"),
+            _configured("san", "bioadapt", partial(SanConfig, wiring=subject.wiring, zero_scale=1.0), "san_scaling"),
             Method("san_rescaled", "official", _each(RescaledSan)),
         ]
     return found

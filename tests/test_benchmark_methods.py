@@ -138,7 +138,7 @@ def test_rescaled_san(bench, host):
     mine, other, pairs = both(bench, subject, "san", "san_rescaled")
     with torch.no_grad():
         for primitive, form in pairs:
-            form.gamma.copy_(1 + primitive.theta)
+            form.gamma.copy_(1 + primitive.change_of_gain())
             assert (subject.anterior(primitive.path) is None) == (not primitive.anterior)
     assert any(primitive.anterior for primitive, _ in pairs)
     assert_same(subject, mine, other, lambda own: own)

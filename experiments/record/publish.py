@@ -9,7 +9,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from scipy.stats import t as student
@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from bioadapt import list_primitives
 from bioadapt.record import Finding
 from experiments.record.bench import FAMILIES
-from experiments.record.run import HERE, PLACEBOS, Result, read
+from experiments.record.run import HERE, PLACEBOS, Result, identity, read
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 LORA, TABLE = "lora-r8", ("<!-- table -->", "<!-- end of table -->")
@@ -61,7 +61,7 @@ def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
     """The best cell of an arm's first seed, and the scores of all seeds at its rates."""
     own = [result for result in results if result.arm == arm]
     best = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
-    same = [result for result in own if (result.rate, result.factor) == (best.rate, best.factor)]
+    same = [result for result in own if replace(identity(result), seed=0) == identity(best)]
     return best, {result.seed: result.dev for result in same}
 
 

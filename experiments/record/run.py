@@ -16,13 +16,13 @@ import csv
 import random
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from bioadapt import BioConfig, list_primitives
+from bioadapt import BioConfig, list_primitives, primitive_info
 from experiments.record import placebo
 from experiments.record.bench import FAMILIES, Bench
 
@@ -37,13 +37,17 @@ PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearB
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained: ``rate`` of the LoRA, ``factor`` by which the mechanism's differs from it."""
+    """What is trained: ``rate`` of the LoRA, ``factor`` by which the mechanism's differs from it.
+
+    ``zero_scale``: of the mechanism, as new adapters had it when the cell was trained; 1 for a LoRA.
+    """
 
     task: str
     arm: str
     seed: int
     rate: float
     factor: float = 1.0
+    zero_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,15 @@ class Screen:
     def __init__(self, data_dir: Path, output: Path, rows: int = ROWS) -> None:
         self.data_dir, self.output, self.rows = data_dir, output, rows
         self.benches: dict[str, Bench] = {}
-        self.results = {_key(result): result for result in read(output)}
+        self.results = {identity(result): result for result in read(output)}
 
     def run(self, cell: Cell) -> Result:
         """The result of a cell, from the file if it is there."""
-        if _key(cell) not in self.results:
-            result = self.results[_key(cell)] = self._train(cell)
+        if identity(cell) not in self.results:
+            result = self.results[identity(cell)] = self._train(cell)
             append(self.output, result)
             print(f"{cell.task} {cell.arm} seed {cell.seed}, rate {cell.rate:g} x {cell.factor:g}: {result.dev:.2f}")
-        return self.results[_key(cell)]
+        return self.results[identity(cell)]
 
     def _train(self, cell: Cell) -> Result:
         if cell.task not in self.benches:
@@ -75,7 +79,8 @@ class Screen:
         model: PeftModel = get_peft_model(bench.upper, _lora(cell.arm))
         rates = {"": cell.rate}
         if not cell.arm.startswith("lora-"):
-            model = get_peft_model(model, BioConfig(primitives=[cell.arm], seed=cell.seed))
+            entry = {"name": cell.arm, "zero_scale": cell.zero_scale}
+            model = get_peft_model(model, BioConfig([entry], seed=cell.seed))
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.requires_grad_(True)
@@ -100,20 +105,20 @@ class Screen:
         arms = list_primitives()
         random.Random(0).shuffle(arms)
         arms = [*PLACEBOS, *(arm for arm in arms if arm not in PLACEBOS)]
+        scales = {arm: primitive_info(arm).fresh_zero_scale for arm in arms}
         for factor in FACTORS:
             for arm in arms:
                 for task in FAMILIES:
-                    self.run(Cell(task, arm, 0, self.best_rate(task), factor))
+                    self.run(Cell(task, arm, 0, self.best_rate(task), factor, scales[arm]))
         for seed in range(1, SEEDS):
             for task in FAMILIES:
                 for rank in RANKS:
                     self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
             for arm in arms:
                 for task in FAMILIES:
-                    rate = self.best_rate(task)
-                    tried = [self.run(Cell(task, arm, 0, rate, factor)) for factor in FACTORS]
-                    best = max(tried, key=lambda result: result.dev)
-                    self.run(Cell(task, arm, seed, rate, best.factor))
+                    tried = [result for result in self.results.values() if (result.task, result.arm) == (task, arm)]
+                    best = max((result for result in tried if result.seed == 0), key=lambda result: result.dev)
+                    self.run(Cell(task, arm, seed, best.rate, best.factor, best.zero_scale))
 
 
 def _lora(arm: str) -> LoraConfig:
@@ -121,8 +126,8 @@ def _lora(arm: str) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
 
 
-def _key(cell: Cell) -> tuple[str, str, int, float, float]:
-    return cell.task, cell.arm, cell.seed, cell.rate, cell.factor
+def identity(cell: Cell) -> Cell:
+    return Cell(**{field.name: getattr(cell, field.name) for field in fields(Cell)})
 
 
 def read(path: Path) -> Iterator[Result]:
@@ -130,7 +135,7 @@ def read(path: Path) -> Iterator[Result]:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 given = {name: row[name] for name in ("task", "arm")}
-                numbers = {name: float(row[name]) for name in ("rate", "factor", "dev", "seconds")}
+                numbers = {name: float(row[name]) for name in ("rate", "factor", "zero_scale", "dev", "seconds")}
                 yield Result(**given, **numbers, seed=int(row["seed"]), params=int(row["params"]))
 
 
@@ -157,7 +162,7 @@ def table(results: Sequence[Result]) -> str:
             own = [result for result in results if result.arm == arm and result.task == task]
             if own:
                 first = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
-                kept = [result for result in own if (result.rate, result.factor) == (first.rate, first.factor)]
+                kept = [result for result in own if replace(identity(result), seed=0) == identity(first)]
                 by_task[task] = [result.dev - lora[task, result.seed] for result in kept]
         means = {task: statistics.fmean(found) for task, found in by_task.items()}
         mean = statistics.fmean(means.values())

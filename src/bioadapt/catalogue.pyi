@@ -8,7 +8,7 @@ from typing import Any, Literal
 def acetylcholine_balance(
     *,
     groups: int = 16,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Features move towards their own recent past as far as that has been predicting them well.
 
@@ -21,7 +21,7 @@ def antihebbian_decorrelation(
     *,
     rank: int = 8,
     rate: float = 0.1,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Latents inhibit each other as much as they have been active together, until they no longer are.
 
@@ -34,7 +34,7 @@ def antihebbian_decorrelation(
 def apical_basal(
     *,
     rank: int = 8,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A unit bursts if its own drive of now and a prediction from the past are both above threshold.
 
@@ -47,7 +47,7 @@ def astrocyte_gain(
     *,
     groups: int = 16,
     tau: float = 64.0,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Activity summed over a territory and many tokens raises or lowers the gain of everything in it.
 
@@ -62,7 +62,7 @@ def attention_gain(
     rank: int = 4,
     exponent: float = 2.0,
     self_weight: float = 0.25,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A learned attention field multiplies each unit's drive, and the attended population normalizes it.
 
@@ -77,7 +77,7 @@ def basal_ganglia_gate(
     *,
     stripes: int = 2,
     rank: int = 8,
-    resting: float = 0.0,
+    resting: float = 0.2,
     zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Stripes of working memory take in the present where Go wins over NoGo, and hold what they have elsewhere.
@@ -92,7 +92,7 @@ def basal_ganglia_gate(
 def bcm_threshold(
     *,
     rate: float = 0.05,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
@@ -105,7 +105,7 @@ def bump_attractor(
     *,
     planes: int = 2,
     units: int = 8,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """A vector in the plane is moved by what comes in, and a ring of cells shows its direction, not its length.
 
@@ -118,7 +118,7 @@ def bump_attractor(
 def ca1_comparator(
     *,
     rank: int = 8,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """The gain falls with the similarity between the present token and those before it.
 
@@ -132,7 +132,7 @@ def cerebellar_granule(
     cells: int = 256,
     claws: int = 4,
     rank: int = 8,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
@@ -160,7 +160,7 @@ def complementary_fast_weights(
 def contrast_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Each group of channels is divided by how much it has been varying.
 
@@ -185,7 +185,7 @@ def dale_small_world(
     *,
     neighbours: int = 4,
     rewiring: float = 0.1,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Units send to a few neighbours and a few far ones, and all that one of them sends has the same sign.
 
@@ -199,7 +199,7 @@ def dentate_separation(
     *,
     rank: int = 8,
     blocks: int = 16,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """A latent is expanded onto many granule cells, of which only one in each block fires.
 
@@ -213,7 +213,7 @@ def divisive_normalization(
     *,
     exponent: float = 2.0,
     self_weight: float = 0.25,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each unit is divided by the pooled activity of the population: expansive when faint, saturating when strong.
 
@@ -226,7 +226,7 @@ def divisive_normalization(
 def dopamine_rpe(
     *,
     auxiliary: float = 0.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A temporal-difference error, read from the features, raises or lowers all of them together.
 
@@ -239,7 +239,7 @@ def efference_copy(
     *,
     rank: int = 16,
     rate: float = 0.5,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A local rule learns which features follow from the layer's previous input, and takes them away.
 
@@ -252,7 +252,7 @@ def efference_copy(
 def excitation_inhibition_balance(
     *,
     groups: int = 8,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """In each group of units the positive and the negative half are scaled towards their geometric mean.
 
@@ -322,7 +322,7 @@ def gap_junction(
 def grid_cell_code(
     *,
     scales: int = 4,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Features are steps on a plane; where their sum has led is told by grids of several scales.
 
@@ -335,7 +335,7 @@ def hebbian_trace(
     *,
     rank: int = 8,
     rate: float = 0.02,
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.25,
 ) -> dict[str, Any]:
     """A low-rank path whose core is a running correlation of what goes in and what comes out.
 
@@ -348,7 +348,7 @@ def hebbian_trace(
 def heterosynaptic_scaling(
     *,
     rank: int = 8,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A low-rank change of the weights that leaves the length of every neuron's weight vector as it was.
 
@@ -360,7 +360,7 @@ def heterosynaptic_scaling(
 def homeostatic_scaling(
     *,
     rate: float = 0.05,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A slow gain per channel brings every channel to the mean rate of all.
 
@@ -387,7 +387,7 @@ def intrinsic_plasticity(
     *,
     target: float = 0.2,
     rate: float = 0.02,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
@@ -400,7 +400,7 @@ def intrinsic_plasticity(
 def k_winners_take_all(
     *,
     fraction: float = 0.25,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Only the k strongest units of a token pass, unchanged; all others are silenced.
 
@@ -412,7 +412,7 @@ def k_winners_take_all(
 def kv_lif(
     *,
     steps: int = 6,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 
@@ -424,7 +424,7 @@ def kv_lif(
 def lateral_inhibition(
     *,
     rank: int = 4,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Each unit is reduced by a weighted sum of its neighbours' activity, down to silence.
 
@@ -437,7 +437,7 @@ def leaky_integrate_fire(
     *,
     steps: int = 4,
     beta: float = 0.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each unit counts the spikes that a leaky membrane makes of its drive: none below rheobase, then in steps.
 
@@ -450,7 +450,7 @@ def leaky_integrate_fire(
 def leaky_integrator(
     *,
     rank: int = 8,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Latents are averaged over the past, each with a time constant of its own.
 
@@ -475,7 +475,7 @@ def metaplasticity(
     *,
     rank: int = 8,
     hardness: float = 2.0,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
@@ -547,7 +547,7 @@ def neuro_lora(
 def nmda_branches(
     *,
     branches: int = 16,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Input synapses sit on separate dendritic branches, each with a local spike of its own.
 
@@ -572,7 +572,7 @@ def oja_subspace(
     *,
     rank: int = 8,
     rate: float = 0.05,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A local rule finds the principal components of the features; each gets one learned gain.
 
@@ -584,7 +584,7 @@ def oja_subspace(
 
 def on_off_rectification(
     *,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each feature is split at two thresholds into an ON and an OFF half with separate gains.
 
@@ -594,7 +594,7 @@ def on_off_rectification(
 
 def oscillatory_gating(
     *,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each channel opens and closes with the position in the document, whatever the content.
 
@@ -605,7 +605,7 @@ def oscillatory_gating(
 def phase_coding(
     *,
     rank: int = 4,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """What drives a latent moves its phase against a clock; its amplitude never changes.
 
@@ -618,7 +618,7 @@ def place_fields(
     *,
     fields: int = 16,
     dimensions: int = 3,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Features are read as a place on a map, and only the cells whose field lies there answer.
 
@@ -631,7 +631,7 @@ def place_fields(
 def population_code(
     *,
     centres: int = 6,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 
@@ -660,7 +660,7 @@ def predictive_coding(
     *,
     rank: int = 8,
     auxiliary: float = 0.0,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A latent trace of the past predicts the present token; what remains is the error.
 
@@ -674,7 +674,7 @@ def quadratic_dendrite(
     *,
     rank: int = 6,
     mode: Literal["bilinear", "ndi"] = "bilinear",
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.25,
 ) -> dict[str, Any]:
     """Products of projections of the input, or of one projection with the output, are added to each unit.
 
@@ -687,7 +687,7 @@ def quadratic_dendrite(
 def resonate_and_fire(
     *,
     rank: int = 8,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Damped oscillators ring at periods of their own, and what rises above a threshold is passed on.
 
@@ -703,7 +703,7 @@ def san_scaling(
     propagate_detached: bool = False,
     wiring: Literal["residual", "official_vit"] | dict[str, str] = "residual",
     patch_gain: bool = True,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 
@@ -720,7 +720,7 @@ def san_scaling(
 def serotonin_horizon(
     *,
     rank: int = 4,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """A bank of traces from fast to slow is read at the time constant that a slow level of the features points to.
 
@@ -733,7 +733,7 @@ def short_term_depression(
     *,
     groups: int = 32,
     tau: float = 11.0,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """A synapse answers less and less while it is used, and recovers in silence.
 
@@ -747,7 +747,7 @@ def short_term_facilitation(
     *,
     groups: int = 32,
     tau: float = 11.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A synapse with little to release at first answers more and more while it is used, and forgets in silence.
 
@@ -760,7 +760,7 @@ def short_term_facilitation(
 def shunting_inhibition(
     *,
     rank: int = 4,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Each unit saturates with its own drive, and the layer's input divides it further.
 
@@ -788,7 +788,7 @@ def sparse_coding(
 def spike_frequency_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 
@@ -800,7 +800,7 @@ def spike_frequency_adaptation(
 def stdp_trace(
     *,
     rank: int = 6,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """An antisymmetric memory of which latent followed which, read by the latents of the present.
 
@@ -812,7 +812,7 @@ def stdp_trace(
 def surround_suppression(
     *,
     groups: int = 4,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 
@@ -825,7 +825,7 @@ def synaptic_consolidation(
     *,
     levels: int = 6,
     exchange: float = 0.25,
-    zero_scale: float = 64.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """A gain per channel whose value flows, step by step, into a chain of hidden variables, each slower than the last.
 
@@ -838,7 +838,7 @@ def synaptic_consolidation(
 def synaptic_pruning(
     *,
     threshold: float = 0.2,
-    zero_scale: float = 256.0,
+    zero_scale: float = 128.0,
 ) -> dict[str, Any]:
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
@@ -851,7 +851,7 @@ def synaptic_tagging(
     *,
     rank: int = 8,
     threshold: float = 0.001,
-    zero_scale: float = 4.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Changes of the weights fade back to a late phase, which follows them only where tag and protein meet.
 
@@ -864,7 +864,7 @@ def synaptic_tagging(
 def thalamic_relay(
     *,
     groups: int = 16,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
@@ -890,7 +890,7 @@ def travelling_wave(
 def trn_searchlight(
     *,
     groups: int = 8,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Groups of channels compete, and what one of them gains in amplification the others lose.
 
@@ -902,7 +902,7 @@ def trn_searchlight(
 def vesicle_release(
     *,
     sites: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Transmission is the outcome of a few unreliable release sites, whose mean is used at evaluation.
 
@@ -914,7 +914,7 @@ def vesicle_release(
 def vip_disinhibition(
     *,
     groups: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Local activity recruits subtractive and divisive inhibition; the layer's input can call off the subtractive.
 

@@ -235,6 +235,8 @@ def show(
         ("merges", _merging(info)),
         ("parameters", f"{count:,} on a layer from {EXAMPLE_WIDTH} to {EXAMPLE_WIDTH} features"),
         ("also", ", ".join(_traits(info)) or "-"),
+        ("at birth", f"zero is the {info.zero_at}; a new adapter takes zero_scale={info.fresh_zero_scale:g}"),
+        ("record", "\n".join(map(str, info.record)) or "not measured"),
     ):
         facts.add_row(label, _plain(value))
     console.print(info.name, style="bold", highlight=False)
@@ -247,6 +249,33 @@ def show(
     console.print(_example(info), highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
         _say(f"\nPicture: {plot}")
+
+
+@app.command()
+def suggest(
+    task: Annotated[str | None, typer.Option(help="A task of the record or a family of tasks, such as sts.")] = None,
+    merges: Annotated[bool, typer.Option("--merges", help="Only what can become part of a weight.")] = False,
+    causal: Annotated[bool, typer.Option("--causal", help="Only what a language model can have.")] = False,
+    cheap: Annotated[bool, typer.Option("--cheap", help="Only gains: a few numbers for each channel.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Rank the mechanisms by what was measured of them, over a LoRA of their size and over a placebo."""
+    with _answered():
+        from dataclasses import asdict
+
+        from .record import suggest as suggested
+
+        found = suggested(task, merges=merges, causal=causal, cheap=cheap)
+    if as_json:
+        _say_json([asdict(suggestion) for suggestion in found])
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "over a LoRA of its size", "over a placebo", "x the LoRA's rate", "tasks"):
+        table.add_column(column, no_wrap=True)
+    for one in found:
+        tasks = ", ".join(f"{finding.task} ({finding.stage})" for finding in one.findings)
+        table.add_row(one.primitive, f"{one.over_equal:+.2f}", f"{one.over_placebo:+.2f}", f"{one.factor:g}", tasks)
+    _console().print(table, highlight=False)
 
 
 @app.command()

@@ -272,6 +272,27 @@ class BioConfig(PeftConfig):
         given = {word: value for word, value in entry.items() if value != default[word]}
         return {"name": entry["name"], **given} if given else entry["name"]
 
+    @classmethod
+    def recommended(cls, model: Any, task: str | None = None) -> BioConfig:
+        """The mechanism that the record has furthest over a LoRA of its size, with its defaults.
+
+        The record (`bioadapt.record`, ``bioadapt suggest``) says how far that is and how sure: where no mechanism was
+        found ahead, this is the one that lost least.
+
+        Args:
+            model: what it is for. A model without a ``model_type`` gets a mechanism that reads no time, since it is not
+                known there in which direction time runs.
+            task: a task of the record or a family of tasks; None for the mean over all.
+
+        Raises:
+            ValueError: nothing was measured on such a task; the nearest names are given.
+        """
+        from .record import suggest as ranked
+
+        typed = bool(getattr(getattr(model, "config", None), "model_type", None))
+        names = [one.primitive for one in ranked(task, causal=True)]
+        return cls([next(name for name in names if typed or primitive_info(name).kind != "causal")])
+
     def to_dict(self) -> dict[str, Any]:
         """All fields; sets as sorted lists, so that two saves of one configuration are the same file."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}

@@ -7,11 +7,13 @@ of it is written by hand.
 from __future__ import annotations
 
 import csv
+import statistics
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-FAMILIES = ("sts", "pairs", "clustering", "classification")
+from ._words import suggest as nearest
+from .registry import list_primitives, primitive_info
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,67 @@ class Finding:
 def record() -> tuple[Finding, ...]:
     """All findings, as they stand in the file."""
     text = files("bioadapt").joinpath("record.csv").read_text(encoding="utf-8")
-    return tuple(
-        Finding(
-            **{name: row[name] for name in ("primitive", "family", "task", "stage")},
-            **{name: float(row[name]) for name in ("over_lora", "over_equal", "over_placebo", "factor")},
-            **{name: float(row[name]) if row[name] else None for name in ("low", "high")},
-            **{name: int(row[name]) for name in ("seeds", "params")},
-        )
-        for row in csv.DictReader(text.splitlines())
+    return tuple(_finding(row) for row in csv.DictReader(text.splitlines()))
+
+
+def _finding(row: dict[str, str]) -> Finding:
+    return Finding(
+        primitive=row["primitive"],
+        family=row["family"],
+        task=row["task"],
+        over_lora=float(row["over_lora"]),
+        over_equal=float(row["over_equal"]),
+        over_placebo=float(row["over_placebo"]),
+        low=float(row["low"]) if row["low"] else None,
+        high=float(row["high"]) if row["high"] else None,
+        seeds=int(row["seeds"]),
+        factor=float(row["factor"]),
+        params=int(row["params"]),
+        stage=row["stage"],
     )
 
 
 def findings(primitive: str) -> tuple[Finding, ...]:
     """What was found of one primitive; empty for one that was not measured."""
     return tuple(finding for finding in record() if finding.primitive == primitive)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A mechanism and what the record says of it on the tasks that were asked for: means of its findings."""
+
+    primitive: str
+    over_equal: float
+    over_placebo: float
+    factor: float
+    findings: tuple[Finding, ...]
+
+
+def suggest(
+    task: str | None = None, *, merges: bool = False, causal: bool = False, cheap: bool = False
+) -> list[Suggestion]:
+    """Mechanisms that were measured, the one furthest over a LoRA of its size first, losses last.
+
+    Args:
+        task: a task of the record, or a family of tasks; None for all of them.
+        merges: only those that can become part of a weight.
+        causal: only those that see no later token, as a language model needs them.
+        cheap: only gains, which have a few numbers for each channel.
+
+    Raises:
+        ValueError: nothing was measured on such a task; the nearest names are given.
+    """
+    known = sorted({finding.task for finding in record()} | {finding.family for finding in record()})
+    if task is not None and task not in known:
+        raise ValueError(f"task={task!r}: {nearest(task, known)}")
+    found = []
+    for name in list_primitives():
+        info, own = primitive_info(name), [f for f in findings(name) if task in (None, f.task, f.family)]
+        wanted = (info.mergeable or not merges) and (info.kind != "global" or not causal) and (info.gain or not cheap)
+        if own and wanted:
+            over_equal, over_placebo = (
+                statistics.fmean(getattr(finding, field) for finding in own) for field in ("over_equal", "over_placebo")
+            )
+            factor = statistics.median(finding.factor for finding in own)
+            found.append(Suggestion(name, over_equal, over_placebo, factor, tuple(own)))
+    return sorted(found, key=lambda suggestion: -suggestion.over_equal)

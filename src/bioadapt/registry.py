@@ -13,12 +13,15 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._words import suggest
 from .primitives.base import Host, LocalRule, OnWeight, Primitive, Setting
 from .primitives.names import KINDS, STAGES, check_filter
 from .primitives.primitive import MERGES, ZEROS
+
+if TYPE_CHECKING:
+    from .record import Finding
 
 ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
@@ -61,6 +64,13 @@ class PrimitiveInfo:
     def gain(self) -> bool:
         """Whether it multiplies what is there, channel by channel, and adds nothing new."""
         return self.zero_at in ("gate", "scalar_gate") and self.kind != "weight"
+
+    @property
+    def record(self) -> tuple[Finding, ...]:
+        """What was measured of it, task by task; empty where nothing was."""
+        from .record import findings
+
+        return findings(self.name)
 
     @property
     def stateful(self) -> bool:

@@ -32,28 +32,30 @@ def test_every_tensor_learns_on_a_quiet_layer(name, targets):
 
 
 class TestGate:
-    def test_it_is_shut_while_go_and_nogo_are_silent(self):
+    def test_it_rests_where_it_is_told_to_while_go_and_nogo_are_silent(self):
         silent = torch.full((1, 3, 2), -2.0)
         opened = build_primitive("basal_ganglia_gate", 16, 16).opening(silent, silent)
-        assert torch.equal(opened, torch.zeros_like(opened))
+        torch.testing.assert_close(opened, torch.full_like(opened, 0.2))
+        shut = build_primitive("basal_ganglia_gate", 16, 16, resting=0.0).opening(silent, silent)
+        assert torch.equal(shut, torch.zeros_like(shut))
         half = build_primitive("basal_ganglia_gate", 16, 16, resting=0.5).opening(silent, silent)
         assert torch.equal(half, torch.full_like(half, 0.5))
 
     def test_it_opens_as_far_as_go_is_ahead(self):
         go, nogo = torch.tensor([[[0.5, 1.0, 3.0, 1.0]]]), torch.tensor([[[-1.0, 0.25, 0.0, 2.0]]])
-        module = build_primitive("basal_ganglia_gate", 16, 16, stripes=4)
+        module = build_primitive("basal_ganglia_gate", 16, 16, stripes=4, resting=0.0)
         torch.testing.assert_close(module.opening(go, nogo), torch.tensor([[[0.5, 0.75, 1.0, 0.0]]]))
 
     def test_a_shut_gate_learns(self):
         silent = torch.full((1, 3, 2), -1.0, requires_grad=True)
-        module = build_primitive("basal_ganglia_gate", 16, 16)
+        module = build_primitive("basal_ganglia_gate", 16, 16, resting=0.0)
         module.opening(silent, silent).sum().backward()
         assert (module.go_bias.grad > 0).all() and (module.nogo_bias.grad < 0).all()
 
 
 @pytest.mark.parametrize(
     ("name", "setting", "before", "now"),
-    [("basal_ganglia_gate", "resting", 0.5, 0.0), ("san_scaling", "patch_gain", False, True)],
+    [("basal_ganglia_gate", "resting", 0.5, 0.2), ("san_scaling", "patch_gain", False, True)],
 )
 def test_a_file_without_a_setting_keeps_the_function_of_its_time(name, setting, before, now):
     fresh = BioConfig([name])

@@ -7,6 +7,7 @@ import torch
 
 from bioadapt import build_primitive, list_primitives
 from bioadapt.primitives.base import Context
+from bioadapt.testing.primitive.subject import commit
 
 ALL = list_primitives()
 
@@ -23,7 +24,7 @@ def test_no_token_is_changed_by_nothing_and_teaches_nothing(name, shape):
         assert delta.shape == x.shape and primitive(x, with_x=True).shape == x.shape
         delta.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in primitive.parameters() if p.requires_grad)
-    primitive.commit()
+    commit(primitive)
     assert all(torch.equal(tensor, before[key]) for key, tensor in primitive.state_dict().items())
 
 

@@ -171,7 +171,7 @@ def test_without_dropout_training_is_answered_and_learns_the_same(name, models, 
         assert dict(history.validation) == pytest.approx(dict(plain.validation), abs=1e-3)
         for expected, tensor in zip(weights, own, strict=True):
             torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-4)
-    assert others[1][2] == 2  # one batch of the validation and one of training
+    assert others[1][2] == 3  # a batch of the validation, one of training, one that tells how far the adapter moved
 
 
 def test_dropout_stays_as_random_as_it_was(models, task, tmp_path):

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from bioadapt import BioConfig
-from bioadapt.tuner.masks import Unclear, read_mask
+from bioadapt.tuner.masks import SAY_SOMETHING_ELSE, Unclear, all_real, read_mask
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 LOWEST = torch.finfo(torch.float32).min
@@ -110,6 +110,14 @@ def test_a_tree_of_drafts_is_no_sequence():
 def test_what_is_not_understood_is_said(mask, says):
     with pytest.raises(Unclear, match=says):
         read_mask("attention_mask", mask, 1, 4, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 4, 4), (1, 2, 4, 4)])
+def test_a_mask_of_any_shape_may_mark_no_padding(shape):
+    assert all_real(torch.ones(shape)) and all_real(torch.ones(shape).bool()) and all_real(torch.zeros(shape))
+    padded = torch.ones(shape)
+    padded[..., -1] = 0
+    assert not all_real(padded) and not all_real(padded.long()) and not all_real((padded - 1) * 1e9)
 
 
 # -- models --
@@ -234,3 +242,123 @@ def test_padding_that_cannot_be_found_is_refused_where_it_matters():
         model(**given, attention_mask=padded)
     pointwise = adapted(transformers.VisualBertModel(config), ["lateral_inhibition"], target_modules=["output.dense"])
     pointwise(**given, attention_mask=padded)
+
+
+# -- masks under other names --
+
+
+class Mixing(nn.Module):
+    """A model of the user's own, called with a mask under any name."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(16, 16)
+
+    def forward(self, x, **masks):
+        return self.lin(x)
+
+
+class Listening(transformers.PreTrainedModel):
+    """A model as those of transformers."""
+
+    config_class = transformers.PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lin = nn.Linear(16, 16)
+
+    def forward(self, input_features, input_features_mask=None, pixel_mask=None, padding_mask=None, noise_mask=None):
+        return self.lin(input_features)
+
+
+def own(cls, *args, **fields):
+    torch.manual_seed(0)
+    return adapted(cls(*args), ["short_term_depression"], target_modules=["lin"], causal=False, **fields)
+
+
+SOME = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["padding_mask", "input_mask", "mask", "attn_mask", "key_padding_mask", "valid_mask"])
+def test_a_mask_of_which_nothing_tells_what_it_marks_is_refused_by_name(name):
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match=rf"lin reads its tokens in time, but {name} \(2, 5\) may mark padding"):
+        model(x, **{name: SOME})
+    for same in (torch.ones(2, 5), torch.zeros(2, 5).bool()):  # it hides nothing, whatever it means
+        assert torch.equal(model(x, **{name: same}), model(x))
+    pointwise = get_peft_model(Mixing(), BioConfig("lateral_inhibition", target_modules=["lin"]))
+    pointwise(x, **{name: SOME})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*SAY_SOMETHING_ELSE, "cross_attn_head_mask", "past_observed_mask", "decoder_mask"])
+def test_masks_that_say_something_else_are_not_read(name):
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    assert torch.equal(model(x, **{name: SOME}), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["input_features_mask", "padding_mask", "pixel_mask"])
+def test_masks_of_transformers_are_read_by_the_names_that_they_have_there(name):
+    model, x = own(Listening, transformers.PreTrainedConfig()), torch.randn(1, 5, 16)
+    padded = torch.cat([torch.full((1, 3, 16), 9.0), x], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 5])
+    torch.testing.assert_close(model(padded, **{name: mask})[:, 3:], model(x), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=rf"{name} \(1, 16\) does not tell which of the 1 x 8 tokens here"):
+        model(padded, **{name: mask.repeat_interleave(2, 1)})
+    with pytest.raises(ValueError, match=r"noise_mask \(1, 8\) may mark padding"):
+        model(padded, noise_mask=mask)
+
+
+@torch.no_grad()
+def test_padded_images_are_refused_with_padding_alone():
+    torch.manual_seed(0)
+    config = transformers.ViltConfig(**SIZES, vocab_size=50, image_size=16, patch_size=8)
+    model = adapted(transformers.ViltModel(config), target_modules=["output.dense"])
+    given = dict(input_ids=ids(1, 5), attention_mask=torch.ones(1, 5).long(), pixel_values=torch.randn(1, 3, 16, 16))
+    whole = torch.ones(1, 16, 16).long()
+    model(**given, pixel_mask=whole)
+    whole[:, 8:] = 0
+    with pytest.raises(ValueError, match=r"output.dense reads its tokens in time, but pixel_mask \(1, 16, 16\)"):
+        model(**given, pixel_mask=whole)
+
+
+@torch.no_grad()
+def test_padded_sound_is_refused_where_a_codec_makes_frames_of_it():
+    torch.manual_seed(0)
+    config = transformers.MimiConfig(
+        **SIZES, num_filters=4, num_residual_layers=1, upsampling_ratios=[4, 4], codebook_size=8, codebook_dim=4,
+        vector_quantization_hidden_dimension=4, num_quantizers=2, num_key_value_heads=1, head_dim=8,
+        upsample_groups=16, sampling_rate=16, frame_rate=0.5, num_semantic_quantizers=1,
+    )  # fmt: skip
+    model = adapted(transformers.MimiModel(config), target_modules=["fc2"])
+    sound, mask = torch.randn(1, 1, 320), torch.ones(1, 1, 320).long()
+    model(sound, padding_mask=mask)
+    mask[..., 200:] = 0
+    with pytest.raises(ValueError, match=r"fc2 reads its tokens in time, but padding_mask \(1, 1, 320\)"):
+        model(sound, padding_mask=mask)
+
+
+@torch.no_grad()
+def test_a_mask_that_is_one_at_padding_is_read_as_that_where_it_is_known():
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    model = adapted(transformers.XLNetModel(config), ["short_term_depression"], target_modules=["layer_2"])
+    given = torch.cat([torch.zeros(1, 3).long(), ids(1, 5)], 1)
+    real = torch.tensor([[0.0] * 3 + [1.0] * 5])
+    wanted = model(given, attention_mask=real, use_mems=False).last_hidden_state
+    found = model(given, input_mask=1 - real, use_mems=False).last_hidden_state
+    torch.testing.assert_close(found[:, 3:], wanted[:, 3:], atol=1e-6, rtol=1e-5)
+    ignored = model(given, use_mems=False).last_hidden_state
+    assert not torch.allclose(ignored[:, 3:], wanted[:, 3:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_patches_that_are_hidden_to_be_predicted_are_not_padding():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZES, image_size=16, patch_size=4)
+    base = transformers.ViTModel(config, use_mask_token=True)
+    model, image = adapted(base, target_modules=["output.dense", "fc2"]), torch.randn(2, 3, 16, 16)
+    hidden = torch.rand(2, 16) > 0.5
+    assert model(image, bool_masked_pos=hidden).last_hidden_state.isfinite().all()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers.models import awake, bert, bio_layers, classifier, close, output, tokens
 from peft import get_peft_model
 from torch import nn
@@ -67,6 +68,7 @@ def test_what_accelerate_wraps_it_unwraps():
     base = bert()
     base.add_adapter(awake(["short_term_depression"], ["output.dense"]))
     wanted = output(base, tokens())
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(base.train())
     prepared(**tokens()).last_hidden_state.sum().backward()

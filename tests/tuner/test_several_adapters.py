@@ -285,7 +285,7 @@ def test_samples_cannot_be_told_apart_once_merged():
 
 def test_adapters_of_one_model_may_differ_in_everything():
     model, inputs = adapted("mlp over tokens", "pointwise")
-    model.add_adapter("other", awake("ranked", ("lin1", "out"), composition="serial"))
+    model.add_adapter("other", awake("ranked", ("lin0", "lin1"), composition="serial"))
     model.add_adapter("third", BioConfig(primitives=["neuro_ada"], target_modules="all-linear"))
     outputs = []
     for name in ("default", "other", "third"):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bioadapt.circuits._classifier import Array, ContinualClassifier, blocks, check_choice, check_number
 from bioadapt.circuits.ridge import RidgeSums, packed, unpacked
 
-PENALTIES = 10.0 ** np.arange(-5, 3)  # times tr(G) / m, the mean squared activity of a unit, summed over the samples
+# Times tr(G) / m, the mean squared activity of a unit, summed over the samples.
+PENALTIES: Array = np.logspace(-5, 2, 8)
 # The authors' scripts try 10^6 to 10^9. Where features have unit variance, as with theirs, a unit that reads 300 of
 # them and is among the strongest 0.3 has a mean squared activity of 145 per sample: the same grid without a unit.
 PUBLISHED: Array = 10.0 ** np.arange(6, 10) / 145  # times tr(G) / (m n), the mean squared activity of a unit per sample

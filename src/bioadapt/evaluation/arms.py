@@ -13,7 +13,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -279,7 +280,7 @@ def _cost(module: nn.Module) -> int:
     return d_in * kernel + d_out
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def _features(module: Any) -> tuple[int, int]:
     """How many features a module reads, and writes."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
@@ -314,6 +315,8 @@ class Placebo(nn.Module):
         axis: of the features.
     """
 
+    frozen: Tensor
+
     def __init__(self, width: int, vectors: int, *, linear: bool = False, axis: int = -1) -> None:
         super().__init__()
         units = (vectors + 1) // 2
@@ -341,7 +344,7 @@ def add_placebo(model: nn.Module, sites: Sequence[Placement], *, linear: bool = 
         sites: as `Recipe.sites` has them.
         linear: without the non-linearity.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
     device, missing, placed = next(model.parameters()).device, 0, []
     for site in sites:
         vectors = max(0, round((site.parameters + missing) / site.width))
@@ -349,7 +352,7 @@ def add_placebo(model: nn.Module, sites: Sequence[Placement], *, linear: bool = 
         if not vectors:
             continue
         module = plain.get_submodule(site.path)
-        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         axis = 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else -1
         placebo = Placebo(site.width, vectors, linear=linear, axis=axis).to(device)
         module.add_module("placebo", placebo)

@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -113,7 +113,7 @@ class Cells:
         """Write what each test row contributed to a cell's scores, for intervals."""
         path = self._rows_of(cell)
         unfinished = path.with_suffix(f".{os.getpid()}.npz")
-        arrays = {f"row {metric}": values for metric, values in evaluation.rows.items()}
+        arrays: dict[str, Any] = {f"row {metric}": values for metric, values in evaluation.rows.items()}
         np.savez_compressed(unfinished, gold=evaluation.gold, clean=np.array(clean, dtype=int), **arrays)
         unfinished.replace(path)
 
@@ -129,7 +129,8 @@ class Cells:
         with np.load(path) as stored:
             rows = {name.removeprefix("row "): stored[name] for name in stored.files if name.startswith("row ")}
             everything = Evaluation({}, rows, stored["gold"])
-            return everything.of_rows(stored["clean"] if clean else np.arange(len(everything.gold)))
+            places: Sequence[int] = stored["clean"].tolist() if clean else range(len(everything.gold))
+            return everything.of_rows(places)
 
     def _rows_of(self, cell: Cell) -> Path:
         return self.folder / _ROWS / f"{_file_name(cell.task, cell.arm, str(cell.seed))}.npz"
@@ -206,14 +207,14 @@ def _quoted(value: Any) -> str:
 def _read(path: Path, kind: Any) -> list[Any]:
     if not path.is_file():
         return []
-    types = {field.name: field.type for field in fields(kind)}
     convert = {"int": int, "float": float, "str": str}
+    types = {field.name: convert[str(field.type)] for field in fields(kind)}
     found = []
     with path.open(encoding="utf-8", newline="") as file:
         for record in csv.DictReader(file):
             if None in record or None in record.values() or record["task"] == "task":
                 continue  # a line that lost its end with a machine's power, or a second header
-            found.append(kind(**{name: convert[kind_](record[name]) for name, kind_ in types.items()}))
+            found.append(kind(**{name: kind_(record[name]) for name, kind_ in types.items()}))
     return found
 
 

@@ -162,7 +162,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
         return load_encoder(name, device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in SMALL or Path(name).suffix == ".json":
-        path = _made(name, task, Path(folder or "small_models"), place)
+        path: str | Path = _made(name, task, Path(folder or "small_models"), place)
     else:
         path = name
     try:

@@ -34,6 +34,7 @@ from .report import write_report
 from .statistics import Evaluation, better
 from .tasks import DIGITS, Overlap, Task, list_tasks, load_task
 from .tasks.files import read_overlap
+from .tasks.task import TableTask
 from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
 
 ALL = "all"
@@ -328,8 +329,9 @@ class Evaluate:
         by_key = {(cell.task, cell.arm, cell.seed): cell for cell in self.cells.done()}
         for task in self.names:
             for arm in (candidate, *rivals):
-                own = [by_key.get((task, arm, seed)) for seed in self._seeds(arm)]
-                if None in own or (clean and not own[0].clean_rows):
+                seeds = self._seeds(arm)
+                own = [by_key[task, arm, seed] for seed in seeds if (task, arm, seed) in by_key]
+                if len(own) < len(seeds) or (clean and not own[0].clean_rows):
                     continue
                 metrics[task] = own[0].metric
                 results.setdefault(task, {})[arm] = [self.cells.rows(cell, clean=clean) for cell in own]
@@ -393,7 +395,9 @@ def evaluate(
     for name, value in settings.items():
         if name not in known:
             raise TypeError(f"evaluate has no setting {name!r} (got {value!r}); {suggest(name, known)}")
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    chosen: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     return Evaluate(EvaluationSettings(task=names, **chosen), console, tasks=own or None, bio=bio).run()
 
 
@@ -427,6 +431,8 @@ def _blocks(model: torch.nn.Module) -> int:
 
 
 def _trained_on(task: Task, other: Task) -> Task:
+    if not isinstance(task, TableTask) or not isinstance(other, TableTask):
+        raise ValueError(f"train_on={other.name!r}: its rows cannot train for {task.name!r}, since both must be tables")
     splits = {
         **{split: other.rows(split) for split, n in other.sizes.items() if n and split != "test"},
         "test": task.rows("test"),
@@ -447,6 +453,7 @@ def _drawn(task: Task, split: str, count: int) -> Task:
 
 def _with_validation(task: Task) -> Task:
     """Some of the training rows serve as validation rows where a set has none."""
+    assert isinstance(task, TableTask)  # the others have validation rows
     order = _by_hash(task, "train")
     count = max(1, min(_MOST_VALIDATION, round(_VALIDATION_SHARE * len(order))))
     return task.split_off("validation", "train", sorted(order[:count]))

@@ -134,7 +134,7 @@ class LocalRule(nn.Module):
         return self.evidence.isfinite().all() & (self.evidence[0] > 0)
 
     def _is_trained(self) -> bool:
-        return any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values())
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     # -- the slot: a leaf that gets the evidence of a whole backward as its gradient --
 
@@ -186,7 +186,9 @@ def whole_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[dict[s
 
     All processes that hold a shard must take part. Yields the sharded and the whole one of each.
     """
-    sharded = {name: module._parameters[name] for name in names if hasattr(module._parameters[name], "full_tensor")}
+    sharded: dict[str, Any] = {
+        name: module._parameters[name] for name in names if hasattr(module._parameters[name], "full_tensor")
+    }
     whole = {name: (parameter, parameter.full_tensor()) for name, parameter in sharded.items()}
     module._parameters.update({name: tensor for name, (_, tensor) in whole.items()})
     try:

@@ -166,7 +166,7 @@ class BioLayer(MergeableLayer):
                 raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
             return self.base_layer(*args, **kwargs)
         active = self.active_adapters if names is None else sorted(set(names))
-        held = self.circuits._modules
+        held: dict[str, Any] = self.circuits._modules
         circuits = {name: held[name] for name in active if name in held}
         if not circuits:
             return self.base_layer(*args, **kwargs)

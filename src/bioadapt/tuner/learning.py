@@ -80,14 +80,14 @@ class Learning:
         if hasattr(parameter, "device_mesh"):
             return tuple(parameter.device_mesh.get_all_groups())
         if _kept_elsewhere(parameter):
-            return (dist.group.WORLD,)
+            return () if dist.group.WORLD is None else (dist.group.WORLD,)
         wrapper = None if self.wrapper is None else self.wrapper()
         return () if wrapper is None else (wrapper.process_group,)
 
 
 def _check_reachable(rule: LocalRule) -> None:
     """Raise `ValueError` if a rule needs a parameter that is not where the model has it."""
-    if not any(parameter is not None for parameter in rule._parameters.values()):
+    if next(rule.parameters(), None) is None:
         raise ValueError(
             f"{rule.name} has no parameters of its own any more, so that its local rule cannot follow the optimiser: "
             "FullyShardedDataParallel needs use_orig_params=True"
@@ -155,7 +155,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def commit(rules: Iterable[tuple[Learning, LocalRule]]) -> None:
     """Let rules take in what was observed; replicas put together first what they have."""
-    alone, shared = [], {}
+    alone: list[LocalRule] = []
+    shared: dict[tuple[tuple[dist.ProcessGroup, ...], torch.device], list[LocalRule]] = {}
     for learning, rule in rules:
         learning.committed.add(id(rule))
         groups = learning.replicas(rule)

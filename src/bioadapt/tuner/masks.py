@@ -10,10 +10,47 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # An additive mask holds 0 where a token is seen. Some models write a large number instead of the lowest one elsewhere.
 _HIDDEN = -1e4
+
+
+_PADS_WITH_ONES = "xlnet"  # whose ``input_mask`` has ones at padding
+
+# Arguments of any model with ones, or True, at what is no padding.
+_OF_REAL = "attention_mask"
+# The same of the models of transformers, where these names mean one thing.
+_OF_REAL_IN_TRANSFORMERS = (
+    "pixel_mask",
+    "input_features_mask",
+    "input_values_mask",
+    "padding_mask",
+    "padding_mask_videos",
+)
+# Masks of what is read by cross-attention, or written by another part of the model.
+_OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_", "memory_")
+# Masks that say something else of tokens than which are padding, by how their names end.
+SAY_SOMETHING_ELSE = {
+    "global_attention_mask": "tokens that all others see",
+    "head_mask": "heads of attention that are turned off",
+    "causal_mask": "which tokens see which",
+    "src_mask": "which tokens see which",
+    "tgt_mask": "which tokens see which",
+    "perm_mask": "which tokens see which",
+    "bool_masked_pos": "patches that are hidden, to be predicted",
+    "mask_time_indices": "frames that are hidden, to be predicted",
+    "observed_mask": "values of a series that were measured",
+    "position_mask": "places of images among the tokens",
+    "visual_pos_masks": "places of images among the tokens",
+    "first_token_mask": "first tokens of words",
+    "special_tokens_mask": "tokens that stand for no text",
+    "p_mask": "tokens that cannot be in an answer",
+    "table_mask": "tokens of a table, for the loss",
+    "loss_mask": "tokens that count in the loss",
+    "labels_mask": "tokens that count in the loss",
+}
 
 
 class Unclear(ValueError):
@@ -38,6 +75,50 @@ class Tokens(NamedTuple):
 
 
 NOTHING = Tokens()
+
+
+def masks_of(stack: nn.Module, given: Mapping[str, Any], side: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The masks among the arguments of a stack.
+
+    Args:
+        side: ``decoder_`` where the tokens of the stack are those of its decoder, else nothing.
+
+    Returns:
+        Those that tell padding, by name, with ones, or True, at what is none; and those (B, n) of which it is not known
+        what they mark.
+    """
+    own = f"{side}{_OF_REAL}"
+    telling: dict[str, Any] = {} if given.get(own) is None else {own: given[own]}
+    unknown: dict[str, Tensor] = {}
+    if side:
+        return telling, unknown
+    for name, mask in given.items():
+        if name == own or mask is None or "mask" not in name or _says_something_else(name):
+            continue
+        if name in ("src_key_padding_mask", "tgt_key_padding_mask"):
+            telling[name] = read_key_padding(name, mask).mask
+        elif name.startswith(_OF_OTHER_TOKENS):
+            continue
+        elif name.endswith(_OF_REAL) or (isinstance(stack, PreTrainedModel) and name in _OF_REAL_IN_TRANSFORMERS):
+            telling[name] = mask
+        elif name == "input_mask" and getattr(getattr(stack, "config", None), "model_type", None) == _PADS_WITH_ONES:
+            telling.setdefault(own, 1 - mask.float())
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            unknown[name] = mask
+    return telling, unknown
+
+
+def _says_something_else(name: str) -> bool:
+    return any(name == known or name.endswith(f"_{known}") for known in SAY_SOMETHING_ELSE)
+
+
+def mask_of_encoder(given: Mapping[str, Any]) -> Tensor | None:
+    """(B, n) of what a decoder's cross-attention reads: True at what is no padding."""
+    mask = given.get("encoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    mask = given.get("memory_key_padding_mask")
+    return None if mask is None else read_key_padding("memory_key_padding_mask", mask).mask
 
 
 def read_mask(name: str, mask: Any, batch: int, steps: int, past: int | Tensor | None) -> Tokens:
@@ -151,8 +232,13 @@ def read_key_padding(name: str, mask: Tensor) -> Tokens:
     return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
 
 
+def marks_nothing(mask: Tensor) -> bool:
+    """Whether a mask says the same of all tokens, so that it tells none from another."""
+    return not torch.compiler.is_compiling() and bool((mask == mask.flatten()[:1]).all())
+
+
 def all_real(mask: Any) -> bool:
     """Whether a mask, of whatever shape, marks no padding at all."""
-    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() > 3:
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor):
         return False
     return bool((mask == 0).sum() == 0) if not mask.is_floating_point() or (mask > 0).any() else bool((mask == 0).all())

@@ -18,8 +18,9 @@ from torch import nn
 
 from ..checkpoint import ALONG, record_fingerprints, whole_or_not_at_all
 from . import provenance
+from .card import CARD, is_somebodys, write_card
 from .model import BioModel
-from .tree import bio_layers
+from .tree import bio_layers, stacked_over
 
 ReplacedFunction = Callable[..., Any]
 
@@ -39,7 +40,11 @@ def save_pretrained(original: ReplacedFunction, self: PeftModel, *args: Any, **k
         _say_what_trains_along(trained, saved=under is not None)
     with whole_or_not_at_all(folder) if main else TemporaryDirectory() as stage:
         options["save_directory"] = stage
+        ours = main and not is_somebodys(Path(stage, CARD))
+        if ours:
+            Path(stage, CARD).unlink(missing_ok=True)  # what PEFT makes anew has no tags of another adapter
         original(*given.args, **given.kwargs)
+        along: dict[str, str] = {}
         for name in names:
             own = Path(stage, name) if name != "default" else Path(stage)
             along = {}
@@ -54,6 +59,9 @@ def save_pretrained(original: ReplacedFunction, self: PeftModel, *args: Any, **k
                 )
             if main:
                 record_fingerprints(own, _with_places(record, along))
+        if ours and names:
+            configs = {name: self.peft_config[name] for name in names}
+            write_card(Path(stage, CARD), configs, stacked_over(self)[0], _with_places(record, along))
     return None
 
 

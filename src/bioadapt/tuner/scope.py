@@ -26,7 +26,7 @@ from ..primitives._state import Memory
 from . import patches
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
-from .masks import NOTHING, Tokens, Unclear, all_real, read_key_padding, read_mask
+from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
 from .sites import Axes
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class Surroundings:
     """One forward of one stack.
 
     ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
-    ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``encoder_mask``: (B, n) of
-    what a decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
-    ``adapter_names``: the adapter of each sample, where they differ. ``terms``: what it adds to the loss. ``calls``: by
-    layer, which call of this forward comes next and at which token it begins.
+    ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``unknown``: masks (B, n) of
+    which it is not known what they mark. ``encoder_mask``: (B, n) of what a decoder reads. ``past``: tokens in the
+    cache. ``live``: in a training forward, not in its recomputation. ``adapter_names``: the adapter of each sample,
+    where they differ. ``terms``: what it adds to the loss. ``calls``: by layer, which call of this forward comes next
+    and at which token it begins.
     """
 
     stack: nn.Module | None = None
@@ -62,6 +63,7 @@ class Surroundings:
     known: Tokens = NOTHING
     unclear: str | None = None
     masks: dict[str, Any] = field(default_factory=dict)
+    unknown: dict[str, Tensor] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
     past: int | None = None
@@ -82,6 +84,9 @@ class Surroundings:
         Raises:
             Unclear: there is padding, and it cannot be told where it is in this layer.
         """
+        for name, mask in self.unknown.items():
+            if tuple(mask.shape) in (sequence, self.tokens) and not marks_nothing(mask):
+                raise Unclear(f"{name} {tuple(mask.shape)} may mark padding, or what is none, and nothing tells which")
         if sequence == self.tokens:
             if self.unclear is not None:
                 raise Unclear(self.unclear)
@@ -271,7 +276,7 @@ class Scope:
             patches.carry_through_recomputation(self.checkpointing, self._carried)
         self._read_tokens(found, given)
         self._read_cache(found, given)
-        self._read_masks(found, given)
+        self._read_masks(stack, found, given)
         self.told = found.tokens is not None or bool(found.masks)
         return found
 
@@ -305,10 +310,10 @@ class Scope:
         elif given.get("use_cache") is not False and not found.live:
             found.memory = Memory()  # the model makes a cache of its own and returns it
 
-    def _read_masks(self, found: Surroundings, given: dict[str, Any]) -> None:
-        found.encoder_mask = _encoder_mask(given)
+    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any]) -> None:
+        found.encoder_mask = mask_of_encoder(given)
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
-        found.masks = _masks(given, side)
+        found.masks, found.unknown = masks_of(stack, given, side)
         if found.tokens is None:
             return
         batch, steps = found.tokens
@@ -346,31 +351,6 @@ class Scope:
                 self.flow.around = before
 
         return run_within
-
-
-def _encoder_mask(given: Mapping[str, Any]) -> Tensor | None:
-    """(B, n) of what a decoder's cross-attention reads."""
-    mask = given.get("encoder_attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.bool()
-    mask = given.get("memory_key_padding_mask")
-    return None if mask is None else read_key_padding("memory_key_padding_mask", mask).mask
-
-
-def _masks(given: Mapping[str, Any], side: str) -> dict[str, Any]:
-    """The arguments that tell padding among the tokens of a stack, with ones, or True, at what is no padding."""
-    own = f"{side}attention_mask"
-    elsewhere = ("encoder_", "decoder_", "cross_", "global_")
-    names = [
-        name for name in given if name == own or (name.endswith("attention_mask") and not name.startswith(elsewhere))
-    ]
-    found = {name: given[name] for name in sorted(names, key=lambda name: name != own) if given[name] is not None}
-    if side:
-        found.pop("attention_mask", None)
-    for name in ("src_key_padding_mask", "tgt_key_padding_mask"):
-        if isinstance(given.get(name), Tensor):
-            found[name] = read_key_padding(name, given[name]).mask
-    return found
 
 
 def _device_of(given: Mapping[str, Any]) -> torch.device:

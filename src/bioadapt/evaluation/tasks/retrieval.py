@@ -154,7 +154,8 @@ class ApiSearchTask(RankingTask):
                 queries=tuple(problem.queries[place] for place in places),
                 answers=tuple(problem.answers[place] for place in places),
             )
-            corpus = replace(self.corpus, **{split: kept})
+            changed: dict[str, Any] = {split: kept}
+            corpus = replace(self.corpus, **changed)
         return self._with(corpus)
 
     def without_test(self) -> Self:

@@ -18,7 +18,6 @@ MOST_NEGATIVE = 0.9  # size of the smallest eigenvalue of the lateral synapses; 
     stage="competition",
     kind="pointwise",
     zero_at="readout",
-    zero_scale=2.0,
     merge="left",
     learns=True,
 )

@@ -55,7 +55,7 @@ def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, 
 
 
 @register_primitive(
-    "excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate", zero_scale=32.0
+    "excitation_inhibition_balance", stage="competition", kind="pointwise", zero_at="gate", zero_scale=16.0
 )
 class ExcitationInhibitionBalance(Primitive):
     """In each group of units the positive and the negative half are scaled towards their geometric mean.

@@ -61,7 +61,7 @@ def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor, with_x
     return _Suppression.apply(x, pools, sources, own, scale, with_x)
 
 
-@register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate", zero_scale=32.0)
+@register_primitive("lateral_inhibition", stage="competition", kind="pointwise", zero_at="gate", zero_scale=16.0)
 class LateralInhibition(Primitive):
     """Each unit is reduced by a weighted sum of its neighbours' activity, down to silence.
 

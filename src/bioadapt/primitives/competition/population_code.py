@@ -80,7 +80,7 @@ def voted(x: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
     return _Votes.apply(x, scale, weights)
 
 
-@register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout", zero_scale=8.0)
+@register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout", zero_scale=4.0)
 class PopulationCode(Primitive):
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 

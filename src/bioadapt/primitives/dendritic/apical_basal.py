@@ -88,7 +88,7 @@ def coincidence(
     return _Coincidence.apply(wide, *narrow, weights, rest, scale).view(x.shape)
 
 
-@register_primitive("apical_basal", stage="dendritic", kind="causal", zero_at="readout", zero_scale=8.0)
+@register_primitive("apical_basal", stage="dendritic", kind="causal", zero_at="readout", zero_scale=4.0)
 class ApicalBasal(Primitive):
     """A unit bursts if its own drive of now and a prediction from the past are both above threshold.
 

@@ -23,7 +23,6 @@ def branch_spikes(drive: Tensor, threshold: Tensor, steepness: Tensor) -> Tensor
     stage="dendritic",
     kind="pointwise",
     zero_at="readout",
-    zero_scale=2.0,
     needs_input=True,
     aliases=("dendritic_branches",),
 )

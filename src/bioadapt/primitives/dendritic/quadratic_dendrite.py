@@ -10,7 +10,9 @@ from bioadapt.primitives.modulation import modulated
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("quadratic_dendrite", stage="dendritic", kind="pointwise", zero_at="readout", needs_input=True)
+@register_primitive(
+    "quadratic_dendrite", stage="dendritic", kind="pointwise", zero_at="readout", zero_scale=0.25, needs_input=True
+)
 class QuadraticDendrite(Primitive):
     """Products of projections of the input, or of one projection with the output, are added to each unit.
 

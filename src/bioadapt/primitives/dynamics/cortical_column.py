@@ -126,7 +126,7 @@ def _rows(x: Tensor, wiring: Wiring) -> Tensor:
     return x.reshape(-1, wiring.layer4.shape[0])
 
 
-@register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate", zero_scale=8.0)
+@register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate")
 class CorticalColumn(Primitive):
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 

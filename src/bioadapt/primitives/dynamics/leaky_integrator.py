@@ -14,7 +14,7 @@ from bioadapt.primitives.time import decay_of, trace
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("leaky_integrator", stage="dynamics", kind="causal", zero_at="readout", zero_scale=2.0)
+@register_primitive("leaky_integrator", stage="dynamics", kind="causal", zero_at="readout")
 class LeakyIntegrator(Latent):
     """Latents are averaged over the past, each with a time constant of its own.
 

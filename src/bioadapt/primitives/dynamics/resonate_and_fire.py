@@ -35,7 +35,7 @@ class _Threshold(torch.autograd.Function):
         return on_potential, -on_excess.flatten(0, -2).sum(0)
 
 
-@register_primitive("resonate_and_fire", stage="dynamics", kind="causal", zero_at="readout", zero_scale=4.0)
+@register_primitive("resonate_and_fire", stage="dynamics", kind="causal", zero_at="readout", zero_scale=2.0)
 class ResonateAndFire(Latent):
     """Damped oscillators ring at periods of their own, and what rises above a threshold is passed on.
 

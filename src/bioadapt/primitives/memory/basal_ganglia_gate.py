@@ -32,7 +32,7 @@ class BasalGangliaGate(Latent):
     stripes: int = setting(2, low=1, high=64, meaning="number S of stripes with a gate of their own")
     rank: int = setting(8, low=1, high=256, meaning="number of latents r held by all stripes together")
     resting: float = setting(
-        0.0, low=0.0, high=0.9, before=0.5, meaning="how far a gate is open while Go and NoGo are silent"
+        0.2, low=0.0, high=0.9, before=0.5, meaning="how far a gate is open while Go and NoGo are silent"
     )
 
     def build(self, host: Host) -> None:

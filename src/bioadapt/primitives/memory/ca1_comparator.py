@@ -15,7 +15,7 @@ from bioadapt.primitives.time import decay_of, readings
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("ca1_comparator", stage="memory", kind="causal", zero_at="gate", zero_scale=32.0)
+@register_primitive("ca1_comparator", stage="memory", kind="causal", zero_at="gate", zero_scale=16.0)
 class Ca1Comparator(Modulation):
     """The gain falls with the similarity between the present token and those before it.
 

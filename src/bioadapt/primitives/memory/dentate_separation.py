@@ -38,7 +38,7 @@ def block_winners(h: Tensor) -> Tensor:
     return _Winners.apply(h)
 
 
-@register_primitive("dentate_separation", stage="memory", kind="pointwise", zero_at="readout", zero_scale=2.0)
+@register_primitive("dentate_separation", stage="memory", kind="pointwise", zero_at="readout")
 class DentateSeparation(Latent):
     """A latent is expanded onto many granule cells, of which only one in each block fires.
 

@@ -17,7 +17,7 @@ RATIO = 1.42  # of the scales of neighbouring modules
 FIELDS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))  # centres, in steps of the lattice
 
 
-@register_primitive("grid_cell_code", stage="memory", kind="causal", zero_at="readout", zero_scale=2.0)
+@register_primitive("grid_cell_code", stage="memory", kind="causal", zero_at="readout")
 class GridCellCode(Latent):
     """Features are steps on a plane; where their sum has led is told by grids of several scales.
 

@@ -13,7 +13,7 @@ from bioadapt.registry import register_primitive
 FLOOR = 0.25  # of the summed activity: far from every field the code falls silent
 
 
-@register_primitive("place_fields", stage="memory", kind="pointwise", zero_at="readout", zero_scale=8.0)
+@register_primitive("place_fields", stage="memory", kind="pointwise", zero_at="readout", zero_scale=4.0)
 class PlaceFields(Latent):
     """Features are read as a place on a map, and only the cells whose field lies there answer.
 

@@ -49,7 +49,6 @@ class _Weighting(torch.autograd.Function):
     stage="memory",
     kind="causal",
     zero_at="gate",
-    zero_scale=8.0,
     aliases=("precision_weighted_prediction_error",),
 )
 class PrecisionWeightedError(Primitive):

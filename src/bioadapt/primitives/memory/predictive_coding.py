@@ -13,7 +13,7 @@ from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("predictive_coding", stage="memory", kind="causal", zero_at="gate", zero_scale=8.0)
+@register_primitive("predictive_coding", stage="memory", kind="causal", zero_at="gate", zero_scale=4.0)
 class PredictiveCoding(Primitive):
     """A latent trace of the past predicts the present token; what remains is the error.
 

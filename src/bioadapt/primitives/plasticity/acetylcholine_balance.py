@@ -64,7 +64,7 @@ def _spread(share: Tensor, width: int) -> Tensor:
     return share[..., None].expand(-1, -1, width).contiguous()
 
 
-@register_primitive("acetylcholine_balance", stage="plasticity", kind="causal", zero_at="gate", zero_scale=32.0)
+@register_primitive("acetylcholine_balance", stage="plasticity", kind="causal", zero_at="gate", zero_scale=16.0)
 class AcetylcholineBalance(Primitive):
     """Features move towards their own recent past as far as that has been predicting them well.
 

@@ -15,6 +15,7 @@ from bioadapt.registry import register_primitive
     stage="plasticity",
     kind="weight",
     zero_at="readout",
+    zero_scale=0.25,
     merge="weight",
     learns=True,
     needs_input=True,

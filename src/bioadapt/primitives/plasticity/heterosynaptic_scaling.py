@@ -15,7 +15,7 @@ from bioadapt.registry import register_primitive
     stage="plasticity",
     kind="weight",
     zero_at="readout",
-    zero_scale=4.0,
+    zero_scale=2.0,
     merge="weight",
     needs_input=True,
 )

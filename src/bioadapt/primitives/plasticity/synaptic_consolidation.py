@@ -14,7 +14,7 @@ from bioadapt.registry import register_primitive
     stage="plasticity",
     kind="pointwise",
     zero_at="readout",
-    zero_scale=64.0,
+    zero_scale=32.0,
     merge="left",
     learns=True,
 )

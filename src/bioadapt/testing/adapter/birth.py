@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 
+from ...primitives.on_weight import OnWeight
 from ..compare import assert_equal_tensors, assert_identical, copied, seeded
 from ..hosts import TinyHost
 from .subject import Adapted, Inside, base_tensors, bio_buffers, bio_tensors, is_bio, on
@@ -108,7 +109,8 @@ class Refusals(Inside):
         refused = [
             info.name
             for info in adapted.infos
-            if (info.kind == "weight" and not info.factory.per_channel) or (info.needs_input and not reads_features)
+            if (issubclass(info.factory, OnWeight) and not info.factory.per_channel)
+            or (info.needs_input and not reads_features)
         ]
         if refused:
             assert_refused(adapted, refused[0], site, target_modules=[site])

@@ -28,6 +28,9 @@ class Precision(Inside):
         assert_trains(adapted, model)
 
 
+ORDER = 1e-4  # of sums over tokens and channels that cancel, relative to the largest result
+
+
 class Checkpointing(Inside):
     """Recomputation changes neither gradients nor what is learned."""
 
@@ -37,7 +40,8 @@ class Checkpointing(Inside):
         for reentrant in (False, True):
             found = trained(adapted, {"use_reentrant": reentrant})
             for name, tensor in expected.items():
-                assert_same(found[name], tensor, f"{name} with checkpointing, re-entrant={reentrant}")
+                # Gradients of one feature from several projections may be added in another order.
+                assert_same(found[name], tensor, f"{name} with checkpointing, re-entrant={reentrant}", ORDER)
 
 
 def assert_trains(adapted: Adapted, model: nn.Module) -> None:

@@ -74,8 +74,10 @@ class Birth(Bare):
             given = {"x": x.grad, "x_in": x_in.grad, "scale": scale.grad}
             found.append({"the value": y.detach(), **given, **gradients(primitive)})
         for name, expected in found[0].items():
+            fused_gradient = found[1][name]
             if expected is not None:
-                assert_same(found[1][name], expected, f"{subject.name}, scaled: {name}")
+                assert fused_gradient is not None, f"{subject.name}, scaled: {name} gets no gradient"
+                assert_same(fused_gradient, expected, f"{subject.name}, scaled: {name}")
 
     @BOTH_WIDTHS
     def test_with_x_is_the_sum(self, subject: Subject) -> None:

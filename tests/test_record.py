@@ -1,0 +1,87 @@
+"""The record of every mechanism: read, ranked, shown, recommended, and made from cells."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from torch import nn
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+from bioadapt import BioConfig, list_primitives, primitive_info
+from bioadapt.cli import app
+from bioadapt.record import record, suggest
+from experiments.record.publish import findings, table
+from experiments.record.run import Result
+
+
+def test_every_finding_is_of_a_primitive_and_finite():
+    assert {finding.primitive for finding in record()} <= set(list_primitives())
+    for finding in record():
+        assert all(math.isfinite(value) for value in (finding.over_lora, finding.over_equal, finding.over_placebo))
+        assert (finding.low is None) == (finding.seeds == 1)
+
+
+def test_the_best_comes_first_and_filters_hold():
+    ranked = suggest()
+    assert [one.over_equal for one in ranked] == sorted((one.over_equal for one in ranked), reverse=True)
+    assert all(primitive_info(one.primitive).mergeable for one in suggest(merges=True))
+    assert all(primitive_info(one.primitive).gain for one in suggest(cheap=True))
+    by_task, by_family = suggest("stsb"), suggest("sts")
+    assert [one.primitive for one in by_task] == [one.primitive for one in by_family]
+    assert all({finding.task for finding in one.findings} == {"stsb"} for one in by_task)
+    with pytest.raises(ValueError, match=r"task='stbs'.*stsb"):
+        suggest("stbs")
+
+
+def test_the_recommended_configuration_is_the_first_that_can_act():
+    small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=20)
+    (entry,) = BioConfig.recommended(BertModel(small), task="sts").primitives
+    assert entry["name"] == suggest("sts")[0].primitive
+    (entry,) = BioConfig.recommended(nn.Linear(2, 2)).primitives
+    assert primitive_info(entry["name"]).kind != "causal"
+
+
+def test_it_is_shown():
+    name = record()[0].primitive
+    shown = CliRunner().invoke(app, ["show", name]).output
+    assert all(f"{finding.task}: {finding.over_equal:+.2f}" in shown for finding in primitive_info(name).record)
+    listed = json.loads(CliRunner().invoke(app, ["suggest", "--task", "stsb", "--json"]).output)
+    assert [one["primitive"] for one in listed] == [one.primitive for one in suggest("stsb")]
+    wrong = CliRunner().invoke(app, ["suggest", "--task", "stbs"])
+    assert wrong.exit_code == 2 and "stsb" in wrong.output
+
+
+def cell(arm, dev, seed=0, factor=1.0, params=100):
+    return Result("stsb", arm, seed, 1e-3, factor, 1.0, params, dev, 1.0)
+
+
+def test_findings_compare_with_the_best_of_the_rivals():
+    cells = [
+        cell("lora-r8", 80.0),
+        cell("lora-r16", 81.0, params=200),
+        cell("lora-r32", 90.0, params=400),
+        cell("plain_gain", 80.5),
+        cell("gelu_bottleneck", 80.2),
+        cell("lateral_inhibition", 79.0, params=150),
+        cell("lateral_inhibition", 82.0, factor=4.0, params=150),
+    ]
+    (finding,) = findings(cells)
+    # Its size lies below that of rank 16, so that rank 32 is no rival.
+    assert (finding.over_lora, finding.over_equal, finding.over_placebo) == (2.0, 1.0, 1.5)
+    assert (finding.factor, finding.seeds, finding.low, finding.stage) == (4.0, 1, None, "screen")
+    more = [
+        *(cell("lora-r8", dev, seed) for seed, dev in ((1, 80.0), (2, 80.0))),
+        *(cell("lora-r16", dev, seed, params=200) for seed, dev in ((1, 81.0), (2, 81.0))),
+        *(cell("lora-r32", dev, seed, params=400) for seed, dev in ((1, 81.0), (2, 81.0))),
+        *(cell("plain_gain", 80.5, seed) for seed in (1, 2)),
+        *(cell("gelu_bottleneck", 80.2, seed) for seed in (1, 2)),
+        cell("lateral_inhibition", 83.0, 1, 4.0, 150),
+        cell("lateral_inhibition", 81.0, 2, 4.0, 150),
+    ]
+    (finding,) = findings([*cells, *more])
+    assert finding.seeds == 3 and finding.over_equal == pytest.approx(1.0)
+    assert finding.low == pytest.approx(1 - 4.303 / 3**0.5, abs=1e-3)  # t of 2 degrees of freedom, sd 1
+    assert "| lateral_inhibition | +1.00 |" in table([finding])
