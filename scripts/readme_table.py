@@ -132,7 +132,7 @@ def draw(path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
