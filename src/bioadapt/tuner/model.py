@@ -25,9 +25,10 @@ from ..registry import primitive_info
 from .combination import Combination, combined
 from .heads import choosing_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
+from .placement import axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
 from .reference import complete_copy
 from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
-from .scope import Scope, axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
+from .scope import Scope
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
 from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, shared_modules, unmatched
