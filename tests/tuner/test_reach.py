@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers.models import D, Host, awake, bert, bio_layers, tokens
+from helpers.models import D, Host, awake, bert, bio_layers, classifier, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -65,6 +65,11 @@ def test_a_name_that_no_module_has_is_told_with_the_nearest():
     assert len(messages) == 1 and "'vlaue'" in messages[0] and "'value'" in messages[0]
 
 
+def test_an_expert_that_is_no_module_is_told_without_a_number_as_the_nearest():
+    messages = said(lambda: get_peft_model(mixtral(), awake("pointwise", ["q_proj", "w1"])))
+    assert len(messages) == 1 and "'w1'" in messages[0] and "'1'" not in messages[0]
+
+
 def test_default_targets_and_those_of_a_file_are_not_complained_of(tmp_path):
     def make_and_load():
         get_peft_model(bert(), awake("pointwise")).save_pretrained(tmp_path)
@@ -82,6 +87,28 @@ def test_single_vectors_have_no_past_and_that_is_told_once():
     model = get_peft_model(bert(), awake(["short_term_depression"], ["pooler.dense", "output.dense"])).eval()
     messages = said(lambda: [model(**tokens()) for _ in range(3)])
     assert ["pooler.dense is called on single vectors" in message for message in messages] == [True]
+
+
+def packed_tower():
+    config = transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(
+        depth=1, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4
+    )
+    return transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "given"),
+    [
+        (classifier, "classifier", tokens()),
+        (lambda: nn.Sequential(nn.Linear(D, D)), "0", {"input": torch.randn(5, D)}),
+        (packed_tower, "fc2", {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}),
+    ],
+    ids=["classifier", "rows", "packed patches"],
+)
+def test_layers_that_see_rows_of_features_are_told_of_by_name(make, target, given):
+    model = get_peft_model(make(), awake(["short_term_depression"], [target], causal=True)).eval()
+    messages = said(lambda: [model(**given) for _ in range(2)])
+    assert len(messages) == 1 and f"{target} is called on single vectors" in messages[0]
 
 
 class Routed(nn.Module):

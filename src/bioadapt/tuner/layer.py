@@ -356,7 +356,7 @@ class BioLayer(MergeableLayer):
 
     def _check_time(self, layout: Layout, around: Surroundings, start: int) -> None:
         """Refuse an activation in which time cannot be found, and say where there is none."""
-        if around.stack is None and self.scope.told and patches.recomputing():
+        if around.stack is None and self.scope.knew_tokens and patches.recomputing():
             raise ValueError(
                 f"{self.path} is computed again in the backward by a checkpoint that was put around it after the "
                 "adapter, so that masks and positions are not known there: use gradient_checkpointing_enable(), or "

@@ -155,7 +155,7 @@ class BioModel(BaseTuner):
         default, _ = default_sites(given, self.get_model_config(model))
         known_list = given.fingerprint is not None or (isinstance(default, list) and asked == set(default))
         for name in [] if known_list else unmatched(asked, model):
-            known = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+            known = {path.rpartition(".")[2] for path, _ in model.named_modules() if not path[-1:].isdigit()}
             warnings.warn(f"target_modules contains {name!r}, but no module is called so; {suggest(name, known)}")
         experts = fused_experts(model) if isinstance(asked, str) and asked.lower() == "all-linear" else []
         if experts:

@@ -158,7 +158,7 @@ class Scope:
         self.learning = Learning(self.layers)
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
-        self.told = False  # whether the last forward knew anything of its tokens
+        self.knew_tokens = False  # whether the last forward knew anything of its tokens
         patches.surround(stack, self)
 
     @classmethod
@@ -239,7 +239,7 @@ class Scope:
         self._read_tokens(found, given)
         self._read_cache(found, given)
         self._read_masks(stack, found, given)
-        self.told = found.tokens is not None or bool(found.masks)
+        self.knew_tokens = found.tokens is not None or bool(found.masks)
         return found
 
     def _read_tokens(self, found: Surroundings, given: dict[str, Any]) -> None:
