@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers.models import D, Host, awake, bert, bio_layers, classifier, tokens
+from helpers.models import Chain, D, awake, bert, bio_layers, classifier, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -136,27 +136,27 @@ def test_an_expert_that_no_token_is_sent_to_learns_nothing(named):
 
 
 def test_the_direction_of_time_that_nothing_tells_is_asked_for():
-    base = Host(lin=nn.Linear(D, D), out=nn.Linear(D, D))
+    base = Chain(lin=nn.Linear(D, D), out=nn.Linear(D, D))
     messages = said(lambda: get_peft_model(base, awake("causal", ["lin"])))
     assert len(messages) == 1 and "causal=True or causal=False" in messages[0]
-    assert said(lambda: get_peft_model(Host(lin=nn.Linear(D, D)), awake("causal", ["lin"], causal=False))) == []
-    assert said(lambda: get_peft_model(Host(lin=nn.Linear(D, D)), awake("pointwise", ["lin"]))) == []
+    assert said(lambda: get_peft_model(Chain(lin=nn.Linear(D, D)), awake("causal", ["lin"], causal=False))) == []
+    assert said(lambda: get_peft_model(Chain(lin=nn.Linear(D, D)), awake("pointwise", ["lin"]))) == []
 
 
 @pytest.mark.parametrize("library", ["timm.models.vision_transformer", "diffusers.models.unets", "torchvision.models"])
 def test_models_of_images_see_all_places(library):
-    class Model(Host):
+    class Model(Chain):
         pass
 
     Model.__module__ = library
-    inside = Host(backbone=Model(lin=nn.Linear(D, D)))
+    inside = Chain(backbone=Model(lin=nn.Linear(D, D)))
     for base, path in ((Model(lin=nn.Linear(D, D)), "lin"), (inside, "backbone.lin")):
         model = get_peft_model(base, awake("causal", [path]))
         assert not any(layer.causal for layer in bio_layers(model))
 
 
 def test_a_module_that_is_held_twice_is_told_of():
-    base = Host(first=nn.Linear(D, D), second=nn.Linear(D, D))
+    base = Chain(first=nn.Linear(D, D), second=nn.Linear(D, D))
     base.second = base.first
     messages = said(lambda: get_peft_model(base, awake("pointwise", ["first"])))
     assert messages == ["first is the same module as second, from where it is called without the adapter"]
