@@ -42,6 +42,17 @@ ELSEWHERE = {
     "bias": "biases of the base stay frozen; name modules that are to be trained in full in modules_to_save",
     "primitive": "it is called primitives, and is the first argument: a name, or a list of names",
     "layers": "it is called layers_to_transform",
+    "target_parameters": (
+        "a primitive runs on what a module reads or writes, and experts fused into one parameter are no modules: put a "
+        "LoRA with target_parameters on the experts, and the bio adapter over it on other modules in target_modules"
+    ),
+    "ensure_weight_tying": (
+        "two modules with one weight each get an adapter of their own; name only one of them in target_modules, or "
+        "load the model with tie_word_embeddings=False"
+    ),
+    "trainable_token_indices": (
+        "give it to a LoraConfig or a TrainableTokensConfig, and put the bio adapter over that model"
+    ),
 }
 
 C = TypeVar("C", bound=type)

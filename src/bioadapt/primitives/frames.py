@@ -155,9 +155,18 @@ def report_loss(context: Context, weight: float, penalty: Tensor) -> None:
 
 
 def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
-    """The layer's weight (d_out, d_in), or where there is none a frozen Gaussian one that keeps unit variance."""
+    """The layer's weight (d_out, d_in), or where there is none a frozen Gaussian one that keeps unit variance.
+
+    Raises:
+        ValueError: the weight has no values yet, and the primitive begins from them.
+    """
     if host.weight is None:
         return host.normal("weight", d_out, d_in) / d_in**0.5
+    if host.weight.is_meta:
+        raise ValueError(
+            f"the layer's weight ({d_out}, {d_in}) is on the meta device and has no values, from which the adapter "
+            "would begin: load the weights of the base model first"
+        )
     return host.weight.detach().float()
 
 

@@ -26,12 +26,14 @@ def register() -> None:
             _extend(PeftType, "BIO")
         # Imported only now: the configuration class looks its type up.
         from ..config import BioConfig
-        from . import loading, saving
+        from . import loading, refusals, saving
         from .model import BioModel
 
         _register_method(peft, PeftType, BioConfig, BioModel)
         # Neither library has a hook around injecting an adapter and reading its tensors, or around writing tensors and
         # configuration. Each of these can go once it has one.
+        for task_model in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values():
+            _surround(task_model, "__init__", refusals.made_for_task)
         _surround(peft.PeftModel, "from_pretrained", loading.from_pretrained)
         _surround(peft.PeftModel, "load_adapter", loading.load_adapter)
         _surround(peft.peft_model, "load_peft_weights", loading.read_weights)

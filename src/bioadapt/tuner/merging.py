@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .sites import Site
+from .sites import Site, offloaded
 from .transparent import Transparent
 
 
@@ -45,7 +45,8 @@ class MergeableLayer(Transparent, BaseTunerLayer):
 
     def get_base_weight(self) -> Tensor:
         self._unpack()
-        return super().get_base_weight()
+        weight = super().get_base_weight()
+        return offloaded(self.get_base_layer(), "weight") if weight.is_meta else weight
 
     def _unpack(self) -> None:
         """Bitsandbytes packs 4-bit weights in its first forward on a CPU, and PEFT misreads them then."""
@@ -56,7 +57,9 @@ class MergeableLayer(Transparent, BaseTunerLayer):
 
     def _bias(self) -> Tensor | None:
         bias = getattr(self.get_base_layer(), "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        if not isinstance(bias, Tensor):
+            return None
+        return (offloaded(self.get_base_layer(), "bias") if bias.is_meta else bias).detach()
 
     def check_mergeable(self, adapter_names: list[str] | None = None, approximate: bool = False) -> None:
         """Raise `ValueError` if an adapter cannot become part of this layer's weight; touches nothing."""
@@ -74,6 +77,11 @@ class MergeableLayer(Transparent, BaseTunerLayer):
                 )
             if self.site.weight is None:
                 raise ValueError(f"adapter {name!r} cannot be merged: {self.path} ({self.site.layer}) has no matrix")
+            if self.get_base_layer().weight.is_meta:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: the weight of {self.path} is offloaded, and what is written "
+                    "into it here would be lost. Load the model without offloading, add the adapter, and merge it there"
+                )
             computed = self._computed()
             if computed is not None:
                 raise ValueError(

@@ -26,8 +26,8 @@ from .combination import Combination, combined
 from .heads import choosing_heads, heads, release_heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
 from .placement import axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
-from .reference import complete_copy
-from .refusals import base_of, check_layers, check_names, free_name, with_suggestion
+from .reference import check_reference, complete_copy
+from .refusals import base_of, check_attributes, check_layers, check_names, free_name, with_suggestion
 from .scope import Scope
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
@@ -101,7 +101,9 @@ class BioModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_names(model, self.peft_config, adapter_name)
+        check_reference(model, self.peft_config, adapter_name)
         given = self.peft_config[adapter_name]
+        check_attributes(given)
         self._check_layers(model, given)
         # What a file was known by says nothing of the adapter any more once that is trained.
         config = dataclasses.replace(given, fingerprint=None, settings_fingerprint=None)

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._words import suggest
-from ..config import BioConfig
+from ..config import ELSEWHERE, BioConfig
 from .layer import BioLayer
 
 
@@ -58,6 +58,17 @@ def check_names(model: nn.Module, ours: dict[str, PeftConfig], adapter_name: str
             f"(modules_to_save={sorted(config.modules_to_save or [])} here); give the bio adapter another one, for "
             f"instance adapter_name={free_name(module._adapters)!r}"
         )
+
+
+def check_attributes(config: BioConfig) -> None:
+    """Refuse what other methods are configured by and was written into a configuration that has no such field.
+
+    Raises:
+        TypeError: naming the attribute, and what to do instead.
+    """
+    for name, value in vars(config).items():
+        if name in ELSEWHERE and value:
+            raise TypeError(f"{type(config).__name__} has no field {name!r} (got {value!r}); {ELSEWHERE[name]}")
 
 
 def check_layers(config: BioConfig, targets: Any, model: nn.Module, is_target: Callable[[BioConfig, str], Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -58,6 +59,15 @@ class Site:
         if info.kind == "weight" and not matrix and not info.factory.per_channel:
             return f"it acts on a weight matrix, and {self.layer} does not multiply its input by one"
         return None
+
+
+def offloaded(layer: nn.Module, name: str) -> Tensor:
+    """A tensor of a layer on the meta device, as accelerate brings it in for the layer's forward.
+
+    It stays on the meta device where nothing is offloaded and there are no values yet.
+    """
+    with align_module_device(layer):
+        return getattr(layer, name)
 
 
 def bypassed(parent: nn.Module, name: str, layer: nn.Module) -> str | None:
