@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..primitives._state import Memory
 from . import patches
+from .compilation import Compilation
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
@@ -158,6 +159,7 @@ class Scope:
         self.learning = Learning(self.layers)
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
+        self.compilation: Compilation | None = None  # of what the layers' circuits compute
         self.told = False  # whether the last forward knew anything of its tokens
         patches.surround(stack, self)
 
