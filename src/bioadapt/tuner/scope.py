@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..primitives._state import Memory
 from . import patches
+from .compilation import Compilation
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
@@ -159,6 +160,7 @@ class Scope:
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
         self.knew_tokens = False  # whether the last forward knew anything of its tokens
+        self.compilation: Compilation | None = None  # of what the layers' circuits compute
         patches.surround(stack, self)
 
     @classmethod
