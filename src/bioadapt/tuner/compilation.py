@@ -15,7 +15,7 @@ from ..primitives._state import Notes
 
 if TYPE_CHECKING:
     from ..primitives.base import Context
-    from .circuit import Circuit
+    from .circuit import AdapterCircuit
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,7 +75,7 @@ class Compilation:
     def __reduce__(self) -> tuple:
         return Compilation, (self.options,)  # a copied or saved model compiles for itself
 
-    def run(self, circuit: Circuit, method: str, y: Tensor, context: Context) -> Tensor:
+    def run(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Tensor:
         """``circuit.applied(y, context)`` or ``circuit.forward(y, context)``."""
         if self.failed or y.numel() == 0:
             return _METHODS[method](circuit, y, context)
@@ -91,7 +91,7 @@ class Compilation:
             notes.enter(context.state)
         return found
 
-    def _region(self, circuit: Circuit, method: str, y: Tensor, context: Context) -> Callable[..., Tensor]:
+    def _region(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Callable[..., Tensor]:
         if circuit not in self.kinds:
             self.kinds[circuit] = _kind(circuit)
         step = context.state is not None and y.shape[1] == 1
@@ -101,11 +101,11 @@ class Compilation:
         return self.regions[key]
 
 
-def _applied(circuit: Circuit, y: Tensor, context: Context) -> Tensor:
+def _applied(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
     return circuit.applied(y, context)
 
 
-def _change(circuit: Circuit, y: Tensor, context: Context) -> Tensor:
+def _change(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
     return circuit.forward(y, context)
 
 
@@ -113,7 +113,7 @@ _METHODS = {"applied": _applied, "forward": _change}
 _COMPILER_FAILED = (torch._dynamo.exc.BackendCompilerFailed,)
 
 
-def _kind(circuit: Circuit) -> Hashable:
+def _kind(circuit: AdapterCircuit) -> Hashable:
     """What circuits have in common that share a graph."""
     tensors = [(name, tuple(t.shape), t.dtype) for name, t in [*circuit.named_parameters(), *circuit.named_buffers()]]
     settings = [(type(primitive), repr(primitive)) for primitive in circuit.values()]

@@ -251,7 +251,7 @@ class BioLayer(MergeableLayer):
         changed = with_evidence(changed, context.observations or ())
         return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
-    def _computed(self, circuit: Circuit, method: str, features: Tensor, context: Context) -> Tensor:
+    def _computed(self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context) -> Tensor:
         """What a method of the circuit gives, compiled where that was asked for."""
         compilation = self.scope.compilation
         if compilation is None or torch.compiler.is_compiling():  # then it becomes part of that graph
