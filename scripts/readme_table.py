@@ -132,7 +132,7 @@ def draw(path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -149,15 +149,18 @@ def with_table(text: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
+def update() -> None:
+    """Put the table of today's files into README.md."""
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the table is out of date")
-    check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = with_table(old)
-    if check:
-        return 0 if new == old else 1
-    README.write_text(new, encoding="utf-8")
+    if parser.parse_args().check:
+        text = README.read_text(encoding="utf-8")
+        return 0 if with_table(text) == text else 1
+    update()
     draw(PICTURE)
     return 0
 

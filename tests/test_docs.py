@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -129,3 +131,19 @@ def test_the_ranking_has_every_mechanism_of_the_record_and_says_how_many_were_no
     names, ranking = {finding.primitive for finding in record()}, catalogue.ranking()
     assert all(f"](catalogue/{name}.md)" in ranking for name in names)
     assert f"{len(list_primitives()) - len(names)} mechanisms have not been measured" in ranking
+
+
+def test_the_page_on_speed_says_what_was_measured():
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"benchmarks/results/[\w.-]+\.csv", page)
+    with (DOCS.parent / table).open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for kind in ("pointwise", "causal", "weight"):
+        ratios = {row["method"]: float(row["step_ratio"]) for row in rows if row["kind"] == kind}
+        most = max(ratios, key=ratios.__getitem__)
+        middle = f"{statistics.median(ratios.values()):.2f}"
+        assert f"| `{kind}` | {len(ratios)} | {middle} | {ratios[most]:.2f} (`{most}`) |" in page
+    others = {row["method"]: float(row["step_ratio"]) for row in rows if row["family"] == "peft"}
+    assert f"IA3 is at {others['ia3']:.2f} of the LoRA, C3A at {others['c3a']:.2f}" in page
+    kept = statistics.median(float(row["saved_ratio"]) for row in rows if row["family"] == "primitive")
+    assert f"are {kept:.2f} times a LoRA's" in page

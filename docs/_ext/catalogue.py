@@ -166,9 +166,11 @@ def evidence(found: Sequence[Finding]) -> list[str]:
 
 def rate(info: PrimitiveInfo) -> str:
     """At which rate to train it."""
-    usual = f"That of a LoRA: what is zero at birth, the {info.zero_at}, is scaled by {info.fresh_zero_scale:g} for it."
-    factors = ", ".join(f"{finding.factor:g}" for finding in info.record)
-    return usual + (f" Best in the record, as multiples of the LoRA's: {factors}." if factors else "")
+    scale = info.fresh_zero_scale
+    scaled = "" if scale == 1 else f": what is zero at birth, the {info.zero_at}, is scaled by {scale:g} for it"
+    factors = sorted({finding.factor for finding in info.record})
+    best = " to ".join(dict.fromkeys(f"{factor:g}" for factor in (factors[:1] + factors[-1:])))
+    return f"That of a LoRA{scaled}." + (f" Best in the record: {best} times the LoRA's." if best else "")
 
 
 def ranking() -> str:

@@ -1,12 +1,13 @@
 """From the cells of the screen to the record that the package carries and the page that shows it.
 
-python -m experiments.record.publish     # reads cells.csv; writes src/bioadapt/record.csv and the table in README.md
+python -m experiments.record.publish     # reads cells.csv; writes the record and both READMEs
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import runpy
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -20,6 +21,7 @@ from experiments.record.bench import FAMILIES
 from experiments.record.run import HERE, PLACEBOS, Result, identity, read
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
+README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
 LORA, TABLE = "lora-r8", ("<!-- table -->", "<!-- end of table -->")
 Scores = Mapping[int, float]  # by seed
 
@@ -119,6 +121,7 @@ def main() -> None:
     text = page.read_text(encoding="utf-8")
     before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
     page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{after}", encoding="utf-8")
+    runpy.run_path(str(README_TABLE))["update"]()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .registry import primitive_info as primitive_info
     from .registry import register_primitive as register_primitive
     from .tuner.callback import BioTrainerCallback as BioTrainerCallback
+    from .tuner.compilation import compile_adapters as compile_adapters
     from .tuner.distillation import DistilledLora as DistilledLora
     from .tuner.distillation import conversion_residuals as conversion_residuals
     from .tuner.distillation import distill_to_lora as distill_to_lora
@@ -43,6 +44,7 @@ _HOMES = {
     "SanConfig": "ready",
     "auxiliary_loss": "tuner.learning",
     "build_primitive": "registry",
+    "compile_adapters": "tuner.compilation",
     "conversion_residuals": "tuner.distillation",
     "distill_to_lora": "tuner.distillation",
     "list_primitives": "registry",

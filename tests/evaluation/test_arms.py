@@ -136,9 +136,9 @@ def test_a_placebo_s_formula(vectors, linear):
 
 def test_placebos_on_convolutions_act_on_channels():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    from bioadapt.evaluation.arms import Placement
+    from bioadapt.evaluation.arms import AdaptedModule
 
-    (placebo,) = add_placebo(model, [Placement("0", 4, False, 8)])
+    (placebo,) = add_placebo(model, [AdaptedModule("0", 4, False, 8)])
     images = torch.randn(2, 3, 5, 5)
     before = model(images)
     nn.init.ones_(placebo.up)

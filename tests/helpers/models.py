@@ -20,7 +20,7 @@ from bioadapt.tuner.layer import BioLayer
 B, T, D = 3, 5, 8
 
 
-class Host(nn.Module):
+class Chain(nn.Module):
     """Named layers one after the other, with ``between`` after each but the last."""
 
     def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh, **layers: nn.Module) -> None:
@@ -45,8 +45,8 @@ class RMSNorm(nn.Module):
         return x * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt().to(x.dtype) * self.weight
 
 
-def mlp() -> Host:
-    return Host(lin0=nn.Linear(D, 2 * D), lin1=nn.Linear(2 * D, D), out=nn.Linear(D, 3))
+def mlp() -> Chain:
+    return Chain(lin0=nn.Linear(D, 2 * D), lin1=nn.Linear(2 * D, D), out=nn.Linear(D, 3))
 
 
 @dataclass(frozen=True)
@@ -74,38 +74,38 @@ KINDS = {
     "mlp": Kind(mlp, lambda: torch.randn(B, D), ("lin0", "lin1")),
     "mlp over tokens": Kind(mlp, _features, ("lin0", "lin1")),
     "conv1d": Kind(
-        lambda: Host(conv=nn.Conv1d(4, D, 3), out=nn.Conv1d(D, 2, 3)), lambda: torch.randn(B, 4, 9), ("conv",), False
+        lambda: Chain(conv=nn.Conv1d(4, D, 3), out=nn.Conv1d(D, 2, 3)), lambda: torch.randn(B, 4, 9), ("conv",), False
     ),
     "conv2d": Kind(
-        lambda: Host(conv=nn.Conv2d(3, D, 3, stride=2), out=nn.Conv2d(D, 2, 1)),
+        lambda: Chain(conv=nn.Conv2d(3, D, 3, stride=2), out=nn.Conv2d(D, 2, 1)),
         lambda: torch.randn(B, 3, 9, 7),
         ("conv",),
         False,
     ),
     "conv3d": Kind(
-        lambda: Host(conv=nn.Conv3d(2, D, 2, bias=False), out=nn.Conv3d(D, 2, 1)),
+        lambda: Chain(conv=nn.Conv3d(2, D, 2, bias=False), out=nn.Conv3d(D, 2, 1)),
         lambda: torch.randn(B, 2, 4, 3, 3),
         ("conv",),
         False,
     ),
     "pointwise conv2d": Kind(
-        lambda: Host(conv=nn.Conv2d(3, D, 1), out=nn.Conv2d(D, 2, 1)), lambda: torch.randn(B, 3, 4, 4), ("conv",)
+        lambda: Chain(conv=nn.Conv2d(3, D, 1), out=nn.Conv2d(D, 2, 1)), lambda: torch.randn(B, 3, 4, 4), ("conv",)
     ),
     "embedding": Kind(
-        lambda: Host(emb=nn.Embedding(11, D), out=nn.Linear(D, 3)),
+        lambda: Chain(emb=nn.Embedding(11, D), out=nn.Linear(D, 3)),
         lambda: torch.randint(0, 11, (B, T)),
         ("emb",),
         False,
     ),
-    "gpt-2 conv1d": Kind(lambda: Host(conv=_transposed(D, D), out=_transposed(3, D)), _features, ("conv",)),
+    "gpt-2 conv1d": Kind(lambda: Chain(conv=_transposed(D, D), out=_transposed(3, D)), _features, ("conv",)),
     "layer norm": Kind(
-        lambda: Host(norm=nn.LayerNorm(D), out=nn.Linear(D, 3)), _features, ("norm",), matrix=False, merges=False
+        lambda: Chain(norm=nn.LayerNorm(D), out=nn.Linear(D, 3)), _features, ("norm",), matrix=False, merges=False
     ),
     "rms norm": Kind(
-        lambda: Host(norm=RMSNorm(D), out=nn.Linear(D, 3)), _features, ("norm",), matrix=False, merges=False
+        lambda: Chain(norm=RMSNorm(D), out=nn.Linear(D, 3)), _features, ("norm",), matrix=False, merges=False
     ),
     "group norm": Kind(
-        lambda: Host(conv=nn.Conv1d(4, D, 1), norm=nn.GroupNorm(2, D), out=nn.Conv1d(D, 2, 1)),
+        lambda: Chain(conv=nn.Conv1d(4, D, 1), norm=nn.GroupNorm(2, D), out=nn.Conv1d(D, 2, 1)),
         lambda: torch.randn(B, 4, 6),
         ("norm",),
         matrix=False,

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.models import Host as Model
-from helpers.models import awake, bert, bio_layers, close, gpt2, output, step, tokens, unchanged
+from helpers.models import Chain, awake, bert, bio_layers, close, gpt2, output, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -704,7 +703,7 @@ def test_the_file_is_half_as_large_without_the_projection(tmp_path):
     sizes = []
     for saved in (False, True):
         model = get_peft_model(
-            Model(lin=nn.Linear(384, 384)),
+            Chain(lin=nn.Linear(384, 384)),
             awake([{"name": "fly_lora", "save_projection": saved}], ["lin"]),
         )
         model.save_pretrained(tmp_path / str(saved))
@@ -755,7 +754,7 @@ def test_with_all_units_it_merges_exactly_over_a_lora(build):
 @BOTH
 def test_adapters_are_chosen_by_sample_and_add_up(name):
     torch.manual_seed(0)
-    base, x = Model(lin=nn.Linear(N, M)), torch.randn(3, N)
+    base, x = Chain(lin=nn.Linear(N, M)), torch.randn(3, N)
     plain = output(base, x)
     model = get_peft_model(base, awake([{"name": name, **SMALL}], ["lin"]))
     model.add_adapter("other", awake([{"name": name, **SMALL}], ["lin"], seed=1))

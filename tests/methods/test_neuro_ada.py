@@ -7,8 +7,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.models import Host as Layers
-from helpers.models import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
+from helpers.models import Chain, bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,7 +283,7 @@ def test_a_layer_takes_a_fifth_of_the_memory_of_a_dense_change(tall):
     layer = nn.Linear(n, m, bias=False)
     layer.weight.data = tall
     model = get_peft_model(
-        Layers(lin=layer), BioConfig(primitives=[{"name": "neuro_ada", "k": 1}], target_modules=["lin"])
+        Chain(lin=layer), BioConfig(primitives=[{"name": "neuro_ada", "k": 1}], target_modules=["lin"])
     )
     x = torch.randn(1, 16, n, requires_grad=True)
     index, values = bio_layers(model)[0].circuits["default"]["neuro_ada"].index, torch.zeros(m, 1, requires_grad=True)
@@ -376,7 +375,7 @@ def test_the_index_that_was_saved_holds_whatever_the_weights_say(tmp_path):
 def test_two_adapters_of_a_model_add_up_and_serve_a_mixed_batch():
     inputs = torch.randn(3, 5, N)
     torch.manual_seed(0)
-    host = Layers(lin=nn.Linear(N, M))
+    host = Chain(lin=nn.Linear(N, M))
     plain = output(host, inputs)
     model = adapted(host, ["lin"])
     first = output(model, inputs)
@@ -429,7 +428,7 @@ def test_injected_by_way_of_the_meta_device(meta):
 
 def test_half_precision_models_keep_fp32_values():
     x = torch.randn(2, 5, N).bfloat16()
-    host = Layers(lin=nn.Linear(N, M)).bfloat16()
+    host = Chain(lin=nn.Linear(N, M)).bfloat16()
     model = adapted(host, ["lin"])
     assert {parameter.dtype for parameter in own_parameters(model).values()} == {torch.float32}
     kept: list[Tensor] = []
@@ -483,7 +482,7 @@ def test_gradient_selection_is_that_of_the_summed_gradient():
 
 def test_gradients_of_batches_are_summed_before_magnitudes_are_taken():
     """Two batches of opposite gradients cancel; a third, weaker one decides."""
-    host = Layers(lin=nn.Linear(4, 2, bias=False))
+    host = Chain(lin=nn.Linear(4, 2, bias=False))
     model = adapted(host, ["lin"], k=1, **GRADIENT)
     strong, weak = torch.tensor([[5.0, 0, 0, 0]]), torch.tensor([[0, 0, 1.0, 0]])
     batches = [(strong, 1.0), (strong, -1.0), (weak, 1.0)]
@@ -497,9 +496,9 @@ def test_gradient_selection_elsewhere(kind):
     torch.manual_seed(0)
     settings = {"row_fraction": 0.5} if kind == "row_fraction" else {}
     if kind == "pointwise convolution":
-        host, inputs = Layers(lin=nn.Conv2d(N, M, 1), out=nn.Conv2d(M, 2, 1)), torch.randn(2, N, 3, 4)
+        host, inputs = Chain(lin=nn.Conv2d(N, M, 1), out=nn.Conv2d(M, 2, 1)), torch.randn(2, N, 3, 4)
     else:
-        host, inputs = Layers(lin=nn.Linear(N, M), out=nn.Linear(M, 2)), torch.randn(2, 5, N)
+        host, inputs = Chain(lin=nn.Linear(N, M), out=nn.Linear(M, 2)), torch.randn(2, 5, N)
 
     def loss(model, batch):
         return model(batch).square().sum()
@@ -522,7 +521,7 @@ def test_gradient_selection_elsewhere(kind):
 def test_gradient_selection_of_a_quantised_layer():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the quantised layers are those of bitsandbytes")
     torch.manual_seed(0)
-    plain = Layers(lin=nn.Linear(64, 64), out=nn.Linear(64, 8))
+    plain = Chain(lin=nn.Linear(64, 64), out=nn.Linear(64, 8))
     host = copy.deepcopy(plain)
     host.lin = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     host.lin.load_state_dict(plain.lin.state_dict())

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.models import Host as Layers
-from helpers.models import bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
+from helpers.models import Chain, bert, bio_layers, close, digest, gpt2, output, own_parameters, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -42,9 +41,9 @@ def adapted(base: nn.Module, targets: Any = "all-linear", awake: bool = True, **
     return get_peft_model(base, BioConfig(**fields, init_weights=not awake)).eval()
 
 
-def chain(bias: bool = True, seed: int = 0) -> Layers:
+def chain(bias: bool = True, seed: int = 0) -> Chain:
     torch.manual_seed(seed)
-    return Layers(lin0=nn.Linear(5, 7, bias=bias), lin1=nn.Linear(7, 6, bias=bias), out=nn.Linear(6, 3, bias=bias))
+    return Chain(lin0=nn.Linear(5, 7, bias=bias), lin1=nn.Linear(7, 6, bias=bias), out=nn.Linear(6, 3, bias=bias))
 
 
 def wired(bias: bool = True, seed: int = 0, **settings: Any) -> PeftModel:
@@ -435,7 +434,7 @@ def test_on_an_exact_channel_path_the_gain_is_squared():
 def test_kernels_are_scaled_along_their_input_channels(bias, stride):
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 4, 1, bias=bias), nn.Conv2d(4, 5, 3, stride, padding=1, bias=bias)
-    base, x = Layers(lin0=first, lin1=second).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    base, x = Chain(lin0=first, lin1=second).double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)
     model = adapted(base, ["lin0", "lin1"], wiring=WIRED).double()
     gamma0, gamma1 = (gain(layer) for layer in bio_layers(model))
     h = torch.tanh(conv2d(x, first.weight * gamma0[:, None, None, None], None if not bias else gamma0 * first.bias))
@@ -524,7 +523,7 @@ def test_a_tall_layer_is_never_copied():
                     self.numel = max(self.numel, tensor.numel())
             return result
 
-    base = Layers(lin0=nn.Linear(16, 512), lin1=nn.Linear(512, 2048))
+    base = Chain(lin0=nn.Linear(16, 512), lin1=nn.Linear(512, 2048))
     model, x = adapted(base, ["lin0", "lin1"], wiring=WIRED), torch.randn(8, 16, requires_grad=True)
     known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     with Largest() as seen:
@@ -621,7 +620,7 @@ def test_over_a_lora_the_update_is_scaled_as_well():
 def test_a_quantised_layer_reads_its_input_scaled():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the quantised layers are those of bitsandbytes")
     torch.manual_seed(0)
-    plain = Layers(lin0=nn.Linear(64, 64), lin1=nn.Linear(64, 64))
+    plain = Chain(lin0=nn.Linear(64, 64), lin1=nn.Linear(64, 64))
     base = copy.deepcopy(plain)
     base.lin1 = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     base.lin1.load_state_dict(plain.lin1.state_dict())
@@ -645,7 +644,7 @@ def test_any_layer_with_channels_is_scaled(kind):
     torch.manual_seed(0)
     first = nn.Embedding(9, 8) if kind == "embedding" else nn.LayerNorm(8)
     x = torch.randint(0, 9, (2, 5)) if kind == "embedding" else torch.randn(2, 5, 8)
-    base = Layers(lin0=first, lin1=nn.Linear(8, 8), between=lambda h: h)
+    base = Chain(lin0=first, lin1=nn.Linear(8, 8), between=lambda h: h)
     model = adapted(base, ["lin0", "lin1"], wiring=WIRED)
     lin0, lin1 = bio_layers(model)
     expected = gain(lin1) * lin1.base_layer(gain(lin0) * (gain(lin0) * first(x)))

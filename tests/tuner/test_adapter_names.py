@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.models import (
     B,
+    Chain,
     D,
-    Host,
     adapted,
     awake,
     base_and_inputs,
@@ -108,8 +108,8 @@ def test_modules_may_be_called_like_our_parts_and_adapters(module, tmp_path):
 
     def host() -> nn.Module:
         torch.manual_seed(0)
-        inner = Host(**{module: nn.Linear(D, D), "target": nn.Linear(D, D)})
-        return Host(**{"first": nn.Linear(D, D), module: inner}).eval()
+        inner = Chain(**{module: nn.Linear(D, D), "target": nn.Linear(D, D)})
+        return Chain(**{"first": nn.Linear(D, D), module: inner}).eval()
 
     inputs = torch.randn(B, D)
     plain = output(host(), inputs)
@@ -139,7 +139,7 @@ def test_modules_may_be_called_like_our_parts_and_adapters(module, tmp_path):
 
 
 def test_a_module_left_alone_may_have_the_name_of_the_adapter_beside_it():
-    base = Host(default=nn.Linear(D, D), lin0=nn.Linear(D, D))
+    base = Chain(default=nn.Linear(D, D), lin0=nn.Linear(D, D))
     model = get_peft_model(base, awake("pointwise", ("lin0",)))
     assert [layer.path for layer in bio_layers(model)] == ["lin0"]
     assert not model.base_model.model.default.weight.requires_grad

@@ -65,7 +65,9 @@ def prompt(rows=2):
 
 @torch.no_grad()
 def test_steps_equal_the_full_forward(decoder):
-    given = prompt()
+    # In double precision: products of other shapes round otherwise, and a threshold that one unit of all these
+    # primitives just misses or meets turns that into a spike more or less.
+    decoder, given = copy.deepcopy(decoder).double(), prompt()
     ids, mask = given["input_ids"], given["attention_mask"]
     full = decoder(**given).logits
     cache, steps = None, []

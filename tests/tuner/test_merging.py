@@ -10,8 +10,8 @@ from helpers.models import (
     KINDS,
     PRIMITIVES,
     B,
+    Chain,
     D,
-    Host,
     T,
     adapted,
     awake,
@@ -175,7 +175,7 @@ def test_a_weight_that_half_precision_cannot_hold_is_refused():
 
 
 def mlp_of_large_numbers() -> nn.Module:
-    model = Host(lin0=nn.Linear(D, D)).half()
+    model = Chain(lin0=nn.Linear(D, D)).half()
     model.lin0.weight.data.fill_(30000.0)  # the largest number in half precision is 65504
     return model
 
@@ -202,7 +202,7 @@ def test_beside_a_tied_weight_merging_is_allowed():
 
 
 def test_a_weight_tied_between_plain_modules_is_refused():
-    base = Host(one=nn.Linear(D, D), two=nn.Linear(D, D))
+    base = Chain(one=nn.Linear(D, D), two=nn.Linear(D, D))
     base.two.weight = base.one.weight
     model = get_peft_model(base, awake("mergeable", ("two",)))
     with unchanged(model), pytest.raises(ValueError, match="weight of two is tied"):
@@ -242,7 +242,7 @@ def test_a_merge_in_double_precision_is_one(name, rank):
         pytest.skip("it has a size of its own")
     torch.manual_seed(0)
     layer = nn.Linear(D, D).double()
-    model = get_peft_model(Host(lin0=layer), awake([name], ["lin0"], rank=rank)).eval()
+    model = get_peft_model(Chain(lin0=layer), awake([name], ["lin0"], rank=rank)).eval()
     inputs, before = torch.randn(B, T, D, dtype=torch.float64), layer.weight.detach().clone()
     wanted = output(model, inputs)
     merged = model.merge_and_unload()
@@ -255,7 +255,7 @@ def test_a_sparse_merge_in_double_precision_changes_its_synapses_alone():
     torch.manual_seed(0)
     layer = nn.Linear(64, 48).double()
     before = layer.weight.detach().clone()
-    model = get_peft_model(Host(lin0=layer), awake([{"name": "neuro_ada", "k": 2}], ["lin0"]))
+    model = get_peft_model(Chain(lin0=layer), awake([{"name": "neuro_ada", "k": 2}], ["lin0"]))
     values = model.base_model.model.lin0.circuits["default"]["neuro_ada"]
     wanted = before.scatter_add(1, values.index.long(), (values.zero_scale * values.values.detach()).double())
     merged = model.merge_and_unload().lin0.weight
@@ -300,7 +300,7 @@ def test_a_weight_that_is_computed_is_merged_exactly_or_refused_by_name(kind, pr
     torch.manual_seed(0)
     spatial = kind == "convolution"
     first = nn.Conv1d(D, D, 1) if spatial else nn.Linear(D, D)
-    model = get_peft_model(Host(lin0=first, lin1=COMPUTED[kind]()), awake(primitives, ["lin0", "lin1"])).eval()
+    model = get_peft_model(Chain(lin0=first, lin1=COMPUTED[kind]()), awake(primitives, ["lin0", "lin1"])).eval()
     inputs = torch.randn(B, D, T) if spatial else torch.randn(B, T, D)
     wanted = output(model, inputs)
     with unchanged(model), pytest.raises(ValueError, match="lin1.*(computes its|form of numbers|quantises)"):

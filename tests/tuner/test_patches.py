@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import weakref
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto import modeling_auto
 
 from bioadapt.primitives._state import Memory
 from bioadapt.tuner import patches
@@ -215,3 +217,67 @@ def test_adapters_in_a_layer_of_torchs_own_run_in_eval():
     with torch.no_grad():
         model(torch.randn(2, 3, 8))
     assert ran
+
+
+# -- read alone: feature vectors of sound --
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["plain", "pooled"])
+@pytest.mark.parametrize("model", ["Wav2Vec2", "Data2VecAudio"])
+def test_speech_models_translate_a_mask_of_samples(model, pooled):
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, output_hidden_size=16
+    )
+    config = getattr(transformers, f"{model}Config")(
+        **sizes, conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, add_adapter=pooled,
+    )  # fmt: skip
+    stack = getattr(transformers, f"{model}Model")(config)
+    mask = torch.ones(2, 800).long()
+    mask[1, 400:] = 0
+    count = stack.feature_extractor(torch.randn(1, 800)).shape[-1]
+    real = patches.feature_vectors(stack, mask, count)
+    assert real.shape == (2, count) and real.dtype == torch.bool
+    half = stack.feature_extractor(torch.randn(1, 400)).shape[-1]
+    assert real.sum(1).tolist() == [count, half]
+    assert patches.feature_vectors(stack, mask, count + 1) is None
+    assert patches.feature_vectors(bert(), mask, count) is None
+
+
+# -- read alone: padding that a model adds --
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        transformers.LongformerModel,
+        transformers.models.led.modeling_led.LEDEncoder,
+        transformers.BigBirdModel,
+        transformers.models.bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusEncoder,
+        transformers.ReformerModel,
+    ],
+)
+def test_models_that_pad_by_themselves_have_a_method_for_it(cls):
+    assert patches.pads_by_itself(cls.__new__(cls))
+    assert not patches.pads_by_itself(bert())
+
+
+# -- read alone: blocks whose first axis is time --
+
+
+@pytest.mark.parametrize("name", patches.TIME_FIRST)
+def test_blocks_whose_first_axis_is_time_are_there(name):
+    module, _, cls = name.partition(".")
+    module = importlib.import_module(f"transformers.models.{module.removeprefix('modeling_')}.{module}")
+    block = getattr(module, cls)
+    assert patches.has_time_first(block.__new__(block))
+    assert not patches.has_time_first(bert().encoder.layer[0])
+
+
+# -- read alone: which models predict which tokens --
+
+
+def test_the_tables_of_the_auto_classes_tell_what_models_predict():
+    assert "bert" in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and patches.predicts_masked_tokens("modernbert")
+    assert "gpt2" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and patches.predicts_next_tokens("mamba")
+    assert not patches.predicts_masked_tokens("llama") and not patches.predicts_next_tokens("modernbert")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import PRIMITIVES, Host, awake, bio_layers, close, digest, output, own_parameters, step, unchanged
+from helpers.models import PRIMITIVES, Chain, awake, bio_layers, close, digest, output, own_parameters, step, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -17,7 +17,7 @@ BACKENDS = {"4bit": "bnb 4bit", "8bit": "bnb 8bit"}
 
 def quantised(bits: str) -> nn.Module:
     torch.manual_seed(0)
-    host = Host(lin=nn.Linear(D, D), out=nn.Linear(D, 8))
+    host = Chain(lin=nn.Linear(D, D), out=nn.Linear(D, 8))
     if bits == "4bit":
         layer = bitsandbytes.nn.Linear4bit(D, D, compute_dtype=torch.float32, quant_type="nf4")
     else:

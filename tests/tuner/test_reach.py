@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers.models import D, Host, awake, bert, bio_layers, tokens
+from helpers.models import Chain, D, awake, bert, bio_layers, classifier, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -65,6 +65,11 @@ def test_a_name_that_no_module_has_is_told_with_the_nearest():
     assert len(messages) == 1 and "'vlaue'" in messages[0] and "'value'" in messages[0]
 
 
+def test_an_expert_that_is_no_module_is_told_without_a_number_as_the_nearest():
+    messages = said(lambda: get_peft_model(mixtral(), awake("pointwise", ["q_proj", "w1"])))
+    assert len(messages) == 1 and "'w1'" in messages[0] and "'1'" not in messages[0]
+
+
 def test_default_targets_and_those_of_a_file_are_not_complained_of(tmp_path):
     def make_and_load():
         get_peft_model(bert(), awake("pointwise")).save_pretrained(tmp_path)
@@ -82,6 +87,28 @@ def test_single_vectors_have_no_past_and_that_is_told_once():
     model = get_peft_model(bert(), awake(["short_term_depression"], ["pooler.dense", "output.dense"])).eval()
     messages = said(lambda: [model(**tokens()) for _ in range(3)])
     assert ["pooler.dense is called on single vectors" in message for message in messages] == [True]
+
+
+def packed_tower():
+    config = transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(
+        depth=1, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4
+    )
+    return transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "given"),
+    [
+        (classifier, "classifier", tokens()),
+        (lambda: nn.Sequential(nn.Linear(D, D)), "0", {"input": torch.randn(5, D)}),
+        (packed_tower, "fc2", {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}),
+    ],
+    ids=["classifier", "rows", "packed patches"],
+)
+def test_layers_that_see_rows_of_features_are_told_of_by_name(make, target, given):
+    model = get_peft_model(make(), awake(["short_term_depression"], [target], causal=True)).eval()
+    messages = said(lambda: [model(**given) for _ in range(2)])
+    assert len(messages) == 1 and f"{target} is called on single vectors" in messages[0]
 
 
 class Routed(nn.Module):
@@ -109,27 +136,27 @@ def test_an_expert_that_no_token_is_sent_to_learns_nothing(named):
 
 
 def test_the_direction_of_time_that_nothing_tells_is_asked_for():
-    base = Host(lin=nn.Linear(D, D), out=nn.Linear(D, D))
+    base = Chain(lin=nn.Linear(D, D), out=nn.Linear(D, D))
     messages = said(lambda: get_peft_model(base, awake("causal", ["lin"])))
     assert len(messages) == 1 and "causal=True or causal=False" in messages[0]
-    assert said(lambda: get_peft_model(Host(lin=nn.Linear(D, D)), awake("causal", ["lin"], causal=False))) == []
-    assert said(lambda: get_peft_model(Host(lin=nn.Linear(D, D)), awake("pointwise", ["lin"]))) == []
+    assert said(lambda: get_peft_model(Chain(lin=nn.Linear(D, D)), awake("causal", ["lin"], causal=False))) == []
+    assert said(lambda: get_peft_model(Chain(lin=nn.Linear(D, D)), awake("pointwise", ["lin"]))) == []
 
 
 @pytest.mark.parametrize("library", ["timm.models.vision_transformer", "diffusers.models.unets", "torchvision.models"])
 def test_models_of_images_see_all_places(library):
-    class Model(Host):
+    class Model(Chain):
         pass
 
     Model.__module__ = library
-    inside = Host(backbone=Model(lin=nn.Linear(D, D)))
+    inside = Chain(backbone=Model(lin=nn.Linear(D, D)))
     for base, path in ((Model(lin=nn.Linear(D, D)), "lin"), (inside, "backbone.lin")):
         model = get_peft_model(base, awake("causal", [path]))
         assert not any(layer.causal for layer in bio_layers(model))
 
 
 def test_a_module_that_is_held_twice_is_told_of():
-    base = Host(first=nn.Linear(D, D), second=nn.Linear(D, D))
+    base = Chain(first=nn.Linear(D, D), second=nn.Linear(D, D))
     base.second = base.first
     messages = said(lambda: get_peft_model(base, awake("pointwise", ["first"])))
     assert messages == ["first is the same module as second, from where it is called without the adapter"]

@@ -191,7 +191,7 @@ def test_deleting_a_merged_adapter_is_refused():
 def test_status_tells_what_is_there(capsys):
     model, _ = _two("mlp", "mergeable")
     status = get_model_status(model)
-    assert status.adapter_model_type == "BioModel" and status.base_model_type == "Host"
+    assert status.adapter_model_type == "BioModel" and status.base_model_type == "Chain"
     assert status.peft_types == {"default": "BIO", "other": "BIO"}
     assert status.num_adapter_layers == 2 and status.available_adapters == ["default", "other"]
     assert status.active_adapters == ["default"] and status.enabled is True and status.merged_adapters == []

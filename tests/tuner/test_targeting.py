@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import D, Host, awake, base_and_inputs, bert, bio_layers, gpt2, output, tokens, unchanged
+from helpers.models import Chain, D, awake, base_and_inputs, bert, bio_layers, gpt2, output, tokens, unchanged
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -13,14 +13,14 @@ def paths(model: nn.Module) -> list[str]:
     return [layer.path for layer in bio_layers(model)]
 
 
-def _block() -> Host:
-    return Host(attention=nn.Linear(D, D), dense=nn.Linear(D, D))
+def _block() -> Chain:
+    return Chain(attention=nn.Linear(D, D), dense=nn.Linear(D, D))
 
 
 def _deep() -> nn.Module:
     torch.manual_seed(0)
-    body = Host(layers=nn.Sequential(*(_block() for _ in range(3))))
-    return Host(stem=nn.Linear(D, D), body=body, head=nn.Linear(D, 2)).eval()
+    body = Chain(layers=nn.Sequential(*(_block() for _ in range(3))))
+    return Chain(stem=nn.Linear(D, D), body=body, head=nn.Linear(D, 2)).eval()
 
 
 SPELLINGS = [
@@ -90,7 +90,7 @@ def test_a_model_without_default_targets_is_told_so():
 
 
 def test_multihead_attention_is_refused_by_name():
-    base = Host(attention=nn.MultiheadAttention(D, 2), out=nn.Linear(D, D))
+    base = Chain(attention=nn.MultiheadAttention(D, 2), out=nn.Linear(D, D))
     for target in ("attention", "out_proj"):
         with unchanged(base), pytest.raises(TypeError, match=r"attention.*cannot be adapted.*MultiheadAttention"):
             get_peft_model(base, awake("pointwise", [target]))
@@ -109,7 +109,7 @@ def test_multihead_attention_is_refused_by_name():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_layers_without_a_known_feature_axis_are_refused_by_name(layer, says):
-    base = Host(first=nn.Linear(D, D), odd=layer)
+    base = Chain(first=nn.Linear(D, D), odd=layer)
     with unchanged(base), pytest.raises(TypeError, match=f"odd cannot be adapted: {says}"):
         get_peft_model(base, awake("pointwise", ["first", "odd"]))  # the first is adapted already when it comes to odd
 

@@ -95,7 +95,7 @@ def rivals_of_equal_size(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Placement:
+class AdaptedModule:
     """Where a bio adapter acts: ``width`` features of a module's output, or of its input; and with how many numbers."""
 
     path: str
@@ -179,7 +179,7 @@ class Recipe:
         return trainable_parameters(transformer_of(encoder))
 
     @cached_property
-    def sites(self) -> tuple[Placement, ...]:
+    def sites(self) -> tuple[AdaptedModule, ...]:
         """Where the bio adapter acts on a fresh model.
 
         Raises:
@@ -195,7 +195,7 @@ class Recipe:
         for path in model.base_model.targeted_module_names:
             own = sum(count for name, count in counts.items() if name.startswith(f"base_model.model.{path}."))
             at_input = config.adapts_input_of(path)
-            found.append(Placement(path, _features(modules[path])[0 if at_input else 1], at_input, own))
+            found.append(AdaptedModule(path, _features(modules[path])[0 if at_input else 1], at_input, own))
         return tuple(found)
 
 
@@ -334,7 +334,7 @@ class Placebo(nn.Module):
         return (features + inner @ self.up.T).to(x.dtype).movedim(-1, self.axis)
 
 
-def add_placebo(model: nn.Module, sites: Sequence[Placement], *, linear: bool = False) -> list[Placebo]:
+def add_placebo(model: nn.Module, sites: Sequence[AdaptedModule], *, linear: bool = False) -> list[Placebo]:
     """Put placebos into a model, at the sites of a bio adapter and with as many numbers as it has there.
 
     A placebo has whole vectors alone; what is missing or too much at one site is made up for at the next.

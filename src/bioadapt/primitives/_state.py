@@ -17,11 +17,15 @@ UNDO_WINDOW = 64
 
 
 class Memory:
-    """All carried series of one cache, by key; each (B, n, ...), newest last."""
+    """All carried series of one cache, by key; each (B, n, ...), newest last.
+
+    ``needed``: how many of its newest entries a primitive asks for.
+    """
 
     def __init__(self) -> None:
         self.series: dict[str, Tensor] = {}
         self.seen: dict[str, int] = {}
+        self.needed: dict[str, int] = {}
 
     def part(self, key: str, heard: int | None = None) -> Recollection:
         return Recollection(self, key, heard)
@@ -29,6 +33,7 @@ class Memory:
     def append(self, key: str, new: Tensor, keep: int) -> None:
         old = self.series.get(key)
         self.seen[key] = self.seen.get(key, 0) + new.shape[1]
+        self.needed[key] = keep
         joined = new if old is None else torch.cat([old, new], dim=1)
         self.series[key] = joined[:, -(keep + UNDO_WINDOW) :]
 
@@ -74,6 +79,12 @@ class Memory:
         """Replace every series by ``fn(series)``: reorder, repeat or select along the batch axis."""
         self.series = {key: fn(value) for key, value in self.series.items()}
 
+    def update(self, other: Memory) -> None:
+        """Take over all series of another memory."""
+        self.series.update(other.series)
+        self.seen.update(other.seen)
+        self.needed.update(other.needed)
+
     def clear(self) -> None:
         self.series.clear()
         self.seen.clear()
@@ -101,3 +112,45 @@ class Recollection:
     def append(self, name: str, series: Tensor, keep: int = 1) -> None:
         """Add the entries (B, T, ...) of this step; ``keep`` is how many the next step will ask for."""
         self.memory.append(f"{self.key}/{name}", series, keep)
+
+
+class Notes(Recollection):
+    """What one primitive's `Recollection` holds, under names that are the same at every layer, and what it adds.
+
+    For a compiled region: it reads and writes these alone, so that one graph serves all layers and all steps.
+    """
+
+    def __init__(self, before: dict[str, Tensor], after: dict[str, tuple[Tensor, int]], key: str = "") -> None:
+        self.before, self.after, self.key = before, after, key
+
+    @classmethod
+    def of(cls, source: Recollection) -> Notes:
+        memory, start = source.memory, f"{source.key}/"
+        held = {key.removeprefix(source.key): key for key in memory.series if key.startswith(start)}
+        # Copies, so that how long the whole series is does not matter to the graph.
+        return cls({name: memory.series[key][:, -memory.needed[key] :].clone() for name, key in held.items()}, {})
+
+    def part(self, key: str) -> Notes:
+        return Notes(self.before, self.after, f"{self.key}/{key}")
+
+    def last(self, name: str) -> Tensor | None:
+        series = self.before.get(f"{self.key}/{name}")
+        return None if series is None else series[:, -1]
+
+    def latest(self, name: str, count: int) -> Tensor | None:
+        series = self.before.get(f"{self.key}/{name}")
+        return None if series is None else series[:, -count:]
+
+    def append(self, name: str, series: Tensor, keep: int = 1) -> None:
+        self.after[f"{self.key}/{name}"] = (series, keep)
+
+    def enter(self, target: Recollection) -> None:
+        """Write what was added where the notes came from.
+
+        Raises:
+            ValueError: a series has not seen all tokens.
+        """
+        for name in self.after:
+            target.memory.get(target.key + name, target.heard)
+        for name, (series, keep) in self.after.items():
+            target.memory.append(target.key + name, series, keep)

@@ -135,6 +135,9 @@ class Primitive(nn.Module):
         To be overridden only where that costs less than it does here, never to compute anything else. Where x is not
         added, what is returned will be written to: neither a backward nor anybody else may need it.
         """
+        if not torch.is_grad_enabled():
+            change = self.transform(x, context)
+            return torch.addcmul(x, change, scale) if with_x else change * scale
         # A view's backward runs after that of everything later: see `added`.
         itself = x.view_as(x) if with_x else None
         return _Scaling.apply(self.transform(x, context), scale, itself)

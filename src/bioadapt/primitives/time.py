@@ -25,6 +25,8 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
+    if torch.compiler.is_compiling() and not _exporting():
+        return _solved(decay, drive, initial, backwards)
     if _is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)
     if decay.numel() > 1 or not is_short(steps) or drive.is_complex():
@@ -34,6 +36,23 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
         drive[:, 0].addcmul_(decay[:, 0], initial)
     powers = _powers(decay.flatten(), steps)[0]
     return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
+
+
+@torch.library.custom_op("bioadapt::linear_recurrence", mutates_args=())
+def _solved(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
+    """`_solve` as one operation of a compiled graph, which then serves sequences of all lengths."""
+    return _solve(decay, drive, initial, backwards).contiguous()
+
+
+@_solved.register_fake
+def _(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
+    return drive.new_empty(drive.shape)
+
+
+def _exporting() -> bool:
+    """Whether the graph is to run where operations of ours are not known."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # torch before 2.7 cannot be asked
+    return asked is None or asked()
 
 
 def is_short(steps: int) -> bool:
@@ -108,6 +127,8 @@ def _first(series: Tensor) -> Tensor:
 def _lagged(h: Tensor, initial: Tensor) -> Tensor:
     """h_{t-1} of h (B, T, ...), and ``initial`` (B, ...) before the first token."""
     steps = h.shape[1]
+    if steps == 1:
+        return initial[:, None]
     if _is_symbol(steps):  # a series that is one token shorter would rule out a length of two
         shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
         return torch.where(_first(h), initial[:, None], shifted)
@@ -158,6 +179,8 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
         h of the shape of ``drive``.
     """
     decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
+    if drive.shape[1] == 1:  # a step of decoding
+        return drive if initial is None else torch.addcmul(drive, decay, initial[:, None])
     return _LinearScan.apply(decay, drive, initial)
 
 
@@ -194,23 +217,31 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
     Returns:
         h (B, T, ...); h at a padded token is the value before it.
     """
+    return _recurrence(name, decay, drive, context, initial)[0]
+
+
+def _recurrence(
+    name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """h (B, T, ...), and the value before the first token of this call, None if none came."""
     decay, drive = _heard(decay, drive, context)
-    start = _start(initial, drive)
+    before = None if context.state is None else context.state.last(name)
+    start = _start(initial, drive) if before is None or context.resets is not None else None
     if context.resets is not None:
         fresh = _like(context.resets, drive)
-        drive = torch.where(fresh, drive + decay * start[:, None], drive)
+        drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
         decay = torch.where(fresh, 0.0, decay)
-    before = None if context.state is None else context.state.last(name)
     h = linear_scan(decay, drive, start if before is None else before)
     if context.state is not None:
         context.state.append(name, h)
-    return h
+    return h, before
 
 
 def past_recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """`previous` of a `recurrence`, at once where nothing else is asked of the recurrence."""
     if context.state is not None or context.resets is not None:
-        return previous(f"{name} before", recurrence(name, decay, drive, context, initial), context, initial)
+        h, before = _recurrence(name, decay, drive, context, initial)
+        return _shifted(h, before, context, initial)
     decay, drive = _heard(decay, drive, context)
     decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
     return _PastScan.apply(decay, drive, _start(initial, drive))
@@ -242,14 +273,19 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
 
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
-    start = _start(initial, h)
     before = None if context.state is None else context.state.last(name)
-    shifted = _lagged(h, start if before is None else before)
-    if context.resets is not None:
-        shifted = torch.where(_like(context.resets, h), start[:, None], shifted)
     if context.state is not None:
         context.state.append(name, h)
-    return shifted
+    return _shifted(h, before, context, initial)
+
+
+def _shifted(h: Tensor, before: Tensor | None, context: Context, initial: float | Tensor) -> Tensor:
+    """h_{t-1} of h (B, T, ...): ``before`` at the first token, ``initial`` without one and where documents start."""
+    if before is not None and context.resets is None:
+        return _lagged(h, before)
+    start = _start(initial, h)
+    shifted = _lagged(h, start if before is None else before)
+    return shifted if context.resets is None else torch.where(_like(context.resets, h), start[:, None], shifted)
 
 
 def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:

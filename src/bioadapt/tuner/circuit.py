@@ -118,7 +118,7 @@ class AdapterCircuit(nn.Module):
     @property
     def changes_input(self) -> bool:
         """Whether the layer is to read something else than its input."""
-        return self.at_input or self.scales_input
+        return self.at_input or (self.reads_weight and self.scales_input)
 
     @property
     def scales_input(self) -> bool:

@@ -71,8 +71,7 @@ def attach_memory(cache: Cache, memory: Memory) -> None:
     if carried is None:
         follow_cache(cache, memory)
     elif carried is not memory:
-        carried.series.update(memory.series)
-        carried.seen.update(memory.seen)
+        carried.update(memory)
 
 
 def find_cache(output: Any) -> Cache | None:

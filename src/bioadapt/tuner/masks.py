@@ -16,9 +16,6 @@ from transformers import PreTrainedModel
 # An additive mask holds 0 where a token is seen. Some models write a large number instead of the lowest one elsewhere.
 _HIDDEN = -1e4
 
-
-_PADS_WITH_ONES = "xlnet"  # whose ``input_mask`` has ones at padding
-
 # Arguments of any model with ones, or True, at what is no padding.
 _OF_REAL = "attention_mask"
 # The same of the models of transformers, where these names mean one thing.
@@ -29,6 +26,7 @@ _OF_REAL_IN_TRANSFORMERS = (
     "padding_mask",
     "padding_mask_videos",
 )
+_PADS_WITH_ONES = "xlnet"  # the model type whose ``input_mask`` has ones at padding
 # Masks of what is read by cross-attention, or written by another part of the model.
 _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_", "memory_")
 # Masks that say something else of tokens than which are padding, by how their names end.

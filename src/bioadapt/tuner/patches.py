@@ -1,4 +1,4 @@
-"""Every place of torch and transformers that bioadapt changes for its adapters to work, each with its reason.
+"""Every place of torch and transformers that bioadapt changes, or reads though it is not public, each with its reason.
 
 What is changed is one model, and changed back when its last adapter goes; of caches it is the classes. Each place has
 a test in `tests/tuner/test_patches.py` that fails when it moves.
@@ -14,6 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ..primitives._state import Memory
 
@@ -322,3 +326,71 @@ def run_part_by_part(part: nn.Module, enclosing: Iterable[nn.Module]) -> Switche
 
 def _nothing(module: nn.Module, args: tuple) -> None:
     """A hook that does nothing but be there."""
+
+
+# -- read alone: feature vectors of sound --
+#
+# Why: a speech model is called with a mask of samples, while its layers see feature vectors. How many these are, and
+# which of them are padding, is known to private methods of the model.
+# It can go once a model has a public way to translate its mask.
+
+
+def feature_vectors(stack: nn.Module | None, mask: Tensor, count: int) -> Tensor | None:
+    """Which of ``count`` feature vectors are no padding, (B, count), by a mask of samples (B, n).
+
+    None if the stack makes no feature vectors of samples, or not so many of them.
+    """
+    lengths = getattr(stack, "_get_feat_extract_output_lengths", None)
+    translate = getattr(stack, "_get_feature_vector_attention_mask", None)
+    if lengths is None or translate is None:
+        return None
+    # A model whose encoder is followed by a pooling counts up to behind that, unless told not to.
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+    if int(lengths(torch.tensor(mask.shape[1]), **options)) != count:
+        return None
+    return translate(count, mask, **options).bool()
+
+
+# -- read alone: padding that a model adds --
+#
+# Why: Longformer, LED, BigBird and Reformer lengthen their input to a multiple of a block before their layers see it,
+# and tell nobody. That they do is seen from the private method that does it.
+# It can go once the forward of such a model returns or takes the length that it works on.
+
+
+def pads_by_itself(stack: nn.Module | None) -> bool:
+    return any(name.startswith("_pad_to_") for name in dir(type(stack)))
+
+
+# -- read alone: blocks whose first axis is time --
+#
+# Why: activations of (tokens, batch, features) have the same number of axes as those of (batch, tokens, features), and
+# these blocks have no attribute that says which they take.
+# It can go once blocks say so, as those of torch do by ``batch_first``.
+
+TIME_FIRST = (
+    "modeling_xlnet.XLNetLayer",
+    "modeling_fsmt.EncoderLayer",
+    "modeling_fsmt.DecoderLayer",
+    "modeling_longformer.LongformerSelfAttention",
+    "modeling_led.LEDEncoderSelfAttention",
+)
+
+
+def has_time_first(module: nn.Module) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}".endswith(TIME_FIRST) for cls in type(module).__mro__)
+
+
+# -- read alone: which models predict which tokens --
+#
+# Why: many models of transformers do not say whether their attention is causal. The tables of its auto classes know
+# which of them predict masked tokens, seeing both sides, and which the next one.
+# It can go once every attention module has ``is_causal``.
+
+
+def predicts_masked_tokens(model_type: str) -> bool:
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def predicts_next_tokens(model_type: str) -> bool:
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -16,34 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from ..primitives._state import Memory
 from . import patches
+from .compilation import Compilation
 from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
-from .sites import Axes
+from .placement import TORCH_STACKS
 
 if TYPE_CHECKING:
     from .layer import BioLayer
-
-TORCH_STACKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
-_OF_IMAGES = ("timm", "torchvision", "diffusers")  # libraries whose models see all places of an image at once
-# Blocks of transformers that are called with (tokens, batch, features).
-_TIME_FIRST = (
-    "xlnet.XLNetLayer",
-    "fsmt.EncoderLayer",
-    "fsmt.DecoderLayer",
-    "LongformerSelfAttention",
-    "LEDEncoderSelfAttention",
-)
-_READS = ("k", "v", "key", "value", "k_proj", "v_proj", "c_attn")
 
 
 @dataclass(eq=False)
@@ -78,7 +61,7 @@ class Surroundings:
     def mask(self) -> Tensor | None:
         return self.known.mask
 
-    def about(self, sequence: tuple[int, ...]) -> Tokens:
+    def about(self, sequence: tuple[int, int]) -> Tokens:
         """What is known of the tokens (B, T) that a layer is called on.
 
         Raises:
@@ -113,7 +96,7 @@ class Surroundings:
             )
         return NOTHING
 
-    def about_encoder(self, sequence: tuple[int, ...]) -> Tokens:
+    def about_encoder(self, sequence: tuple[int, int]) -> Tokens:
         """The same for a layer that reads the encoder's output."""
         mask = self.encoder_mask
         if mask is None or tuple(mask.shape) == sequence:
@@ -122,28 +105,22 @@ class Surroundings:
             return NOTHING
         raise Unclear(f"the mask of the encoder {tuple(mask.shape)} does not fit its {sequence} features here")
 
-    def _translated(self, mask: Any, sequence: tuple[int, ...]) -> Tokens | None:
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+    def _translated(self, mask: Any, sequence: tuple[int, int]) -> Tokens | None:
+        """What a mask tells of the tokens (B, T) of a layer; None if it is not one of those."""
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != sequence[0]:
             return None
         if tuple(mask.shape) == sequence:
-            real = mask.bool()
-        elif len(mask) != sequence[0]:
-            return None
-        elif _frames(self.stack, mask.shape[1]) == sequence[1]:
-            real = self.stack._get_feature_vector_attention_mask(
-                sequence[1], mask, **_without_adapter(self.stack)
-            ).bool()
-        else:
-            return None
-        return _of_real(real)
+            return _of_real(mask.bool())
+        real = patches.feature_vectors(self.stack, mask, sequence[1])
+        return None if real is None else _of_real(real)
 
-    def _pads_inside(self, sequence: tuple[int, ...]) -> bool:
-        """Whether the model has added padding behind its tokens, as Longformer, BigBird and Reformer do."""
+    def _pads_inside(self, sequence: tuple[int, int]) -> bool:
+        """Whether the model has added padding behind its tokens."""
         if self.tokens is None or sequence[0] != self.tokens[0] or sequence[1] <= self.tokens[1]:
             return False
-        return any(name.startswith("_pad_to_") for name in dir(self.stack))
+        return patches.pads_by_itself(self.stack)
 
-    def place(self, layer: str, sequence: tuple[int, ...]) -> tuple[int, int]:
+    def place(self, layer: str, sequence: tuple[int, int]) -> tuple[int, int]:
         """Which call of the layer in this forward this is, and at which token it begins.
 
         A layer that several blocks share is called on all tokens each time; one whose input is split into chunks is
@@ -158,20 +135,6 @@ class Surroundings:
 
 def _of_real(real: Tensor) -> Tokens:
     return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
-
-
-def _frames(stack: nn.Module | None, samples: int) -> int | None:
-    """How many feature vectors a speech model makes of so many samples; None for other models."""
-    lengths = getattr(stack, "_get_feat_extract_output_lengths", None)
-    if lengths is None or not hasattr(stack, "_get_feature_vector_attention_mask"):
-        return None
-    return int(lengths(torch.tensor(samples), **_without_adapter(stack)))
-
-
-def _without_adapter(stack: nn.Module | None) -> dict[str, bool]:
-    """Models whose encoder is followed by a pooling of their own count up to there unless told not to."""
-    parameters = inspect.signature(stack._get_feat_extract_output_lengths).parameters  # type: ignore[union-attr]
-    return {"add_adapter": False} if "add_adapter" in parameters else {}
 
 
 class Flow(threading.local):
@@ -196,7 +159,8 @@ class Scope:
         self.learning = Learning(self.layers)
         self.checkpointing = patches.checkpointed_modules(stack)
         self.switched: patches.Switched = []
-        self.told = False  # whether the last forward knew anything of its tokens
+        self.knew_tokens = False  # whether the last forward knew anything of its tokens
+        self.compilation: Compilation | None = None  # of what the layers' circuits compute
         patches.surround(stack, self)
 
     @classmethod
@@ -277,7 +241,7 @@ class Scope:
         self._read_tokens(found, given)
         self._read_cache(found, given)
         self._read_masks(stack, found, given)
-        self.told = found.tokens is not None or bool(found.masks)
+        self.knew_tokens = found.tokens is not None or bool(found.masks)
         return found
 
     def _read_tokens(self, found: Surroundings, given: dict[str, Any]) -> None:
@@ -356,88 +320,3 @@ class Scope:
 def _device_of(given: Mapping[str, Any]) -> torch.device:
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
     return next(given[name].device for name in names if isinstance(given.get(name), Tensor))
-
-
-# -- which stack, and which way time runs --
-
-
-def enclosing_stack(model: nn.Module, path: str) -> nn.Module:
-    """The nearest module around the one at ``path`` that is called with masks, else ``model`` itself."""
-    stacks = (PreTrainedModel, *TORCH_STACKS)
-    return next((module for module in enclosing_modules(model, path) if isinstance(module, stacks)), model)
-
-
-def reads_encoder(path: str) -> bool:
-    """Whether the module at ``path`` projects the encoder's output inside a decoder's cross-attention."""
-    names = path.split(".")
-    return names[-1] in _READS and any(name in _CROSS_ATTENTION for name in names)
-
-
-def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | None:
-    """Which axis is time for the module at ``path``; None if it cannot be told, and the user has not said it.
-
-    Models of transformers have the batch first, but for a few. torch's own layers say what they expect. Elsewhere time
-    is told from nothing, so that a module somewhere that wants it first leaves the question open.
-    """
-    around = _within_stack(model, path)
-    layer = next((module for module in around if isinstance(module, TORCH_STACKS)), None)
-    if batch_first is not None:
-        return Axes(time_first=not batch_first, unbatched=layer is not None)
-    if layer is not None:
-        return Axes(time_first=not layer.self_attn.batch_first, unbatched=True)
-    if any(f"{type(module).__module__}.{type(module).__name__}".endswith(_TIME_FIRST) for module in around):
-        return Axes(time_first=True)
-    stack = enclosing_stack(model, path)
-    beside = [child for module in around for child in module.children()]
-    asked = beside if isinstance(stack, PreTrainedModel) else stack.modules()
-    open_question = any(getattr(module, "batch_first", True) is False for module in asked)
-    return None if open_question else Axes()
-
-
-def enclosing_modules(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules around the one at ``path``, from the nearest to the model."""
-    names = path.split(".")[:-1]
-    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
-
-
-def _within_stack(model: nn.Module, path: str) -> list[nn.Module]:
-    """The same up to the stack."""
-    around, stack = enclosing_modules(model, path), enclosing_stack(model, path)
-    return around[: next(i for i, module in enumerate(around) if module is stack) + 1]
-
-
-def is_causal(model: nn.Module, path: str) -> bool | None:
-    """Whether tokens of the module at ``path`` must not see later ones; None if nothing tells.
-
-    Attention modules of transformers say so themselves. Where none does, a model of transformers counts as causal
-    unless it is known to be an encoder: reading time backwards only is always safe.
-    """
-    if any(type(module).__module__.partition(".")[0] in _OF_IMAGES for module in _within_stack(model, path)):
-        return False
-    stack = enclosing_stack(model, path)
-    if isinstance(stack, nn.TransformerDecoderLayer):
-        return True
-    if type(stack).__name__.startswith("CLIPText"):  # its attention is told per call
-        return True
-    told = [module.is_causal for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
-    if told:
-        return any(told)
-    config = getattr(stack, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(stack, PreTrainedModel) or model_type is None:
-        return None
-    if getattr(stack, "main_input_name", "") == "pixel_values":
-        return False
-    if getattr(config, "is_decoder", False):
-        return True
-    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return False
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not getattr(config, "is_encoder_decoder", False)
-
-
-def _own_modules(stack: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a stack without those of the stacks inside it, unless it is nothing but a frame around one."""
-    inner = [child for child in stack.modules() if child is not stack and isinstance(child, PreTrainedModel)]
-    foreign = {id(module) for child in inner for module in child.modules()}
-    own = [module for module in stack.modules() if id(module) not in foreign]
-    return iter(own if len(inner) != 1 or any(hasattr(m, "is_causal") for m in own) else stack.modules())

@@ -19,12 +19,15 @@ def code_after(drive: Tensor, overlap: Tensor, threshold: Tensor, rate: float, s
     """The code after ``steps`` of competition: drive (..., m), overlap (m, m), threshold (m,) -> (..., m)."""
     # Beyond the inverse of the overlaps' norm the steps would overshoot and grow; a row sum bounds that norm.
     safe = overlap.detach().abs().sum(1).amax().reciprocal().clamp(max=rate)
-    others = safe * (overlap - torch.eye(len(overlap), device=overlap.device, dtype=overlap.dtype))
-    drive = safe * drive
-    z = drive
+    itself = torch.eye(len(overlap), device=overlap.device, dtype=overlap.dtype)
+    # With c = z - S(z), what the threshold holds back, a step is drive + (I - eta G) z + eta (G - I) c.
+    pulled, released = itself - safe * overlap, safe * (overlap - itself)
+    shape, drive = drive.shape, safe * drive.reshape(-1, drive.shape[-1])
+    z, lowest = drive, -threshold
     for _ in range(steps - 1):
-        z = (1 - safe) * z + (drive - active(z, threshold) @ others)
-    return active(z, threshold)
+        held_back = torch.clamp(z, lowest, threshold)
+        z = torch.addmm(torch.addmm(drive, z, pulled), held_back, released)
+    return active(z, threshold).view(shape)
 
 
 @register_primitive("sparse_coding", stage="competition", kind="pointwise", zero_at="readout")

@@ -1,0 +1,129 @@
+"""Regional compilation: what the adapters compute becomes compiled graphs, while the host stays as it is."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..primitives._state import Notes
+
+if TYPE_CHECKING:
+    from ..primitives.base import Context
+    from .circuit import AdapterCircuit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile_adapters(model: Model, **options: Any) -> Model:
+    """Compile what the bio adapters of a model compute, and leave the host alone.
+
+    Layers of equal sizes with equal primitives share their graphs, of which there is one for each way to run them:
+    training, evaluation, and a step of decoding. It takes sequences of all lengths. Graphs are made when a forward
+    first needs them. Adapters that are added, loaded, activated or disabled later need no second call; nor does it
+    change what is saved. Calling it again replaces the options. Where the whole model is compiled, the adapters become
+    part of that graph instead.
+
+    Args:
+        model: what holds the adapters, such as a `PeftModel`.
+        options: of `torch.compile`, such as ``mode="max-autotune-no-cudagraphs"`` or ``fullgraph=True``. ``dynamic`` is
+            True unless given. ``disable=True`` goes back to running without graphs.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the model has no bio adapter.
+        TypeError: an option that `torch.compile` does not know.
+
+    Warns:
+        UserWarning: there is no compiler here: the adapters go on without graphs, and compute the same.
+    """
+    from .layer import BioLayer
+
+    scopes = {id(layer.scope): layer.scope for layer in model.modules() if isinstance(layer, BioLayer)}
+    if not scopes:
+        raise ValueError(f"{type(model).__name__} has no bio adapter to compile: add one with a BioConfig first")
+    compilation = Compilation({"dynamic": True, **options})
+    for scope in scopes.values():
+        scope.compilation = compilation
+    return model
+
+
+class Compilation:
+    """Compiled functions for the circuits of a model, by what a graph depends on.
+
+    Args:
+        options: of `torch.compile`.
+
+    Raises:
+        TypeError: an unknown option.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        torch.compile(_applied, **options)  # refuses what it does not know, and compiles nothing yet
+        self.options = options
+        self.regions: dict[Hashable, Callable[..., Tensor]] = {}
+        self.kinds: weakref.WeakKeyDictionary[nn.Module, Hashable] = weakref.WeakKeyDictionary()
+        self.failed = False
+
+    def __reduce__(self) -> tuple:
+        return Compilation, (self.options,)  # a copied or saved model compiles for itself
+
+    def run(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Tensor:
+        """``circuit.applied(y, context)`` or ``circuit.forward(y, context)``."""
+        if self.failed or y.numel() == 0:
+            return _METHODS[method](circuit, y, context)
+        region = self._region(circuit, method, y, context)
+        notes = None if context.state is None else Notes.of(context.state)
+        try:
+            found = region(circuit, y, context if notes is None else context.replace(state=notes))
+        except _COMPILER_FAILED as error:
+            self.failed = True
+            warnings.warn(f"the adapters run without being compiled, since that failed here: {_reason(error)}")
+            return _METHODS[method](circuit, y, context)
+        if notes is not None:
+            notes.enter(context.state)
+        return found
+
+    def _region(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Callable[..., Tensor]:
+        if circuit not in self.kinds:
+            self.kinds[circuit] = _kind(circuit)
+        step = context.state is not None and y.shape[1] == 1
+        key = self.kinds[circuit], method, circuit.training, torch.is_grad_enabled(), context.state is None, step
+        if key not in self.regions:
+            self.regions[key] = torch.compile(_of_its_own(_METHODS[method]), **self.options)
+        return self.regions[key]
+
+
+def _applied(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
+    return circuit.applied(y, context)
+
+
+def _change(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
+    return circuit.forward(y, context)
+
+
+_METHODS = {"applied": _applied, "forward": _change}
+_COMPILER_FAILED = (torch._dynamo.exc.BackendCompilerFailed,)
+
+
+def _kind(circuit: AdapterCircuit) -> Hashable:
+    """What circuits have in common that share a graph."""
+    tensors = [(name, tuple(t.shape), t.dtype) for name, t in [*circuit.named_parameters(), *circuit.named_buffers()]]
+    settings = [(type(primitive), repr(primitive)) for primitive in circuit.values()]
+    return repr(circuit.waves), tuple(settings), tuple(tensors)
+
+
+def _of_its_own(function: FunctionType) -> FunctionType:
+    """A copy of a function with code of its own: the compiler keeps graphs, and limits their number, by code."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
