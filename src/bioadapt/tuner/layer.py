@@ -244,14 +244,14 @@ class BioLayer(MergeableLayer):
         check_whole(features, site, self.path)
         if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
-            changed = layout.restore(self._compiled_or_not(circuit, "applied", features, contexts[name]))
+            changed = layout.restore(self._of_circuit(circuit, "applied", features, contexts[name]))
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
             changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
         changed = with_evidence(changed, context.observations or ())
         return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
-    def _compiled_or_not(self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context) -> Tensor:
+    def _of_circuit(self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context) -> Tensor:
         """What a method of the circuit gives, compiled where that was asked for."""
         compilation = self.scope.compilation
         if compilation is None or torch.compiler.is_compiling():  # then it becomes part of that graph
@@ -272,9 +272,11 @@ class BioLayer(MergeableLayer):
             read = apart.get(name, features)
             if name in apart:
                 delta = read - features
-                delta = delta if circuit.at_input else delta + self._compiled_or_not(circuit, "forward", read, contexts[name])
+                delta = (
+                    delta if circuit.at_input else delta + self._of_circuit(circuit, "forward", read, contexts[name])
+                )
             else:
-                delta = self._compiled_or_not(circuit, "forward", read, contexts[name])
+                delta = self._of_circuit(circuit, "forward", read, contexts[name])
             if names is not None:
                 delta = delta * _rows_of(name, names, delta)
             total = delta if total is None else total + delta
