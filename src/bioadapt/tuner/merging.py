@@ -82,7 +82,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
                     f"adapter {name!r} cannot be merged: the weight of {self.path} is offloaded, and what is written "
                     "into it here would be lost. Load the model without offloading, add the adapter, and merge it there"
                 )
-            computed = self._computed()
+            computed = self._weight_is_computed()
             if computed is not None:
                 raise ValueError(
                     f"adapter {name!r} cannot be merged: {self.path} {computed}, so what is written into it would have "
@@ -95,7 +95,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
                     f"{self.quantization_backend.backend_name}, which cannot be written back"
                 )
 
-    def _computed(self) -> str | None:
+    def _weight_is_computed(self) -> str | None:
         """Why the layer does not compute with the weight or the bias that it shows, or None if it does."""
         base = self.get_base_layer()
         for name in ("weight", "bias"):
