@@ -1,15 +1,16 @@
 """`compile_adapters`: graphs for what the adapters compute, and the same numbers as without."""
 
 import copy
+import shutil
 import warnings
 
 import pytest
 import torch
+from helpers.models import own_parameters
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from tuner.helpers import own_parameters
 
 import bioadapt
 from bioadapt import BioConfig, compile_adapters
@@ -97,6 +98,16 @@ def test_the_backward_too_is_a_graph():
     plain, compiled = pair(["lateral_inhibition"])
     counted(compiled, backend="aot_eager")
     assert_equal(trained(compiled, 2, 9), trained(plain, 2, 9))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+def test_generated_code_gives_the_same():
+    plain, compiled = pair(["leaky_integrator"])
+    compile_adapters(compiled, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the adapters run without being compiled")
+        for length in (9, 12):
+            assert_equal(trained(compiled, 2, length), trained(plain, 2, length))
 
 
 @torch.no_grad()

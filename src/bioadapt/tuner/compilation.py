@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..primitives._state import Notes
+from .patches import surrounding
 
 if TYPE_CHECKING:
     from ..primitives.base import Context
@@ -44,13 +45,11 @@ def compile_adapters(model: Model, **options: Any) -> Model:
     Warns:
         UserWarning: there is no compiler here: the adapters go on without graphs, and compute the same.
     """
-    from .layer import BioLayer
-
-    scopes = {id(layer.scope): layer.scope for layer in model.modules() if isinstance(layer, BioLayer)}
+    scopes = [scope for scope in map(surrounding, model.modules()) if scope is not None]
     if not scopes:
         raise ValueError(f"{type(model).__name__} has no bio adapter to compile: add one with a BioConfig first")
     compilation = Compilation({"dynamic": True, **options})
-    for scope in scopes.values():
+    for scope in scopes:
         scope.compilation = compilation
     return model
 
@@ -126,4 +125,6 @@ def _of_its_own(function: FunctionType) -> FunctionType:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """The first lines of what went wrong in the compiler itself."""
+    cause = getattr(error, "inner_exception", error)
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
