@@ -8,7 +8,8 @@ from typing import Any
 
 
 def draw(app: Any) -> None:
-    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "import_map.py"), run_name="__main__")
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "import_map.py"))
+    script["PICTURE"].write_text(script["drawing"](script["rooms"](script["imports"]())), encoding="utf-8")
 
 
 def setup(app: Any) -> dict[str, bool]:
