@@ -16,7 +16,7 @@ import bioadapt
 from bioadapt import BioConfig, compile_adapters
 
 # Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding.
-PRIMITIVES = ["lateral_inhibition", "short_term_depression", "stdp_trace", "hebbian_trace", "neuro_ada"]
+PRIMITIVES = ["lateral_inhibition", "short_term_depression", "stdp_trace", "hebbian_trace"]
 
 
 @pytest.fixture(autouse=True)

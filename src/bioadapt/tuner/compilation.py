@@ -25,7 +25,8 @@ def compile_adapters(model: Model, **options: Any) -> Model:
     """Compile what the bio adapters of a model compute, and leave the host alone.
 
     Layers of equal sizes with equal primitives share their graphs, of which there is one for each way to run them:
-    training, evaluation, and a step of decoding. It takes sequences of all lengths. Graphs are made when a forward
+    training, evaluation, and a step of decoding; `neuro_ada`, whose synapses differ from layer to layer, makes one for
+    each layer. A graph takes sequences of all lengths. Graphs are made when a forward
     first needs them. Adapters that are added, loaded, activated or disabled later need no second call; nor does it
     change what is saved. Calling it again replaces the options. Where the whole model is compiled, the adapters become
     part of that graph instead.
