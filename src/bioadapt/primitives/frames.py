@@ -162,7 +162,8 @@ def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
     """
     if host.weight is None:
         return host.normal("weight", d_out, d_in) / d_in**0.5
-    if host.weight.is_meta:
+    # Where modules are born without values as well (PEFT's low_cpu_mem_usage), theirs are loaded afterwards.
+    if host.weight.is_meta and not nn.Linear(1, 1).weight.is_meta:
         raise ValueError(
             f"the layer's weight ({d_out}, {d_in}) is on the meta device and has no values, from which the adapter "
             "would begin: load the weights of the base model first"
