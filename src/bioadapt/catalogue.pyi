@@ -92,7 +92,7 @@ def basal_ganglia_gate(
 def bcm_threshold(
     *,
     rate: float = 0.05,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
