@@ -6,10 +6,11 @@
 An arm is one adapter, or several joined by ``+``, trained together: ``lora-r4`` on query and value, ``lora-gain-r4`` on
 the modules where gains act, ``lora-all-r1`` on every linear layer of a block, ``ia3``, ``ln``, ``vera-r64``, or the
 name of a mechanism or a placebo. ``gain_field@all`` puts a mechanism on every linear layer, ``@gain`` on the gains'
-modules, ``@residual`` on the writers to the residual stream; ``gelu_bottleneck/2`` gives it a rank of its own.
+modules, ``@residual`` on the writers to the residual stream, ``@norm`` on the norms; ``gelu_bottleneck/2`` gives it a
+rank of its own, ``gain_field*16`` a ``zero_scale``.
 
-The upper two blocks of MiniLM are adapted, on some rows of eight tasks. Test splits are never read: what leads here is a
-candidate, which `bioadapt evaluate` confirms or refutes.
+The upper two blocks of MiniLM are adapted, on some rows of eight tasks. Test splits are never read: what leads here is
+a candidate, which `bioadapt evaluate` confirms or refutes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from experiments.record.placebo import GeluBottleneck as GeluBottleneck  # regis
 HERE = Path(__file__).parent
 TRAIN_ROWS, DEV_ROWS, EPOCHS = 1500, 1500, 1
 RATES = (5e-4, 2e-3, 8e-3)
-BLOCK = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "layer.[0-9]+.output.dense")
+STEP = 4.0
 SITES = {
     "": ["query", "value"],
     "gain": r".*(key|value|layer\.\d+\.output\.dense)",
     "all": r".*(query|key|value|dense)",
     "residual": r".*output\.dense",
+    "norm": r".*LayerNorm",
 }
 FEED_FORWARD = r".*layer\.\d+\.output\.dense"
 
@@ -76,8 +78,10 @@ def _configuration(part: str, seed: int) -> PeftConfig:
     if part == "ln":
         return LNTuningConfig(target_modules=["LayerNorm"])
     name, _, sites = part.partition("@")
-    name, _, own_rank = name.partition("/")
-    entry: dict[str, Any] = {"name": name} | ({"rank": int(own_rank)} if own_rank else {})
+    name, _, zero_scale = name.partition("*")
+    name, _, rank = name.partition("/")
+    entry: dict[str, Any] = {"name": name}
+    entry |= ({"rank": int(rank)} if rank else {}) | ({"zero_scale": float(zero_scale)} if zero_scale else {})
     given: dict[str, Any] = {"target_modules": SITES[sites]} if sites else {}
     return BioConfig([entry], seed=seed, **given)
 
@@ -186,9 +190,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def front_of(front: Front, arm: str, task: str, seed: int) -> None:
-    """All rates for seed 0, the best of them for another seed."""
-    tuned: Callable[[float], float] = lambda rate: front.run(Cell(task, arm, 0, rate)).dev
-    rate = max(RATES, key=tuned)
+    """All rates for seed 0, further ones while the best is the lowest or highest; that one for another seed."""
+
+    def score(rate: float) -> float:
+        return front.run(Cell(task, arm, 0, rate)).dev
+
+    rate = max(RATES, key=score)
+    step = {RATES[0]: 1 / STEP, RATES[-1]: STEP}.get(rate, 1.0)
+    while step != 1 and score(round(rate * step, 9)) > score(rate):
+        rate = round(rate * step, 9)
     if seed:
         front.run(Cell(task, arm, seed, rate))
 
