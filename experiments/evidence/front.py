@@ -31,7 +31,7 @@ from experiments.record.bench import FAMILIES, Bench
 from experiments.record.placebo import GeluBottleneck as GeluBottleneck  # registers the placebos
 
 HERE = Path(__file__).parent
-TRAIN_ROWS, DEV_ROWS, EPOCHS = 1500, 1500, 1
+TRAIN_ROWS, DEV_ROWS, EPOCHS = 800, 1000, 1
 RATES = (5e-4, 2e-3, 8e-3)
 STEP = 4.0
 SITES = {
