@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -43,8 +42,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command ``bioadapt``."""
-    # Loaded by PEFT where it is installed, it warns of an optional kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from . import _quiet  # noqa: F401
+
     app()
 
 
@@ -312,7 +311,7 @@ def search(
 ) -> None:
     """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
     with _answered():
-        from .search.contest import Search
+        from .search import Search
 
         job = Search(settings, _console())
     with _answered((ValueError,)):
@@ -333,7 +332,7 @@ def report(
 ) -> None:
     """Write the report of a study, finished or not, as one HTML file."""
     with _answered():
-        from .search.report import as_record, write_report
+        from .search import as_record, write_report
 
         if as_json:
             _say_json(as_record(study, storage))

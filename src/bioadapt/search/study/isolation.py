@@ -42,7 +42,7 @@ def processes(target: Any = None) -> Any:
 
     context = multiprocessing.get_context("forkserver")
     home = getattr(target, "__module__", None) or ""
-    context.set_forkserver_preload([__name__, *([home] if home.partition(".")[0] == _OURS else [])])
+    context.set_forkserver_preload([f"{_OURS}._quiet", __name__, *([home] if home.partition(".")[0] == _OURS else [])])
     # Ctrl-C while it imports would end it, and with it the news of how its copies are.
     with handled(FROM_TERMINAL, signal.SIG_IGN):
         forkserver.ensure_running()
