@@ -14,10 +14,10 @@ from peft import PeftModel
 
 from ... import BioConfig
 from ...evaluation import Evaluation, Task
+from ...evaluation.prefix import cached_prefix
 from ...evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
 from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
-from .prefix import cached_prefix
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
