@@ -40,17 +40,6 @@ class _Scaling(torch.autograd.Function):
         return torch.mul(grad, scale, out=product), on_scale, grad if ctx.needs_input_grad[2] else None
 
 
-def added(change: Tensor, x: Tensor | None) -> Tensor:
-    """The change, plus x if there is one, written into the change where that is allowed.
-
-    Pass a view of x that was taken before the mechanism began: autograd runs a view's backward after that of everything
-    later, so that the mechanism's gradient of x is there first and takes up this one's in place.
-    """
-    if x is None:
-        return change
-    return change + x if torch.compiler.is_compiling() or change._is_view() else change.add_(x)
-
-
 class Primitive(nn.Module):
     """Base class of every mechanism.
 
@@ -138,8 +127,7 @@ class Primitive(nn.Module):
         if not torch.is_grad_enabled():
             change = self.transform(x, context)
             return torch.addcmul(x, change, scale) if with_x else change * scale
-        # A view's backward runs after that of everything later: see `added`.
-        itself = x.view_as(x) if with_x else None
+        itself = x.view_as(x) if with_x else None  # a view's backward comes last: see `Fused`
         return _Scaling.apply(self.transform(x, context), scale, itself)
 
     def left_matrix(self) -> Tensor:
@@ -288,6 +276,30 @@ class Primitive(nn.Module):
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in self.declared_settings()]
         return ", ".join([f"{self.d_in} -> {self.d_out}", *values])
+
+
+class Fused(Primitive):
+    """A primitive whose fused form takes its scale in: ``fused(x, context, scale)`` is ``scale`` times the change.
+
+    `transform` is the formula beside it. Where the fused form alone can be written down, because its gradient is not
+    that of a formula (spikes, thresholds: see `surrogate`), `transform` is the fused form at a scale of one.
+    """
+
+    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        """``scale`` (d_out,) or (1,) times `transform`, in memory of its own."""
+        raise NotImplementedError(f"{type(self).__name__} must define fused")
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        return self.fused(x, context, x.new_ones(self.d_out))
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        # Taken before the mechanism begins: autograd runs a view's backward after that of everything later, so that
+        # the mechanism's gradient of x is there first and takes up this one's in place.
+        itself = x.view_as(x) if with_x else None
+        change = self.fused(x, context, scale)
+        if itself is None:
+            return change
+        return change + itself if torch.compiler.is_compiling() or change._is_view() else change.add_(itself)
 
 
 class _Body(nn.Module):

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from bioadapt.primitives.base import Host, setting
-from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, pseudo_slope, trace_back
+from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, trace_back
 from bioadapt.primitives.frames import positive
+from bioadapt.primitives.surrogate import spike_slope
 from bioadapt.registry import register_primitive
 
 
@@ -57,7 +58,7 @@ def _slopes(drive: Tensor, weight: Tensor, decay: Tensor, steps: int, beta: floa
     on_membrane, on_drive, on_decay = torch.zeros_like(drive), torch.zeros_like(drive), torch.zeros_like(decay)
     on_count = torch.full_like(drive, 1 / steps)
     for before, excess, spikes, threshold in reversed(tape):
-        on_excess = pseudo_slope(excess) * (on_count - on_membrane * threshold)
+        on_excess = spike_slope(excess) * (on_count - on_membrane * threshold)
         on_count = on_count - beta * (on_excess + on_membrane * spikes)
         on_membrane = on_membrane + on_excess
         on_drive += on_membrane

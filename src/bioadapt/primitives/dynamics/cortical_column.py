@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -127,7 +127,7 @@ def _rows(x: Tensor, wiring: Wiring) -> Tensor:
 
 
 @register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate")
-class CorticalColumn(Primitive):
+class CorticalColumn(Fused):
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 
     Biology: cortex repeats one circuit: layer 4 takes input in, cells of layer 2/3 compete, layer 5 sends the result
@@ -170,12 +170,7 @@ class CorticalColumn(Primitive):
             gain = (layer5 @ wiring.feedback)[..., None]
         return scale * (layer5 @ wiring.output.T).flatten(-2)[..., : self.d_out]
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.response(x, scale), itself)
-
-    def response(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         missing = -self.d_out % self.width
         filled, scales = (nn.functional.pad(z, (0, missing)) if missing else z for z in (x, scale))
         found = _Columns.apply(filled, token_scale(x), scales, *self.wiring())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, OnWeight, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -34,7 +34,7 @@ class _Binary(torch.autograd.Function):
     learns=True,
     needs_input=True,
 )
-class Metaplasticity(LocalRule, OnWeight):
+class Metaplasticity(LocalRule, Fused, OnWeight):
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
     Biology: how easily a synapse changes depends on its own history; one that has been potentiated again and again
@@ -63,9 +63,8 @@ class Metaplasticity(LocalRule, OnWeight):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(context, self.writer)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.written(context, scale * self.writer), itself)
+    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.written(context, scale * self.writer)
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""
