@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, Fused
+from .base import Context, Scaled
 from .time import readings
 
 
@@ -39,7 +39,7 @@ def encoded(x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
     return _Encoding.apply(x, reader)
 
 
-class Latent(Fused):
+class Latent(Scaled):
     """A primitive of the form delta = s U h(D u), whose gate costs nothing.
 
     A subclass makes the tensors ``reader`` D (r, d) and ``writer`` U (d, k) and defines `code`.
@@ -59,7 +59,7 @@ class Latent(Fused):
         code, scale = self.coded(x, context)
         return scale * (code @ self.writer.T)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         code, size = self.coded(x, context)
         return (scale * size * code) @ self.writer.mT
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, setting
+from bioadapt.primitives.base import Context, Host, Scaled, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
@@ -81,7 +81,7 @@ def voted(x: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
 
 
 @register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout", zero_scale=4.0)
-class PopulationCode(Fused):
+class PopulationCode(Scaled):
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 
     Biology: motor and sensory cortex represent one quantity by many broadly tuned cells; the quantity is read out as
@@ -111,5 +111,5 @@ class PopulationCode(Fused):
         tuning = torch.softmax(-(distance**2) / (2 * width**2), dim=-1)
         return scale * (tuning * self.votes.T).sum(-1)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return voted(x, token_scale(x), scale * self.votes)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, setting
+from bioadapt.primitives.base import Context, Host, Scaled, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_magnitude,
@@ -58,7 +58,7 @@ def microcircuit(x: Tensor, subtracted: Tensor, gain: Tensor, scale: Tensor, mem
 
 
 @register_primitive("vip_disinhibition", stage="competition", kind="pointwise", zero_at="gate", needs_input=True)
-class VipDisinhibition(Fused):
+class VipDisinhibition(Scaled):
     """Local activity recruits subtractive and divisive inhibition; the layer's input can call off the subtractive.
 
     Biology: in cortex, SST cells inhibit the dendrites of pyramidal cells and PV cells their bodies. VIP cells, driven
@@ -90,7 +90,7 @@ class VipDisinhibition(Fused):
         subtracted, gain = (each @ self.membership.T for each in self.interneurons(x, context))
         return gain * x.sign() * torch.relu(x.abs() - subtracted) - x
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return microcircuit(x, *self.interneurons(x, context), scale, self.membership)
 
     def interneurons(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:

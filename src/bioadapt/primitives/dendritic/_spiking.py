@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host
+from bioadapt.primitives.base import Context, Host, Scaled
 from bioadapt.primitives.frames import token_scale
 
 CELLS = 2048  # of the table of slopes
 BLOCK = 32768  # units at a time, so that a CPU finds all that belongs to them in its cache
 
 
-class SpikingNeuron(Fused):
+class SpikingNeuron(Scaled):
     """delta = s rate(gamma u + b), with an odd ``rate`` between -1 and 1. A subclass defines `fired`.
 
     Spikes are counted over a few micro-steps within a token, hence nothing is carried from token to token.
@@ -28,7 +28,7 @@ class SpikingNeuron(Fused):
         """``scale`` (d,) times the change, for x (N, d) and frame s (N, 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define fired")
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), scale).view(x.shape)
 
 

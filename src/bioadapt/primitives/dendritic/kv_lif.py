@@ -32,8 +32,8 @@ class _KvLifFiring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (constants, rates, *inputs), steps = ctx.saved_tensors, ctx.steps
-        found = trace_back(lambda drive, weight: _slopes(drive, weight, constants, steps), grad, rates, *inputs)
-        return found[-1], None, *found[:-1]
+        gradients = trace_back(lambda drive, weight: _slopes(drive, weight, constants, steps), grad, rates, *inputs)
+        return gradients[-1], None, *gradients[:-1]
 
 
 def _rate(drive: Tensor, constants: Tensor, steps: int) -> Tensor:

@@ -28,8 +28,8 @@ class _LifFiring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (decay, rates, *inputs), steps, beta = ctx.saved_tensors, ctx.steps, ctx.beta
-        found = trace_back(lambda drive, weight: _slopes(drive, weight, decay, steps, beta), grad, rates, *inputs)
-        return found[-1], None, None, *found[:-1]
+        gradients = trace_back(lambda drive, weight: _slopes(drive, weight, decay, steps, beta), grad, rates, *inputs)
+        return gradients[-1], None, None, *gradients[:-1]
 
 
 def _rate(drive: Tensor, decay: Tensor, steps: int, beta: float) -> Tensor:

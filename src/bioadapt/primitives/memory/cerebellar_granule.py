@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, setting
+from bioadapt.primitives.base import Context, Host, Scaled, setting
 from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -74,7 +74,7 @@ class _GranuleLayer(torch.autograd.Function):
 
 
 @register_primitive("cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", needs_input=True)
-class CerebellarGranule(Fused):
+class CerebellarGranule(Scaled):
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
     Biology: a granule cell has four claws, each on one mossy fibre; Golgi cells keep all but the most driven ones
@@ -109,7 +109,7 @@ class CerebellarGranule(Fused):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return -token_scale(x) * (self.purkinje_cells(context.x_in) @ self.writer.T)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return (-scale * token_scale(x) * self.purkinje_cells(context.x_in)) @ self.writer.mT
 
     def purkinje_cells(self, v: Tensor) -> Tensor:

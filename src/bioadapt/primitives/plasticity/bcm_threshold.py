@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
@@ -34,7 +34,7 @@ def _share(x: Tensor, turn: Tensor, level: Tensor) -> Tensor:
 
 
 @register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True)
-class BcmThreshold(LocalRule, Fused):
+class BcmThreshold(LocalRule, Scaled):
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
     Biology: whether the synapses of a visual neuron strengthen or weaken depends on whether its activity lies above or
@@ -63,7 +63,7 @@ class BcmThreshold(LocalRule, Fused):
         activity = x.abs() / self.level
         return self.level * x.sign() * activity * (activity - self.threshold) / (1 + activity)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
         return _Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale)

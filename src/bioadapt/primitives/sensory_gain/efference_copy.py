@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import token_count, token_scale
 from bioadapt.primitives.time import held, previous, readings
 from bioadapt.registry import register_primitive
@@ -19,7 +19,7 @@ from bioadapt.registry import register_primitive
     learns=True,
     needs_input=True,
 )
-class EfferenceCopy(LocalRule, Fused):
+class EfferenceCopy(LocalRule, Scaled):
     """A local rule learns which features follow from the layer's previous input, and takes them away.
 
     Biology: motor centres send a copy of each command to sensory ones; in electric fish, granule cells carry it, and
@@ -47,7 +47,7 @@ class EfferenceCopy(LocalRule, Fused):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.cancelled(x, context, -self.image)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return self.cancelled(x, context, scale[:, None] * -self.image)
 
     def cancelled(self, x: Tensor, context: Context, image: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, setting
+from bioadapt.primitives.base import Context, Host, Scaled, setting
 from bioadapt.primitives.frames import group_index, positive
 from bioadapt.registry import register_primitive
 
@@ -80,7 +80,7 @@ def _windows(series: Tensor, first: Tensor | None, blocks: int, ahead: int, noth
 
 
 @register_primitive("surround_suppression", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
-class SurroundSuppression(Fused):
+class SurroundSuppression(Scaled):
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 
     Biology: ganglion cells of the retina compare a small centre with its surround, and cortical neurons are suppressed
@@ -121,7 +121,7 @@ class SurroundSuppression(Fused):
         change = (self.over_grid(z, grid) if over_grid else self.over_time(z, context)).flatten(-2)
         return change if even else change.index_select(-1, self.place)
 
-    def fused(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         return self.transform(scale * x, context)  # channels do not mix
 
     def widths(self) -> tuple[Tensor, Tensor]:
