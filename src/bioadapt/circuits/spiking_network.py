@@ -85,7 +85,7 @@ def fire(
     spikes = []
     for t, now in enumerate(drive.unbind(1)):
         after, step = micro_step(now, voltage, opened, constants)
-        # Zero, but with a slope: what the catalogue's step, which has none at spikes, lacks for backward.
+        # Its value is zero; its slope stands for that of a spike, which the catalogue's step does not have.
         ghost = spike_slope(step.excess.detach()) * (step.excess - step.excess.detach())
         reopened = step.reopened + by_spike * ghost
         after = after - (theta + deepening * (reopened + by_spike * step.spikes)) * ghost
