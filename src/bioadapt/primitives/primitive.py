@@ -20,7 +20,7 @@ from .setting import Setting, setting
 
 # Which factor of the path is zero at birth, and what most primitives with a zero there multiply it by, so that a LoRA's
 # learning rate trains it: Adam moves every number by about one step, and a gain has one where a LoRA has eight.
-ZEROS = {"gate": 8.0, "scalar_gate": 8.0, "readout": 1.0, "update": 1.0}
+ZEROS = {"gate": 4.0, "scalar_gate": 4.0, "readout": 1.0, "update": 1.0}
 MERGES = ("weight", "left")
 
 

@@ -72,7 +72,7 @@ def diffusion(x: Tensor, conductance: Tensor, order: Tensor, with_x: bool = Fals
 
 
 @register_primitive(
-    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=256.0, merge="left"
+    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=64.0, merge="left"
 )
 class GapJunction(Primitive):
     """Every unit moves towards its neighbours, who move towards it by the same amount.

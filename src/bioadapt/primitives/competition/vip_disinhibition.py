@@ -57,7 +57,9 @@ def microcircuit(x: Tensor, subtracted: Tensor, gain: Tensor, scale: Tensor, mem
     return _Microcircuit.apply(x, subtracted, gain, scale, membership)
 
 
-@register_primitive("vip_disinhibition", stage="competition", kind="pointwise", zero_at="gate", needs_input=True)
+@register_primitive(
+    "vip_disinhibition", stage="competition", kind="pointwise", zero_at="gate", zero_scale=8.0, needs_input=True
+)
 class VipDisinhibition(Scaled):
     """Local activity recruits subtractive and divisive inhibition; the layer's input can call off the subtractive.
 

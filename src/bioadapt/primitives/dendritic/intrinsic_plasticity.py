@@ -42,7 +42,7 @@ def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, 
 
 
 @register_primitive(
-    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=32.0, learns=True
+    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True
 )
 class IntrinsicPlasticity(LocalRule, Scaled):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.

@@ -123,7 +123,7 @@ def _slopes(drive: Tensor, weight: Tensor, constants: Tensor, steps: int) -> tup
     return on_drive, on_constants
 
 
-@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0)
+@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=8.0)
 class KvLif(SpikingNeuron):
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 

@@ -47,7 +47,7 @@ def _change(weight: Tensor, left: Tensor, factor: Tensor, scale: Tensor) -> Tens
     stage="dendritic",
     kind="weight",
     zero_at="gate",
-    zero_scale=128.0,
+    zero_scale=32.0,
     merge="weight",
     needs_input=True,
 )

@@ -99,7 +99,7 @@ def _kernels(decay: Tensor, steps: int, both_ways: bool) -> list[Tensor]:
     return [kernel, kernel.mT] if both_ways else [kernel]
 
 
-@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate", zero_scale=32.0)
+@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate", zero_scale=16.0)
 class SpikeFrequencyAdaptation(Scaled):
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 

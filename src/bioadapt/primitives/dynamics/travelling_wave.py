@@ -51,7 +51,7 @@ def _chosen(series: Tensor, places: Tensor) -> Tensor:
     return series.gather(1, places[..., None].expand(-1, -1, series.shape[2]))
 
 
-@register_primitive("travelling_wave", stage="dynamics", kind="causal", zero_at="readout")
+@register_primitive("travelling_wave", stage="dynamics", kind="causal", zero_at="readout", zero_scale=0.5)
 class TravellingWave(Latent):
     """Each latent runs along a row of sites, so that where something is tells when it came.
 

@@ -73,7 +73,9 @@ class _GranuleLayer(torch.autograd.Function):
         return on_v, on_threshold, on_purkinje, None
 
 
-@register_primitive("cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", needs_input=True)
+@register_primitive(
+    "cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", zero_scale=0.5, needs_input=True
+)
 class CerebellarGranule(Scaled):
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 

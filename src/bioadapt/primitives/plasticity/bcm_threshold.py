@@ -33,7 +33,7 @@ def _share(x: Tensor, turn: Tensor, level: Tensor) -> Tensor:
     return x.abs().add_(level).reciprocal_().mul_(-turn).add_(1)
 
 
-@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True)
+@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=8.0, learns=True)
 class BcmThreshold(LocalRule, Scaled):
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 

@@ -29,7 +29,6 @@ class _Binary(torch.autograd.Function):
     stage="plasticity",
     kind="weight",
     zero_at="readout",
-    zero_scale=2.0,
     merge="weight",
     learns=True,
     needs_input=True,

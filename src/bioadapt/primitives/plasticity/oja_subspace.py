@@ -11,7 +11,7 @@ from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=32.0, merge="left", learns=True
+    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=8.0, merge="left", learns=True
 )
 class OjaSubspace(LocalRule, Scaled):
     """A local rule finds the principal components of the features; each gets one learned gain.

@@ -79,7 +79,7 @@ def _windows(series: Tensor, first: Tensor | None, blocks: int, ahead: int, noth
     return torch.cat(parts, 2) if len(parts) > 1 else inner
 
 
-@register_primitive("surround_suppression", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
+@register_primitive("surround_suppression", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=8.0)
 class SurroundSuppression(Scaled):
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 

@@ -56,7 +56,7 @@ def _change(x: Tensor, below: Tensor, scale: Tensor, amplification: Tensor) -> T
     return below.mul_(-burst).addcmul_(x, burst - scale)
 
 
-@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
+@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=8.0)
 class ThalamicRelay(Scaled):
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
