@@ -24,7 +24,7 @@ from .._words import suggest
 from ..tuner.targets import block_of
 from .training import adapt, trainable_parameters, transformer_of
 
-ZERO_SHOT, LORA, STACK, BIO = "zero-shot", "lora", "lora+bio", "bio"
+ZERO_SHOT, LORA, LORA_BIO, BIO = "zero-shot", "lora", "lora+bio", "bio"
 LORA_EQUAL, LORA_BIO_SIZE = "lora-equal", "lora-bio-size"
 ALPHA_PER_RANK = 2
 GELU, LINEAR = "gelu", "linear"
@@ -54,9 +54,9 @@ class Arm:
 ARMS: dict[str, Arm] = {
     ZERO_SHOT: Arm("the model as it comes"),
     LORA: Arm("a LoRA", lora=True),
-    LORA_EQUAL + _OWN: Arm("a LoRA as large as lora+bio, on LoRA's modules", sized_as=STACK),
-    LORA_EQUAL + _BIO_SITES: Arm("a LoRA as large as lora+bio, where bio sits", sized_as=STACK, at_bio_sites=True),
-    STACK: Arm("a LoRA and a bio adapter over it, trained together", lora=True, over=BIO),
+    LORA_EQUAL + _OWN: Arm("a LoRA as large as lora+bio, on LoRA's modules", sized_as=LORA_BIO),
+    LORA_EQUAL + _BIO_SITES: Arm("a LoRA as large as lora+bio, where bio sits", sized_as=LORA_BIO, at_bio_sites=True),
+    LORA_BIO: Arm("a LoRA and a bio adapter over it, trained together", lora=True, over=BIO),
     "lora+placebo": Arm("a LoRA and a plain GELU bottleneck in the place of bio", lora=True, over=GELU),
     "lora+linear": Arm("a LoRA and a linear bottleneck in the place of bio", lora=True, over=LINEAR),
     BIO: Arm("a bio adapter alone", over=BIO),
@@ -165,7 +165,7 @@ class Recipe:
     def size_of(self, name: str) -> int:
         """How many numbers ``lora+bio`` or ``bio`` trains."""
         own = sum(site.parameters for site in self.sites)
-        return own + self._lora_size if name == STACK else own
+        return own + self._lora_size if name == LORA_BIO else own
 
     @cached_property
     def lora_paths(self) -> list[str]:

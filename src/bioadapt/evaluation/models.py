@@ -176,7 +176,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
 
 
 def kind_of(name: str) -> str | None:
-    """What kind of model a name or path is, None if that cannot be told."""
+    """What kind of model a name or path is, None if nothing says it."""
     if name in SMALL:
         return SMALL[name]
     if NICKNAMES.get(name, name) == DEFAULT_MODEL or Path(name, "modules.json").is_file():

@@ -276,7 +276,7 @@ class _Store:
         """Bytes of what is in the folders beside this one."""
         total = 0
         for file in self.folder.parent.glob("*/*"):
-            with suppress(FileNotFoundError):  # it has its name only now
+            with suppress(FileNotFoundError):  # another process has just renamed it
                 total += file.stat().st_size if file.parent != self.folder else 0
         return total
 
@@ -302,7 +302,7 @@ class _Store:
     def _read(self) -> None:
         for file in set(self.folder.glob(f"*{_FILE}")) - self._files:
             self._files.add(file)
-            with suppress(OSError, SafetensorError):  # removed, or lost its end with a machine's power
+            with suppress(OSError, SafetensorError):  # removed meanwhile, or cut short by a power failure
                 held = load_file(file)
                 rows = [bytes(row) for row in held["rows"].numpy()]
                 self.rows |= zip(rows, held["states"].split(held["lengths"].tolist()), strict=True)

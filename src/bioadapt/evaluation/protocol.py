@@ -1,7 +1,8 @@
 """The protocol: every arm on every task gets the same rows, steps, trials of learning rates and seeds.
 
 Learning rates are chosen by the validation rows, with a seed that is not reported. Training rows that stand in any test
-set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down.
+set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down. One file
+because these promises hold together: each step relies on what the one before it has kept away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .._extras import require
 from .._words import suggest
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
 from ..settings import DEFAULT_TASK, EvaluationSettings
-from .arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from .arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
@@ -330,7 +331,7 @@ class Evaluate:
             candidate: an arm; ``lora+bio`` or else ``bio`` if None.
             resamples: draws of the bootstrap.
         """
-        candidate = candidate or next((arm for arm in (STACK, "bio") if arm in self.arms), None)
+        candidate = candidate or next((arm for arm in (LORA_BIO, "bio") if arm in self.arms), None)
         rivals = [arm for arm in self.arms if arm != candidate]
         if candidate is None or not rivals:
             return None

@@ -89,8 +89,8 @@ class ImageTask(TableTask):
         known, asked = (features(model, self.pixels(part, model)) for part in ("train", split))
         # Features of an image model may hardly vary about a large mean, which a probe would not see.
         centre, spread = known.mean(0), known.std(0) + _LEAST_SPREAD
-        found = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
-        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+        predicted = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
+        return self._evaluation({"accuracy": (predicted == gold).astype(np.float64)}, gold)
 
     def trainer(self, model: ImageModel, arguments: Mapping[str, Any], callbacks: list[Any]) -> Trainer:
         library = require("transformers")
@@ -107,18 +107,18 @@ class ImageTask(TableTask):
 
 def as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
     """uint8 images (n, height, width[, channels]) as (n, channels, size, size) around zero."""
-    found = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
-    found = found[:, None] if found.dim() == 3 else found.movedim(-1, 1)
-    if found.shape[1] != channels:
-        found = found.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if found.shape[-2:] != (size, size):
-        found = nn.functional.interpolate(found, (size, size), mode="bilinear", antialias=True)
-    return found.contiguous()
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(-1, 1)
+    if pixels.shape[1] != channels:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if pixels.shape[-2:] != (size, size):
+        pixels = nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return pixels.contiguous()
 
 
 @torch.no_grad()
 def features(model: ImageModel, pixels: Tensor) -> np.ndarray:
     """What the head reads of each image, (n, d)."""
     model.model.eval()
-    found = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
-    return torch.cat(found).float().cpu().numpy()
+    parts = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
+    return torch.cat(parts).float().cpu().numpy()

@@ -1,4 +1,7 @@
-"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report."""
+"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report.
+
+One file because the phases hand on what one study records of them.
+"""
 
 from __future__ import annotations
 
