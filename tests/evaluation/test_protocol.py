@@ -235,8 +235,21 @@ def test_own_rows_as_tasks(encoder_folder, tmp_path, make_pairs):
     assert results["cells"][1]["rows"] == 14  # eight stand in the test rows, two serve as validation rows
     with pytest.raises(TypeError, match="no setting 'seed' .* did you mean 'seeds'"):
         evaluate(task, seed=3)
-    with pytest.raises(ValueError, match="either names or Task objects"):
-        evaluate([task, "stsb"])
+    with pytest.raises(ValueError, match="mine, mine: of several with one name"):
+        evaluate([task, task])
+
+
+def test_a_table_and_a_file_are_evaluated_as_they_are(encoder_folder, tmp_path, make_pairs):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(make_pairs(40, 0), columns=["sentence1", "sentence2", "score"])
+    frame.to_csv(tmp_path / "pairs.csv", index=False)
+    chosen = dict(model=encoder_folder, arms=["zero-shot"], device="cpu", console=quiet())
+    output = str(tmp_path / "o")
+    cells = evaluate([frame, str(tmp_path / "pairs.csv")], output=output, **chosen)["cells"]
+    assert [cell["task"] for cell in cells] == ["own", "pairs"] and cells[0]["test"] == cells[1]["test"]
+    assert cells[0]["test_rows"] == 8
+    with pytest.raises(ValueError, match="holds cells of rows of own="):  # others under the same name
+        evaluate(frame.iloc[:20], output=output, **chosen)
 
 
 # -- the folder --

@@ -58,9 +58,12 @@ def cached_prefix(
         folder: of the cache, the same for all trials of a study; no cache if None.
         limit: bytes that the folder may take.
     """
+    if folder is None:
+        yield
+        return
     model = next(module for module in encoder[0].modules() if isinstance(module, PreTrainedModel))
     path, count = frozen_blocks(model)
-    if folder is None or not count:
+    if not count:
         yield
         return
     store = _Store(Path(folder, _fingerprint(model, path, count)))

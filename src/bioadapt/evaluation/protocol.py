@@ -7,14 +7,13 @@ because these promises hold together: each step relies on what the one before it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from rich.table import Table
 
 from .. import BioConfig
 from .._extras import require
-from .._words import suggest
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
-from ..settings import DEFAULT_TASK, EvaluationSettings
+from ..settings import DEFAULT_TASK, EvaluationSettings, check_names
 from .arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
@@ -35,13 +33,13 @@ from .models import fits, load_model
 from .prefix import cached_prefix
 from .report import write_report
 from .statistics import Evaluation, better
-from .tasks import DIGITS, Overlap, Task, list_tasks, load_task
+from .tasks import DIGITS, Overlap, Task, is_name, list_tasks, load_task
+from .tasks.cuts import drawn, with_validation
 from .tasks.files import read_overlap
 from .tasks.task import SENTENCES, TableTask
 from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
 
 ALL = "all"
-_VALIDATION_SHARE, _MOST_VALIDATION = 0.1, 500
 _TUNING_SEED = 0
 
 
@@ -80,7 +78,7 @@ class Evaluate:
         settings: EvaluationSettings,
         console: Console | None = None,
         *,
-        tasks: Sequence[Task] | None = None,
+        tasks: Sequence[Any] = (),
         bio: BioConfig | None = None,
     ) -> None:
         self.settings, self.console = settings, console or Console()
@@ -94,11 +92,13 @@ class Evaluate:
                 "since PEFT does not stack a LoRA over another adapter"
             )
         self.bio = bio or _bio_config(settings)
-        self._own = {task.name: task for task in tasks or ()}
-        self.names = tuple(self._own) or self._task_names()
-        for name in self.names:
-            if name not in self._own:
-                load_task(name, settings.data_dir, limit=settings.limit)  # what cannot be read is said before any work
+        # What cannot be read is said before any work.
+        given = [*tasks] or [*self._task_names()]
+        loaded = [load_task(one, settings.data_dir, limit=settings.limit) for one in given]
+        self.names = tuple(task.name for task in loaded)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"task: {', '.join(self.names)}: of several with one name nobody could tell the cells")
+        self._own = {task.name: task for one, task in zip(given, loaded, strict=True) if not is_name(one)}
         self.cells = Cells(settings.output)
         self._check_folder()
 
@@ -161,11 +161,11 @@ class Evaluate:
             whole, _ = Overlap.of([whole]).without_leaks(whole)
             notes += [f"{count} {split} rows dropped that stand in a test set" for split, count in lost.items()]
         if settings.train_rows and task.sizes.get("train", 0) > settings.train_rows:
-            task = _drawn(task, "train", settings.train_rows)
+            task = drawn(task, "train", settings.train_rows)
             # A probe may not read labels of more rows than the adapters: few rows are few for everybody.
-            whole = _drawn(whole, "train", settings.train_rows)
+            whole = drawn(whole, "train", settings.train_rows)
         if task.trainable and not task.sizes.get("validation"):
-            task = _with_validation(task)
+            task = with_validation(task)
             notes.append(f"{task.sizes['validation']} training rows serve as validation rows")
         return PreparedTask(task.without_test(), SealedTest(whole, clean, self.cells), notes)
 
@@ -361,23 +361,23 @@ class Evaluate:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         bio = {name: value for name, value in self.bio.to_dict().items() if value is not None}
         fixed = json.loads(json.dumps({**settings, "bio": bio}, default=str))
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in fixed.items():
-                if known.get(name) != value:
-                    raise ValueError(
-                        f"{self.cells.folder} holds cells of {name}={known.get(name)!r}, not {value!r}: go on with "
-                        "that, or give another folder with --output"
-                    )
-        else:
-            path.write_text(json.dumps(fixed, indent=1) + "\n", encoding="utf-8")
+        fixed |= {f"rows of {name}": task.fingerprints() for name, task in self._own.items()}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name, value in fixed.items():
+            # Tasks may be added; all else has been there from the first.
+            if known.get(name) != value and known and (name in known or not name.startswith("rows of ")):
+                raise ValueError(
+                    f"{self.cells.folder} holds cells of {name}={known.get(name)!r}, not {value!r}: go on with "
+                    "that, or give another folder with --output"
+                )
+        path.write_text(json.dumps(known | fixed, indent=1) + "\n", encoding="utf-8")
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def evaluate(
-    task: str | Task | Sequence[str | Task] = DEFAULT_TASK,
+    task: Any = DEFAULT_TASK,
     *,
     bio: BioConfig | None = None,
     console: Console | None = None,
@@ -386,7 +386,8 @@ def evaluate(
     """Compare arms on tasks: the model as it comes, LoRAs, bio adapters, placebos, all under the same protocol.
 
     Args:
-        task: names of tasks, or `Task` objects of one's own rows.
+        task: a task as `load_task` takes it, or a list of them: names, `Task` objects, or rows of one's own as a
+            DataFrame, a `datasets.Dataset` or ``DatasetDict``, a dict, a file or a folder.
         bio: configuration of the bio adapter, in place of ``primitives``.
         console: where progress is shown; the terminal if None.
         settings: the fields of `EvaluationSettings`, such as ``data_dir="data", arms=("lora", "lora+bio"), seeds=5``.
@@ -395,21 +396,17 @@ def evaluate(
         What stands in ``results.json``: cells, and on clean and on all test rows the verdict and every difference.
 
     Raises:
+        TypeError: no such setting.
         ValueError: see `Evaluate`.
     """
-    given = [task] if isinstance(task, (str, Task)) else list(task)
-    own = [one for one in given if isinstance(one, Task)]
-    if own and len(own) < len(given):
-        raise ValueError("task: either names or Task objects, not both")
-    names = tuple(one.name if isinstance(one, Task) else one for one in given)
-    known = [one.name for one in fields(EvaluationSettings)]
-    for name, value in settings.items():
-        if name not in known:
-            raise TypeError(f"evaluate has no setting {name!r} (got {value!r}); {suggest(name, known)}")
+    given = list(task) if isinstance(task, (list, tuple)) else [task]
+    check_names("evaluate", settings, EvaluationSettings)
+    tasks = [one if is_name(one) else load_task(one) for one in given]
+    names = tuple(one if isinstance(one, str) else one.name for one in tasks)
     chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
-    return Evaluate(EvaluationSettings(task=names, **chosen), console, tasks=own or None, bio=bio).run()
+    return Evaluate(EvaluationSettings(task=names, **chosen), console, tasks=tasks, bio=bio).run()
 
 
 def _fresh(model: str, task: Task, device: str | None, adapters: Sequence[str], folder: str) -> Any:
@@ -449,25 +446,6 @@ def _trained_on(task: Task, other: Task) -> Task:
         "test": task.rows("test"),
     }
     return type(task)(task.name, splits)
-
-
-def _by_hash(task: Task, split: str) -> list[int]:
-    """Places of a split's rows in an order that depends on what is in them alone."""
-    digests = [hashlib.sha1(repr(key).encode()).digest() for key in task.keys(split)]
-    return sorted(range(len(digests)), key=digests.__getitem__)
-
-
-def _drawn(task: Task, split: str, count: int) -> Task:
-    """So many rows, in their old order: files may be sorted, so that their first rows lack most classes."""
-    return task.keep(split, sorted(_by_hash(task, split)[:count]))
-
-
-def _with_validation(task: Task) -> Task:
-    """Some of the training rows serve as validation rows where a set has none."""
-    assert isinstance(task, TableTask)  # the others have validation rows
-    order = _by_hash(task, "train")
-    count = max(1, min(_MOST_VALIDATION, round(_VALIDATION_SHARE * len(order))))
-    return task.split_off("validation", "train", sorted(order[:count]))
 
 
 def _table(cells: Sequence[Cell]) -> Table:
