@@ -92,7 +92,7 @@ def basal_ganglia_gate(
 def bcm_threshold(
     *,
     rate: float = 0.05,
-    zero_scale: float = 4.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
@@ -324,7 +324,7 @@ def grid_cell_code(
     scales: int = 4,
     zero_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Features are steps on a plane; where their sum has led is told by grids of several scales.
+    """Features are steps on a plane; grids of several scales read where their sum has led.
 
     Args:
         scales: number of modules, each a lattice of its own scale; an integer from 1 to 32.

@@ -178,7 +178,7 @@ def load_model(
 
 
 def kind_of(name: str) -> str | None:
-    """What kind of model a name or path is, None if that cannot be told."""
+    """What kind of model a name or path is, None if nothing says it."""
     if name in SMALL:
         return SMALL[name]
     if NICKNAMES.get(name, name) == DEFAULT_MODEL or Path(name, "modules.json").is_file():

@@ -1,7 +1,8 @@
 """The protocol: every arm on every task gets the same rows, steps, trials of learning rates and seeds.
 
 Learning rates are chosen by the validation rows, with a seed that is not reported. Training rows that stand in any test
-set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down.
+set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down. One file
+because these promises hold together: each step relies on what the one before it has kept away.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,16 +26,17 @@ from .. import BioConfig
 from .._extras import require
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
 from ..settings import DEFAULT_TASK, EvaluationSettings, check_names
-from .arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from .arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
+from .prefix import cached_prefix
 from .report import write_report
 from .statistics import Evaluation, better
 from .tasks import DIGITS, Overlap, Task, is_name, list_tasks, load_task
 from .tasks.cuts import drawn, with_validation
 from .tasks.files import read_overlap
-from .tasks.task import TableTask
+from .tasks.task import SENTENCES, TableTask
 from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
 
 ALL = "all"
@@ -217,7 +220,8 @@ class Evaluate:
         rate = 0.0 if arm == ZERO_SHOT else self._rate(prepared, recipe, arm)
         started = started if arm == ZERO_SHOT else time.perf_counter()
         encoder, params, history, dev = self._trained(prepared.task, recipe, arm, rate, seed)
-        found = prepared.test.open(encoder, arm, seed)
+        with self._lower_blocks_once(encoder, prepared.test._task):
+            found = prepared.test.open(encoder, arm, seed)
         metric, clean = prepared.task.metrics[0], prepared.test.clean
         others = {name: round(score, 4) for name, score in found.scores.items() if name != metric}
         cell = Cell(
@@ -235,14 +239,21 @@ class Evaluate:
     def _trained(self, task: Task, recipe: Recipe, arm: str, rate: float, seed: int) -> tuple[Any, int, History, float]:
         """A model with a trained arm, its size, the course of its training, and its score on the validation rows."""
         encoder, params = recipe.build(arm, seed)
-        history = History()
-        if arm != ZERO_SHOT:
-            schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, seed)
-            with without_progress_bars():
-                history = fit(encoder, task, schedule)
-        known = task.sizes.get("validation")
-        dev = task.evaluate(encoder, "validation").scores[task.metrics[0]] if known else float("nan")
+        history, dev = History(), math.nan
+        with self._lower_blocks_once(encoder, task):
+            if arm != ZERO_SHOT:
+                schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, seed)
+                with without_progress_bars():
+                    history = fit(encoder, task, schedule)
+            if task.sizes.get("validation"):
+                dev = task.evaluate(encoder, "validation").scores[task.metrics[0]]
         return encoder, params, history, dev
+
+    def _lower_blocks_once(self, encoder: Any, task: Task) -> AbstractContextManager[None]:
+        """Within, blocks below the ``layers`` that are adapted compute each text once for all arms."""
+        if self.settings.layers is None or task.reads != SENTENCES:
+            return nullcontext()
+        return cached_prefix(encoder, task, self.cells.folder / "prefix")
 
     def _rate(self, prepared: PreparedTask, recipe: Recipe, arm: str) -> float:
         """The learning rate with the best score on the validation rows; of equals the lower one."""
@@ -320,7 +331,7 @@ class Evaluate:
             candidate: an arm; ``lora+bio`` or else ``bio`` if None.
             resamples: draws of the bootstrap.
         """
-        candidate = candidate or next((arm for arm in (STACK, "bio") if arm in self.arms), None)
+        candidate = candidate or next((arm for arm in (LORA_BIO, "bio") if arm in self.arms), None)
         rivals = [arm for arm in self.arms if arm != candidate]
         if candidate is None or not rivals:
             return None

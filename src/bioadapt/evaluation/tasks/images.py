@@ -94,8 +94,8 @@ class ImageTask(TableTask):
         known, asked = (features(model, self.pixels(part, model)) for part in ("train", split))
         # Features of an image model may hardly vary about a large mean, which a probe would not see.
         centre, spread = known.mean(0), known.std(0) + _LEAST_SPREAD
-        found = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
-        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+        predicted = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
+        return self._evaluation({"accuracy": (predicted == gold).astype(np.float64)}, gold)
 
     def trainer(self, model: ImageModel, arguments: Mapping[str, Any], callbacks: list[Any]) -> Trainer:
         library = require("transformers")
@@ -131,5 +131,5 @@ def _as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
 def features(model: ImageModel, pixels: Tensor) -> np.ndarray:
     """What the head reads of each image, (n, d)."""
     model.model.eval()
-    found = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
-    return torch.cat(found).float().cpu().numpy()
+    parts = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
+    return torch.cat(parts).float().cpu().numpy()

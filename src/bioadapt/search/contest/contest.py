@@ -1,6 +1,6 @@
 """The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report.
 
-Longer than other files, since it is the one place that knows the order of the phases and what each hands to the next.
+One file because the phases hand on what one study records of them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...evaluation import arms
 from ...evaluation.training import History, adapt, transformer_of
-from ..space.model import block_of
+from ...tuner.targets import block_of
 from ..study import Report
 from .objective import Bench
 

@@ -15,13 +15,13 @@ from peft import PeftModel
 from ... import BioConfig
 from ...evaluation import Evaluation, Task
 from ...evaluation.models import load_model
+from ...evaluation.prefix import cached_prefix
 from ...evaluation.statistics import better
 from ...evaluation.tasks.cuts import with_validation
 from ...evaluation.tasks.task import SENTENCES
 from ...evaluation.training import History, Schedule, adapt, fit, load_stack, trainable_parameters
 from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
-from .prefix import cached_prefix
 
 _FIRST_STEPS = 6
 
