@@ -23,7 +23,7 @@ from bioadapt.evaluation.training import Schedule, fit
 quick = "--quick" in sys.argv
 
 # %%
-texts = [f"{name}: {sentence}" for name, sentence in descriptions("sklearn", 24 if quick else 400)]
+texts = [f"{name}: {sentence}" for name, sentence in descriptions("sklearn", 24 if quick else 200)]
 task = LanguageModellingTask("sklearn", {"train": {"text": texts[::2]}, "test": {"text": texts[1::2]}})
 language = small_language_model(quick)
 scores = {"full precision": task.evaluate(language).scores["perplexity"]}
@@ -40,7 +40,7 @@ scores["4 bits"] = task.evaluate(language).scores["perplexity"]
 model = get_peft_model(language.model, BioConfig(["divisive_normalization", "lateral_inhibition"]))
 model.print_trainable_parameters()
 adapted = LanguageModel(model, language.tokenizer)
-fit(adapted, task, Schedule(epochs=1 if quick else 5, learning_rate=2e-3, batch_size=8))
+fit(adapted, task, Schedule(epochs=1 if quick else 3, learning_rate=2e-3, batch_size=8))
 scores["4 bits, adapted"] = task.evaluate(adapted).scores["perplexity"]
 for name, score in scores.items():
     print(f"{name}: perplexity {score:.1f}")

@@ -74,16 +74,18 @@ def best_script(configs: Sequence[Mapping[str, Any]], learning_rate: float, seed
     Args:
         configs: records of its adapters.
         learning_rate: of the trial.
-        seed: of its adapters.
+        seed: of its adapters, and of what the objective draws.
         score: what the objective has returned.
     """
     calls = ",\n".join(config_call(config, seed=str(seed)) for config in configs)
     adapted = f"add_adapters(model, [\n{indent(calls, '    ')},\n])" if configs else "model.requires_grad_(False)"
     return (
+        "import torch\n\n"
         "from bioadapt import BioConfig\n"
         "from bioadapt.search import add_adapters\n\n"
         "# objective and model: what was given to search(objective=objective, model=model)\n"
         f"adapted = {adapted}\n"
+        f"torch.manual_seed({seed})\n"
         f"score = objective(adapted, {learning_rate:g}, lambda step, score: None)\n"
         f'print(f"{{score:.4f}}, reported {score:.4f}")\n'
     )
