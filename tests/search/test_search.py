@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import os
 from dataclasses import replace
@@ -25,7 +26,7 @@ from bioadapt.cli import app
 from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import Diverged, transformer_of
 from bioadapt.search.contest import Search, finale
-from bioadapt.search.contest.objective import Bench, TooSlow, without_test
+from bioadapt.search.contest.objective import Bench, TooSlow, searchable, without_test
 from bioadapt.search.settings import SearchSettings
 from bioadapt.search.space import describe
 from bioadapt.search.study import open_storage
@@ -144,12 +145,18 @@ def test_a_search_has_no_test_rows(data):
     assert set(sealed.sizes) == {"train", "validation"} and set(task.sizes) == {"train", "validation", "test"}
     with pytest.raises(ValueError, match="no test rows"):
         sealed.evaluate(None)
-    with pytest.raises(ValueError, match="no validation rows, which a search needs"):
-        without_test(without_validation(task))
+    without = without_validation(task)
+    assert searchable(without).sizes["validation"] == 1  # a training row serves
+    with pytest.raises(ValueError, match="no test rows, which a search needs"):
+        searchable(sealed)
+    texts = load_task({split: {"text": ["a b", "b c"]} for split in ("train", "dev", "test")})
+    with pytest.raises(ValueError, match="scored by perplexity, of which a search cannot make less"):
+        searchable(texts)
 
 
 def without_validation(task):
-    del task._splits["validation"]
+    task = copy.copy(task)
+    task._splits = {split: rows for split, rows in task._splits.items() if split != "validation"}
     return task
 
 
@@ -169,6 +176,10 @@ def test_the_package_can_be_called():
     assert callable(bioadapt.search) and bioadapt.search.search.__module__ == "bioadapt.search.contest.contest"
     with pytest.raises(ValueError, match="trials 0"):
         bioadapt.search(trials=0)
+    with pytest.raises(TypeError, match=r"search has no setting 'trails' .got 1.; did you mean 'trials'"):
+        bioadapt.search(trails=1)
+    with pytest.raises(ValueError, match="model is a Linear: .* a function of your own, given as objective="):
+        bioadapt.search(model=torch.nn.Linear(2, 2))
     with pytest.raises(AttributeError, match="serch"):
         bioadapt.search.serch  # noqa: B018
     with pytest.raises(AttributeError, match="serch"):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -176,7 +175,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
 
 
 def kind_of(name: str) -> str | None:
-    """What kind of model a name or path is, None if that cannot be told."""
+    """What kind of model a name or path is, None if nothing says it."""
     if name in SMALL:
         return SMALL[name]
     if NICKNAMES.get(name, name) == DEFAULT_MODEL or Path(name, "modules.json").is_file():
@@ -216,8 +215,8 @@ def _made(name: str, task: Task, folder: Path, device: torch.device) -> Path:
 
 def _vision_model(name: str, task: Task, path: Path, device: torch.device) -> None:
     assert isinstance(task, ImageTask)
-    images = np.stack(task.rows("train")["images"])
-    size, channels = images.shape[1], 1 if images.ndim == 3 else images.shape[-1]
+    images = task.rows("train")["images"]
+    size, channels = images[0].shape[0], 1 if images[0].ndim == 2 else images[0].shape[-1]
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_config(_vision_config(name, size, channels)).to(device)
     pixels, draw = as_pixels(images, model.config.num_channels, size), torch.Generator().manual_seed(0)

@@ -1,4 +1,7 @@
-"""NeuroAda: every neuron adapts its few strongest synapses."""
+"""NeuroAda: every neuron adapts its few strongest synapses.
+
+One file because choosing synapses, multiplying by them and combining adapters all rely on the order of one index.
+"""
 
 from __future__ import annotations
 

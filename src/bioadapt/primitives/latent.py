@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, Primitive, added
+from .base import Context, Scaled
 from .time import readings
 
 
@@ -39,7 +39,7 @@ def encoded(x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
     return _Encoding.apply(x, reader)
 
 
-class Latent(Primitive):
+class Latent(Scaled):
     """A primitive of the form delta = s U h(D u), whose gate costs nothing.
 
     A subclass makes the tensors ``reader`` D (r, d) and ``writer`` U (d, k) and defines `code`.
@@ -59,10 +59,9 @@ class Latent(Primitive):
         code, scale = self.coded(x, context)
         return scale * (code @ self.writer.T)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         code, size = self.coded(x, context)
-        return added((scale * size * code) @ self.writer.mT, itself)
+        return (scale * size * code) @ self.writer.mT
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

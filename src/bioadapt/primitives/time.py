@@ -2,6 +2,7 @@
 
 All functions take (B, T, ...) tensors in fp32 and honour the context: padding is invisible (at a padded token the
 recurrence is the identity), a reset forgets everything before it, and decoding continues where the last step stopped.
+One file because all of them are forms of one recurrence, and are held against each other.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class AdapterCircuit(nn.Module):
     def applied(self, y: Tensor, context: Context) -> Tensor:
         """y plus its change, in the dtype of y."""
         if not self.alone:
-            itself = y.view_as(y)  # see `added`; sums and products are nobody else's
+            itself = y.view_as(y)  # before the primitives read it: see `Scaled`
             return self(y, context).add_(itself).to(y.dtype)
         (primitive,) = self.values()
         return primitive(y.float() if self.in_fp32 else y, self._own(primitive.name, context), with_x=True).to(y.dtype)

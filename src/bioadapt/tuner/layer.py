@@ -1,4 +1,7 @@
-"""The one layer that carries bio adapters: all plumbing that PEFT expects of a tuner layer, written once."""
+"""The one layer that carries bio adapters: all plumbing that PEFT expects of a tuner layer, written once.
+
+One file because PEFT asks for all of it as methods of one class.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tuner: injects bio layers, over a plain model or over what another PEFT method left there."""
+"""The tuner: injects bio layers, over a plain model or over what another PEFT method left there.
+
+One file because PEFT asks for all of it as methods of one class.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ module on the way, both names are listed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import nn
 
 from ..config import BioConfig
 from ..registry import primitive_info
+
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 _BERT = ["output.dense"]  # attention.output.dense, crossattention.output.dense and output.dense; not pooler.dense
 _BART = ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]  # not classification_head.out_proj
@@ -153,6 +156,12 @@ def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:
     if model_type == "resnet" and model_config.get("layer_type") == "basic":
         return ["layer.1.convolution"]  # basic blocks end one convolution earlier, and names alone do not tell
     return RESIDUAL_WRITERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def block_of(path: str) -> tuple[int, str] | None:
+    """Number of the block that a module belongs to, and its name in there; None outside of numbered blocks."""
+    number = _NUMBER.search(path)
+    return None if number is None else (int(number[1]), path[number.end() :])
 
 
 def unmatched(targets: Any, model: nn.Module) -> list[str]:

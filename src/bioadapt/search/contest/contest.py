@@ -1,4 +1,7 @@
-"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report."""
+"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report.
+
+One file because the phases hand on what one study records of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import torch
@@ -26,12 +29,15 @@ from rich.progress import Progress
 from ..._extras import require
 from ..._words import suggest
 from ...evaluation import Task, load_task
-from ...evaluation.training import adapt, load_encoder, load_stack, transformer_of
+from ...evaluation.tasks import is_name
+from ...evaluation.training import adapt, load_stack, transformer_of
+from ...settings import DEFAULT_MODEL, DEFAULT_TASK, check_names
 from ..report import write_report
 from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, Report, open_storage, prepare, run_study
-from ..study.tickets import count_tickets, runs_here, this_worker
+from ..study.tickets import count_tickets, count_used, runs_here, this_worker
+from .cost import Pace, told, trainings
 from .finale import (
     Confirmation,
     Final,
@@ -46,11 +52,8 @@ from .finale import (
     verdict,
 )
 from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
-from .objective import Bench, BioObjective, without_test
-from .own import Training, first_trials, search_with
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from .objective import Bench, BioObjective, searchable, without_test
+from .own import Training, first_trials, in_words, search_with
 
 # Seconds between two looks at what another machine has done.
 _PATIENCE = 5.0
@@ -67,12 +70,15 @@ class Search:
         OSError: the output folder cannot be made, or nothing answers at the storage's address.
     """
 
-    def __init__(self, settings: SearchSettings, console: Console | None = None) -> None:
+    def __init__(self, settings: SearchSettings, console: Console | None = None, *, task: Task | None = None) -> None:
         self.settings, self.console = settings, console or Console()
         check(settings)
         for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
             require(module)
-        self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
+        given = settings.task if task is None else task
+        self.task: Task = searchable(load_task(given, settings.data_dir, limit=settings.limit))
+        # The rows of a name are known by it.
+        self._rows = {} if is_name(given) else {"rows": self.task.fingerprints()}
         self.output = Path(settings.output)
         self._bench = Bench(
             settings.model,
@@ -83,8 +89,9 @@ class Search:
             settings.device,
             settings.max_step_time,
             str(self.output / "prefix"),
+            str(self.output / "models"),
         )
-        encoder = load_encoder(settings.model, settings.device)
+        encoder = self._bench.encoder(settings.seed)
         plain = transformer_of(encoder)
         self._lora_targets = tuple(targets_of(plain)) if settings.lora == AUTO else TARGETS
         host = SearchedModel.of(plain, settings.primitives)
@@ -141,7 +148,7 @@ class Search:
             return self._lead(study)
 
     def _lead(self, study: Study) -> dict[str, Any]:
-        self._announce()
+        self._announce(study)
         start = self._start(study)
         lora = self._lora(study, start)
         self._search(study, lora)
@@ -153,8 +160,8 @@ class Search:
         self._say(f"Report: {report}")
         return final
 
-    def winner(self, final: Mapping[str, Any]) -> SentenceTransformer:
-        """The encoder with the LoRA and the bio adapter that were tested on the first seed, loaded from disk, frozen.
+    def winner(self, final: Mapping[str, Any]) -> Any:
+        """The model with the LoRA and the bio adapter that were tested on the first seed, loaded from disk, frozen.
 
         Args:
             final: what `run` has returned.
@@ -206,7 +213,7 @@ class Search:
 
     def _fixed(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings | self._rows))
 
     def _begin(self) -> Study:
         if self.name in optuna.get_all_study_names(open_storage(self.storage)):
@@ -217,30 +224,25 @@ class Search:
         study.set_user_attr("space", self.space.record())
         return study
 
-    def _announce(self) -> None:
-        space = self.space
-        budget = "no budget" if space.budget is None else f"budget {space.budget:,} parameters"
-        self._say(
-            f"Space: {space.size():,} (about {float(space.size()):.1e}) configurations of {len(space.primitives)} "
-            f"primitives, {len(space.places)} places, up to {space.slots} slots; {budget}."
-        )
-        for names, why in ((space.host.refused, "this model refuses"), (space.too_large, "larger than the budget")):
-            if names:
-                self._say(f"Left out, {why}: {', '.join(names)}.")
-        self._say(f"Trainings: {self._cost()}.")
+    def _announce(self, study: Study) -> None:
+        for line in in_words(self.space):
+            self._say(line)
+        rows = ", ".join(f"{count:,} {split}" for split, count in self.task.sizes.items())
+        self._say(f"Rows of {self.task.name}: {rows}.")
+        tuned = self.settings.trials if "lora" in study.user_attrs else self._used(f"{self.name}-lora")
+        phases = trainings(self.settings, tuned, self._used(self.name), confirmed="final" in study.user_attrs)
+        if not phases:
+            return
+        if "pace" not in study.user_attrs:
+            with Child(Pace(self._bench, self.space)) as child:
+                study.set_user_attr("pace", child.call(None))
+        self._say(told(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
 
-    def _cost(self) -> str:
-        """How many trainings each phase takes at most, before anything is trained."""
-        settings = self.settings
-        # LoRA, LoRA + bio, and the LoRA of their size; where the LoRA is given, or there is none, LoRA + bio alone.
-        contenders = {AUTO: 3}.get(settings.lora, 1)
-        phases = {
-            "of the LoRA": settings.trials if settings.lora == AUTO else 0,
-            "of bio adapters": settings.trials,
-            "to confirm the best": settings.confirm * settings.confirm_seeds,
-            "to test": contenders * settings.test_seeds,
-        }
-        return ", ".join(f"{count} {what}" for what, count in phases.items() if count)
+    def _used(self, name: str) -> int:
+        """How many trials of a study have ended."""
+        if not self._has_tickets(name):
+            return 0
+        return count_used(optuna.load_study(study_name=name, storage=open_storage(self.storage)))
 
     def _start(self, study: Study) -> float:
         """Validation score of the model as it comes."""
@@ -257,7 +259,8 @@ class Search:
         if settings.lora == AUTO:
             name = f"{self.name}-lora"
             objective = LoraObjective(self._bench, self._lora_targets, start, settings.seed)
-            prepare(self.storage, name, settings.trials, [USUAL])
+            usual = USUAL if USUAL["targets"] in self._lora_targets else {**USUAL, "targets": self._lora_targets[-1]}
+            prepare(self.storage, name, settings.trials, [usual])
             tuned = run_study(self._job(name, objective), settings.workers, self.console, "tuning the LoRA")
             best = _best(tuned)
             folder = str((self.output / "lora").absolute())
@@ -371,25 +374,48 @@ class SavedLora:
         return history.validation[-1][1], lora_size(model)
 
 
-def search(console: Console | None = None, *, objective: Training | None = None, **settings: Any) -> dict[str, Any]:
-    """Search a bio adapter for a sentence encoder, over a LoRA that is tuned as long, and test the winner once.
+def search(
+    task: Any = DEFAULT_TASK,
+    *,
+    objective: Training | None = None,
+    model: Any = DEFAULT_MODEL,
+    console: Console | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Search a bio adapter for a model and a task, over a LoRA that is tuned as long, and test the winner once.
 
     With an ``objective`` it is searched for any model, by a training and a score of one's own; see `search_with`.
 
     Args:
+        task: as `load_task` takes it: a name, or rows of one's own as a `Task`, a DataFrame, a `datasets.Dataset` or
+            ``DatasetDict``, a dict, a file or a folder.
+        objective: ``objective(model, learning_rate, report) -> score`` in the place of a task.
+        model: name or path of the model that the task is for; with an objective, the torch module.
         console: where progress is shown; the terminal if None.
-        objective: ``objective(model, learning_rate, report) -> score`` for the module that is given as ``model``.
-        settings: the fields of `SearchSettings`, such as ``task="stsb", data_dir="data", trials=40``.
+        settings: the fields of `SearchSettings`, such as ``data_dir="data", trials=40``.
 
     Returns:
-        What the study records as ``final``: contenders, differences with intervals, the winner's configuration.
+        What the study records as ``final``: contenders, differences with intervals, the winner's configuration; with an
+        objective, what `search_with` does.
+
+    Raises:
+        TypeError: no such setting.
+        ValueError: see `Search` and `search_with`.
     """
     if objective is not None:
-        model = settings.pop("model", None)
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"model={model!r}: an objective needs the model that it trains, a torch module")
-        return search_with(objective, model, console, **settings)
-    return Search(SearchSettings(**settings), console).run()
+        given = {} if isinstance(task, str) and task == DEFAULT_TASK else {"task": task}
+        return search_with(objective, model, console, **given, **settings)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"model is a {type(model).__name__}: for a task the name or the path of a model is needed; "
+            "a module is searched by a function of your own, given as objective="
+        )
+    check_names("search", settings, SearchSettings)
+    own = None if is_name(task) else load_task(task)
+    chosen = SearchSettings(task=task if own is None else own.name, model=str(model), **settings)
+    return Search(chosen, console, task=own).run()
 
 
 def _load_given(encoder: Any, folder: str) -> None:

@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ...evaluation import Evaluation, paired_interval
-from ...evaluation.training import History
+from ...evaluation.training import History, transformer_of
 from ..space import Configuration, SearchSpace, save_adapters
 from ..study import Report
 from ..thompson import ThompsonSampler
@@ -66,7 +66,7 @@ class Final:
         name, seed = argument
         folder = Path(self.folder, f"seed-{seed}")
         encoder = self.bench.encoder(seed, self._below(name, folder))
-        size, trained, history = lora_size(encoder[0].model), 0.0, History()
+        size, trained, history = lora_size(transformer_of(encoder)), 0.0, History()
         if name == WINNER and self.winner.slots:
             model, history = train_bio(self.bench, encoder, self.space, self.winner, seed, rungs=0)
             save_adapters(model, folder / "bio")

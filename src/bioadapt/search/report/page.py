@@ -1,7 +1,7 @@
-"""A study as one HTML page that needs nothing else: what was compared, what was found, what to copy.
+"""A study as one HTML page that needs nothing else: what was compared, what came out, what to copy.
 
 The page is made from what the storage holds, also while the study runs, and for studies of anything else; what is not
-there yet is said in a sentence.
+there yet is said in a sentence. One file because the template asks one object for all of it.
 """
 
 from __future__ import annotations
