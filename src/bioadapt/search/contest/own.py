@@ -20,6 +20,7 @@ from ..space import SearchedModel, SearchSpace, SpaceObjective, add_adapters
 from ..study import Job, Report, prepare, run_study
 from ..study.progress import in_words as time_in_words
 from ..thompson import ThompsonSampler
+from .script import best_script
 
 # The fields of `SearchSettings` that mean something without a task.
 ACCEPTED = frozenset(
@@ -115,12 +116,15 @@ def search_with(
     except ValueError:
         reason = study.trials[-1].user_attrs.get("failure", "pruned")
         raise RuntimeError(f"study {name!r}: no trial has succeeded; the last one: {reason}") from None
+    configs, rate = best.user_attrs["configs"], best.user_attrs["configuration"]["learning_rate"]
+    script = best_script(configs, rate, chosen.seed, best.value)
+    study.set_user_attr("best", {"number": best.number, "script": script})
     return {
         "number": best.number,
         "score": best.value,
         "configuration": best.user_attrs["configuration"],
-        "configs": best.user_attrs["configs"],
-        "learning_rate": best.user_attrs["configuration"]["learning_rate"],
+        "configs": configs,
+        "learning_rate": rate,
         "report": str(write_report(name, storage, output / "report.html")),
     }
 
