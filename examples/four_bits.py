@@ -32,7 +32,7 @@ scores = {"full precision": task.evaluate(language).scores["perplexity"]}
 quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 with tempfile.TemporaryDirectory() as folder:
     language.model.save_pretrained(folder)
-    # Two of them: on some CPUs bitsandbytes packs the weights of a model that has been evaluated, and trains it no more.
+    # Two of them: on some CPUs bitsandbytes packs the weights of a model once it is evaluated, and trains it no more.
     scored, base = (
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu") for _ in range(2)
     )
