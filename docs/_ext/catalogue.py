@@ -190,7 +190,7 @@ def learning(name: str) -> str:
     reason = "" if share >= LEAST else f": {SLOW[name]}"
     return (
         f"In 30 steps of AdamW at 1e-3 its training loss falls {share:.2f} times as far as that of a LoRA r=8{reason}; "
-        f"it  moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
+        f"it moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
     )
 
 
