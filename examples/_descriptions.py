@@ -19,7 +19,7 @@ def descriptions(library: str, count: int) -> list[tuple[str, str]]:
 
 
 def small_language_model(quick: bool) -> LanguageModel:
-    """A causal language model of a million parameters that has read sentences of numpy, scipy, torch for a minute."""
+    """A causal language model of a million parameters that has read what numpy, scipy and torch say."""
     texts = [
         f"{name}: {sentence}"
         for library in ("numpy", "scipy", "torch")
