@@ -192,8 +192,8 @@ def test_memory_takes_back_what_it_kept_and_refuses_more():
     long = torch.arange(float(2 * UNDO_WINDOW)).reshape(1, -1, 1)
     part.append("trace", long)
     memory.crop(5)
-    assert part.last("trace").item() == 2 * UNDO_WINDOW - 6
+    assert part.latest("trace").item() == 2 * UNDO_WINDOW - 6
     with pytest.raises(ValueError, match="can take back at most"):
         memory.crop(UNDO_WINDOW)
     memory.crop(10**6)  # everything: as before the first token
-    assert part.last("trace") is None
+    assert part.latest("trace") is None

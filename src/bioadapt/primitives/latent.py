@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Primitive, added
-from .time import readings
+from .time import mean_reading
 
 
 class _Encoding(torch.autograd.Function):
@@ -67,5 +67,4 @@ class Latent(Primitive):
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""
         drive, scale = self.drive(x, context)
-        causal = self.kind == "causal"
-        return readings(self.code, drive, context).mean(0) if causal else self.code(drive, context), scale
+        return mean_reading(self.code, drive, context) if self.kind == "causal" else self.code(drive, context), scale

@@ -125,14 +125,14 @@ def _first(series: Tensor) -> Tensor:
 
 
 def _lagged(h: Tensor, initial: Tensor) -> Tensor:
-    """h_{t-1} of h (B, T, ...), and ``initial`` (B, ...) before the first token."""
+    """h_{t-1} of h (B, T, ...), and ``initial`` (B, 1, ...) before the first token."""
     steps = h.shape[1]
     if steps == 1:
-        return initial[:, None]
+        return initial
     if _is_symbol(steps):  # a series that is one token shorter would rule out a length of two
         shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
-        return torch.where(_first(h), initial[:, None], shifted)
-    return torch.cat([initial[:, None], h[:, :-1]], 1)
+        return torch.where(_first(h), initial, shifted)
+    return torch.cat([initial, h[:, :-1]], 1)
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -179,7 +179,7 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
         h of the shape of ``drive``.
     """
     decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
-    if drive.shape[1] == 1:  # a step of decoding
+    if drive.shape[1] == 1:
         return drive if initial is None else torch.addcmul(drive, decay, initial[:, None])
     return _LinearScan.apply(decay, drive, initial)
 
@@ -189,7 +189,7 @@ class _PastScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-        past = _lagged(_solve(decay, drive, initial), initial)
+        past = _lagged(_solve(decay, drive, initial), initial[:, None])
         ctx.save_for_backward(decay, past)
         return past
 
@@ -223,18 +223,28 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
 def _recurrence(
     name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """h (B, T, ...), and the value before the first token of this call, None if none came."""
-    decay, drive = _heard(decay, drive, context)
-    before = None if context.state is None else context.state.last(name)
-    start = _start(initial, drive) if before is None or context.resets is not None else None
-    if context.resets is not None:
-        fresh = _like(context.resets, drive)
-        drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
-        decay = torch.where(fresh, 0.0, decay)
-    h = linear_scan(decay, drive, start if before is None else before)
+    """h (B, T, ...), and the value before the first token of this call (B, 1, ...), None if none came."""
+    before = None if context.state is None else context.state.latest(name)
+    if before is not None and _is_step(decay, drive, context, before.dim()):
+        h = torch.addcmul(drive, decay, before)
+    else:
+        decay, drive = _heard(decay, drive, context)
+        start = _start(initial, drive) if before is None or context.resets is not None else None
+        if context.resets is not None:
+            fresh = _like(context.resets, drive)
+            drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
+            decay = torch.where(fresh, 0.0, decay)
+        h = linear_scan(decay, drive, start if before is None else before[:, 0])
     if context.state is not None:
         context.state.append(name, h)
     return h, before
+
+
+def _is_step(decay: Tensor, drive: Tensor, context: Context, axes: int) -> bool:
+    """Whether one real token is heard, which begins no document; ``axes``: of the series (B, T, ...)."""
+    if context.mask is not None or context.resets is not None:
+        return False
+    return all(series.dim() < axes or series.shape[1] == 1 for series in (decay, drive))
 
 
 def past_recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -263,9 +273,11 @@ def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float 
 
 def held(name: str, series: Tensor, context: Context) -> Tensor:
     """The series (B, T, ...) with the value of the real token before in the place of each padded one."""
-    if context.mask is None and context.state is None:
-        return series
-    return recurrence(name, torch.zeros_like(series), series, context)
+    if context.mask is not None:
+        return recurrence(name, torch.zeros_like(series), series, context)
+    if context.state is not None:
+        context.state.append(name, series)
+    return series
 
 
 def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -273,24 +285,30 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
 
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
-    before = None if context.state is None else context.state.last(name)
+    before = None if context.state is None else context.state.latest(name)
     if context.state is not None:
         context.state.append(name, h)
     return _shifted(h, before, context, initial)
 
 
 def _shifted(h: Tensor, before: Tensor | None, context: Context, initial: float | Tensor) -> Tensor:
-    """h_{t-1} of h (B, T, ...): ``before`` at the first token, ``initial`` without one and where documents start."""
+    """h_{t-1} of h (B, T, ...): ``before`` (B, 1, ...) at the first token, ``initial`` without one and where documents
+    start."""
     if before is not None and context.resets is None:
         return _lagged(h, before)
-    start = _start(initial, h)
+    start = _start(initial, h)[:, None]
     shifted = _lagged(h, start if before is None else before)
-    return shifted if context.resets is None else torch.where(_like(context.resets, h), start[:, None], shifted)
+    return shifted if context.resets is None else torch.where(_like(context.resets, h), start, shifted)
 
 
 def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """E_tau(z)_{t-1}: the `trace` of what came before each token, ``initial`` at the first token of a document."""
     return past_recurrence(name, decay, (1 - decay) * z, context, initial)
+
+
+def mean_reading(read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context) -> Tensor:
+    """The mean over `readings`: (B, T, ...)."""
+    return readings(read, series, context).mean(0) if context.bidirectional else read(series, context)
 
 
 def readings(

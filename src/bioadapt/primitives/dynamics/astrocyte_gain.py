@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, pooling_matrix, positive
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -59,7 +59,7 @@ class AstrocyteGain(Modulation):
         activity = group_mean_magnitude(x, self.pooling) / self.log_level.exp()
         activity = activity + 0.5 * torch.sigmoid(self.coupling) * (activity @ self.exchange)
         excess = activity - nn.functional.softplus(self.set_point)
-        return readings(self.gain, excess, context).mean(0), self.membership
+        return mean_reading(self.gain, excess, context), self.membership
 
     def gain(self, excess: Tensor, context: Context) -> Tensor:
         """A tanh(kappa Ca_{t-1}) from the activity beyond the set point: (B, T, groups) -> (B, T, groups)."""

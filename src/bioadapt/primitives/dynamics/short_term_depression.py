@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import past_recurrence, readings
+from bioadapt.primitives.time import mean_reading, past_recurrence
 from bioadapt.registry import register_primitive
 
 
@@ -43,7 +43,7 @@ class ShortTermDepression(Modulation):
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         activity = torch.tanh(group_mean_magnitude(x, self.pooling) / self.log_level.exp())
-        return readings(self.resource, activity, context).mean(0) - 1, self.membership
+        return mean_reading(self.resource, activity, context) - 1, self.membership
 
     def resource(self, activity: Tensor, context: Context) -> Tensor:
         """R_t (B, T, groups): what is left for each token before it is transmitted."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host
 from bioadapt.primitives.dynamics.short_term_depression import ShortTermDepression
 from bioadapt.primitives.frames import group_mean_magnitude
-from bioadapt.primitives.time import past_recurrence, readings
+from bioadapt.primitives.time import mean_reading, past_recurrence
 from bioadapt.registry import register_primitive
 
 SPEED = 4  # resources come back so much faster than calcium goes
@@ -41,7 +41,7 @@ class ShortTermFacilitation(ShortTermDepression):
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         activity = torch.tanh(group_mean_magnitude(x, self.pooling) / self.log_level.exp())
-        return readings(self.released, activity, context).mean(0) - 1, self.membership
+        return mean_reading(self.released, activity, context) - 1, self.membership
 
     def released(self, activity: Tensor, context: Context) -> Tensor:
         """u_t R_t / U (B, T, groups): how much each token releases, relative to rest."""

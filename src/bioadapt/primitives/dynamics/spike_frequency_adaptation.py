@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, products_pay
-from bioadapt.primitives.time import decay_of, front_aligned, is_short, past_trace, readings
+from bioadapt.primitives.time import decay_of, front_aligned, is_short, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -131,7 +131,7 @@ class SpikeFrequencyAdaptation(Primitive):
             current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, around)
             return series.sign() * torch.relu(series.abs() - current) - series
 
-        return readings(one_way, x, context).mean(0)
+        return mean_reading(one_way, x, context)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
@@ -141,7 +141,7 @@ class SpikeFrequencyAdaptation(Primitive):
         """``scale`` (d,) times the change."""
         if self.products and context.resets is None and context.state is None and is_short(x.shape[1]):
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
-        return readings(lambda series, around: self.by_scan(series, around, scale), x, context).mean(0)
+        return mean_reading(lambda series, around: self.by_scan(series, around, scale), x, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`adapted` where padding is zero and at the end."""

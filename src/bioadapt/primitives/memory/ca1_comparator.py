@@ -11,7 +11,7 @@ from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.fast_weights import recall
 from bioadapt.primitives.frames import positive, read_in
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, readings
+from bioadapt.primitives.time import decay_of, mean_reading
 from bioadapt.registry import register_primitive
 
 
@@ -46,7 +46,7 @@ class Ca1Comparator(Modulation):
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         # The cue has unit length whatever the token's scale, so that the scale-free frame is not needed.
         key = nn.functional.normalize(x @ self.reader.mT, dim=-1, eps=1e-6)
-        novelty = readings(self.novelty, key, context).mean(0)
+        novelty = mean_reading(self.novelty, key, context)
         return novelty - self.baseline, x.new_ones(self.d_out, 1)
 
     def novelty(self, key: Tensor, context: Context) -> Tensor:

@@ -18,7 +18,7 @@ from bioadapt.primitives.frames import (
     products_pay,
 )
 from bioadapt.primitives.modulation import modulated
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
+from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
@@ -86,7 +86,7 @@ class PrecisionWeightedError(Primitive):
             error = series - past_trace("mean", series, decay_of(self.log_tau) @ self.membership.T, around)
             return error * (self.precision(error.square() @ self.pooling, around) @ self.membership.T)
 
-        return readings(one_way, x, context).mean(0)
+        return mean_reading(one_way, x, context)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
@@ -96,7 +96,7 @@ class PrecisionWeightedError(Primitive):
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, channels), x, context)
-        return readings(lambda series, around: self.by_scan(series, around, channels), x, context).mean(0)
+        return mean_reading(lambda series, around: self.by_scan(series, around, channels), x, context)
 
     def by_products(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """`weighted` where padding is zero and at the end."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
+from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 FASTEST, SLOWEST = 2.0, 16.0  # time constants of the context at birth, in tokens
@@ -93,7 +93,7 @@ class AcetylcholineBalance(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return token_scale(x) * readings(self.by_scan, unit(x), context).mean(0)
+        return token_scale(x) * mean_reading(self.by_scan, unit(x), context)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
@@ -104,7 +104,7 @@ class AcetylcholineBalance(Primitive):
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
         size, u = token_scale(x), unit(x)
-        return scale * size * readings(self.by_scan, u, context).mean(0)
+        return scale * size * mean_reading(self.by_scan, u, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`balanced` where padding is zero and at the end."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import positive, read_in, report_loss, token_scale
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import held, previous, readings
+from bioadapt.primitives.time import held, mean_reading, previous
 from bioadapt.registry import register_primitive
 
 
@@ -39,7 +39,7 @@ class DopamineRpe(Modulation):
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         scores = (x @ self.critic.T) / token_scale(x)
-        gain, penalty = readings(self.gain, scores, context).mean(0).split(1, dim=-1)
+        gain, penalty = mean_reading(self.gain, scores, context).split(1, dim=-1)
         report_loss(context, self.auxiliary, penalty)
         return gain, x.new_ones(self.d_out, 1)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_square, pooling_matrix, positive
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 FASTEST, SLOWEST = 4.0, 64.0  # time constants at birth, in tokens
@@ -45,7 +45,7 @@ class ContrastAdaptation(Modulation):
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         power = group_mean_square(x, self.pooling) * torch.exp(-2 * self.log_level)
-        return readings(self.gain, power, context).mean(0) - 1, self.membership
+        return mean_reading(self.gain, power, context) - 1, self.membership
 
     def gain(self, power: Tensor, context: Context) -> Tensor:
         """What each group is multiplied by, from the power of the tokens before: (B, T, groups) -> (B, T, groups)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 RESTING = 0.8  # activity before the first token: a relay starts in its tonic mode
@@ -97,7 +97,7 @@ class ThalamicRelay(Primitive):
         """``scale`` (d,) times the change."""
         level = self.log_level.exp()
         activity = group_mean_magnitude(x, self.pooling) / level
-        mode = readings(self.mode, activity, context).mean(0)
+        mode = mean_reading(self.mode, activity, context)
         amplification = self.membership @ self.amplification
         threshold = self.membership @ (level * nn.functional.softplus(self.burst_threshold))
         return _Bursting.apply(x, mode, self.membership, scale, amplification, threshold)
