@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Fused, Host, OnWeight, Primitive, setting
 from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
@@ -233,7 +233,7 @@ def fastest(columns: int, k: int, device: torch.device) -> str:
     return "gather" if 128 * k <= columns else "scratch"
 
 
-class _SparseProduct(torch.autograd.Function):
+class _SparseProduct(Fused):
     """Keeps the input as it came, the indices and the values."""
 
     @staticmethod

@@ -150,9 +150,8 @@ class Notes(Recollection):
         memory, start = source.memory, f"{source.key}/"
         held = {key.removeprefix(source.key): key for key in memory.series if key.startswith(start)}
         # Copies, so that how long the whole series is does not matter to the graph.
-        return cls(
-            {name: memory.series[key].latest(memory.series[key].needed).clone() for name, key in held.items()}, {}
-        )
+        series = {name: memory.series[key] for name, key in held.items()}
+        return cls({name: each.latest(each.needed).clone() for name, each in series.items()}, {})
 
     def part(self, key: str) -> Notes:
         return Notes(self.before, self.after, f"{self.key}/{key}")

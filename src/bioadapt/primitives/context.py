@@ -53,13 +53,13 @@ class Host:
 class Context(NamedTuple):
     """What surrounds a forward call. Every field has a neutral default, so a bare primitive needs none of them.
 
-    ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias, for what acts on its weight. ``mask``
-    (B, T) bool: True at real tokens, None if all are. ``positions`` (B, T) int: place in the document. ``resets`` (B, T) bool: True at the first
-    token of each packed document. ``state``: what earlier decoding steps left behind, None outside decoding.
-    ``bidirectional``: time may be read both ways. ``observing``: running statistics may be taken, and put among the
-    ``observations`` of the forward, or straight into the rule if that is None. ``grid``: the spatial shape behind the
-    token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them. ``derived``: what `once` has
-    computed in the decoding of this sequence, None outside it.
+    ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias, told to what acts on its weight.
+    ``mask`` (B, T) bool: True at real tokens, None if all are. ``positions`` (B, T) int: place in the document.
+    ``resets`` (B, T) bool: True at the first token of each packed document. ``state``: what earlier decoding steps left
+    behind, None outside decoding. ``bidirectional``: time may be read both ways. ``observing``: running statistics may
+    be taken, and put among the ``observations`` of the forward, or straight into the rule if that is None. ``grid``:
+    the spatial shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
+    ``derived``: what `once` has computed in the decoding of this sequence, None outside it.
     """
 
     x_in: Tensor = None  # type: ignore[assignment]  # what declares needs_input is never run without it

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context, Host
+from .base import Context, Fused, Host
 
 
 def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
@@ -31,7 +31,7 @@ def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
                 raise ValueError(f"{name} of the checkpoint holds the index {value}; accepted is from 0 to {end - 1}")
 
 
-class _MeanSquare(torch.autograd.Function):
+class _MeanSquare(Fused):
     """One pass forward and one backward; what autograd records for the same formula takes five."""
 
     @staticmethod
@@ -95,7 +95,7 @@ def products_pay(features: int, groups: int) -> bool:
     return features % groups == 0 and features // groups >= 8
 
 
-class _GroupMeanMagnitude(torch.autograd.Function):
+class _GroupMeanMagnitude(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
         ctx.save_for_backward(x, pooling)
@@ -112,7 +112,7 @@ def group_mean_magnitude(x: Tensor, pooling: Tensor) -> Tensor:
     return _GroupMeanMagnitude.apply(x, pooling)
 
 
-class _GroupMeanSquare(torch.autograd.Function):
+class _GroupMeanSquare(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
         ctx.save_for_backward(x, pooling)

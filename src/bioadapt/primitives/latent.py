@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, Primitive, added
+from .base import Context, Fused, Primitive, added
 from .time import mean_reading
 
 
-class _Encoding(torch.autograd.Function):
+class _Encoding(Fused):
     """One product and one pass over x forward, one of each backward; nothing of its width is kept but x itself."""
 
     @staticmethod

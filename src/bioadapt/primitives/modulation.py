@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context, Primitive
+from .base import Context, Fused, Primitive
 
 
 def with_one(gain: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def with_one(gain: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([gain, one], -1), torch.cat([channels, everywhere], 1)
 
 
-class _Modulation(torch.autograd.Function):
+class _Modulation(Fused):
     """Few passes over x forward and backward, and nothing of its width kept but x itself.
 
     That x itself is added is one more factor, which is one everywhere: no pass of its own.
@@ -49,7 +49,14 @@ def modulated(x: Tensor, gain: Tensor, channels: Tensor, with_x: bool = False) -
 
     ``with_x``: x itself is added.
     """
+    if not torch.is_grad_enabled():
+        factor = gain @ channels.mT
+        return torch.addcmul(x, x, factor) if with_x else x * factor
     return _Modulation.apply(x, gain.expand(*x.shape[:-1], -1), channels, with_x)
+
+
+def _per_channel(scale: Tensor, channels: Tensor) -> Tensor:
+    return scale[:, None] * channels
 
 
 class Modulation(Primitive):
@@ -59,7 +66,7 @@ class Modulation(Primitive):
     """
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """x (B, T, d) in fp32 -> gain (B or 1, T or 1, r), channels (d, r)."""
+        """x (B, T, d) in fp32 -> gain (B or 1, T or 1, r), channels (d, r), a buffer or what `Context.once` gives."""
         raise NotImplementedError(f"{type(self).__name__} must define factors")
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
@@ -68,4 +75,4 @@ class Modulation(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         gain, channels = self.factors(x, context)
-        return modulated(x, gain, scale[:, None] * channels, with_x)
+        return modulated(x, gain, context.once(_per_channel, scale, channels), with_x)

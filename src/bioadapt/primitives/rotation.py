@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context
+from .base import Context, Fused
 from .time import recurrence
 
 
-class _Conjugated(torch.autograd.Function):
+class _Conjugated(Fused):
     """The identity, whose gradient is the complex conjugate of what comes back."""
 
     @staticmethod

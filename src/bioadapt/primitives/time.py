@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context
+from .base import Context, Fused
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
 DOUBLINGS = 20  # of a scan whose length is left open: it may be up to 2 ** 20 tokens
@@ -141,7 +141,7 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(axes, keepdim=True).reshape(shape) if axes else tensor
 
 
-class _LinearScan(torch.autograd.Function):
+class _LinearScan(Fused):
     """Keeps little but the decay and the result for backward, which is the same scan with time reversed."""
 
     @staticmethod
@@ -184,7 +184,7 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
     return _LinearScan.apply(decay, drive, initial)
 
 
-class _PastScan(torch.autograd.Function):
+class _PastScan(Fused):
     """h_{t-1} of a linear recurrence. With time reversed it is its own adjoint."""
 
     @staticmethod
@@ -224,27 +224,35 @@ def _recurrence(
     name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """h (B, T, ...), and the value before the first token of this call (B, 1, ...), None if none came."""
+    before = _before_step(name, context, decay, drive)
+    if before is not None:
+        return _carried(name, torch.addcmul(drive, decay, before), context), before
     before = None if context.state is None else context.state.latest(name)
-    if before is not None and _is_step(decay, drive, context, before.dim()):
-        h = torch.addcmul(drive, decay, before)
-    else:
-        decay, drive = _heard(decay, drive, context)
-        start = _start(initial, drive) if before is None or context.resets is not None else None
-        if context.resets is not None:
-            fresh = _like(context.resets, drive)
-            drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
-            decay = torch.where(fresh, 0.0, decay)
-        h = linear_scan(decay, drive, start if before is None else before[:, 0])
+    decay, drive = _heard(decay, drive, context)
+    start = _start(initial, drive) if before is None or context.resets is not None else None
+    if context.resets is not None:
+        fresh = _like(context.resets, drive)
+        drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
+        decay = torch.where(fresh, 0.0, decay)
+    h = linear_scan(decay, drive, start if before is None else before[:, 0])
+    return _carried(name, h, context), before
+
+
+def _before_step(name: str, context: Context, *terms: Tensor) -> Tensor | None:
+    """The value before the one real token that is heard, (B, 1, ...); None if there are more, or a document begins."""
+    if context.state is None or context.mask is not None or context.resets is not None:
+        return None
+    before = context.state.latest(name)
+    if before is None or any(term.dim() == before.dim() and term.shape[1] > 1 for term in terms):
+        return None
+    return before
+
+
+def _carried(name: str, h: Tensor, context: Context) -> Tensor:
+    """The same series (B, T, ...), whose end the next step of decoding starts from."""
     if context.state is not None:
         context.state.append(name, h)
-    return h, before
-
-
-def _is_step(decay: Tensor, drive: Tensor, context: Context, axes: int) -> bool:
-    """Whether one real token is heard, which begins no document; ``axes``: of the series (B, T, ...)."""
-    if context.mask is not None or context.resets is not None:
-        return False
-    return all(series.dim() < axes or series.shape[1] == 1 for series in (decay, drive))
+    return h
 
 
 def past_recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -268,16 +276,17 @@ def _heard(decay: Tensor, drive: Tensor, context: Context) -> tuple[Tensor, Tens
 
 def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """Exponential trace E_tau(z)_t = a E_tau(z)_{t-1} + (1 - a) z_t, with a = exp(-1 / tau) given as ``decay``."""
+    before = _before_step(name, context, z)
+    if before is not None:
+        return _carried(name, torch.lerp(z, before, decay), context)
     return recurrence(name, decay, (1 - decay) * z, context, initial)
 
 
 def held(name: str, series: Tensor, context: Context) -> Tensor:
     """The series (B, T, ...) with the value of the real token before in the place of each padded one."""
-    if context.mask is not None:
-        return recurrence(name, torch.zeros_like(series), series, context)
-    if context.state is not None:
-        context.state.append(name, series)
-    return series
+    if context.mask is None:
+        return _carried(name, series, context)
+    return recurrence(name, torch.zeros_like(series), series, context)
 
 
 def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -286,9 +295,7 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
     before = None if context.state is None else context.state.latest(name)
-    if context.state is not None:
-        context.state.append(name, h)
-    return _shifted(h, before, context, initial)
+    return _shifted(_carried(name, h, context), before, context, initial)
 
 
 def _shifted(h: Tensor, before: Tensor | None, context: Context, initial: float | Tensor) -> Tensor:
@@ -303,6 +310,10 @@ def _shifted(h: Tensor, before: Tensor | None, context: Context, initial: float 
 
 def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """E_tau(z)_{t-1}: the `trace` of what came before each token, ``initial`` at the first token of a document."""
+    before = _before_step(name, context, z)
+    if before is not None:
+        _carried(name, torch.lerp(z, before, decay), context)
+        return before
     return past_recurrence(name, decay, (1 - decay) * z, context, initial)
 
 
@@ -339,7 +350,7 @@ def readings(
     return torch.stack([onwards, reverse.flip(1)])
 
 
-class _Deviation(torch.autograd.Function):
+class _Deviation(Fused):
     """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
 
     With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).

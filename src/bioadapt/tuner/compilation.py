@@ -82,7 +82,7 @@ class Compilation:
         region = self._region(circuit, method, y, context)
         notes = None if context.state is None else Notes.of(context.state)
         try:
-            found = region(circuit, y, context if notes is None else context.replace(state=notes))
+            found = region(circuit, y, context.replace(state=notes, derived=None))
         except _COMPILER_FAILED as error:
             self.failed = True
             warnings.warn(f"the adapters run without being compiled, since that failed here: {_reason(error)}")

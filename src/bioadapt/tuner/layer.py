@@ -156,35 +156,45 @@ class BioLayer(MergeableLayer):
     # -- forward --
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        names = self.scope.adapter_names
-        if self.merged:
-            if names is not None:
-                raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
-            return self.base_layer(*args, **kwargs)
-        active = self.active_adapters if names is None else sorted(set(names))
-        held: dict[str, Any] = self.circuits._modules
-        circuits = {name: held[name] for name in active if name in held}
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        around = self.scope.surroundings
+        circuits = self._called(around)
+        base_layer = self._modules["base_layer"]
         if not circuits:
-            return self.base_layer(*args, **kwargs)
+            return base_layer(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
         reading = {name: circuit for name, circuit in circuits.items() if circuit.changes_input}
         apart: dict[str, Tensor] = {}
-        if not reading or (names is None and len(circuits) > 1):
-            output = self.base_layer(*args, **kwargs)
+        if not reading or (around.adapter_names is None and len(circuits) > 1):
+            output = base_layer(*args, **kwargs)
             # Each adapter's change is measured from the layer as it is, so that the changes of several add up.
             for name, circuit in reading.items():
-                apart[name] = _features(self._run(self._own_input(read, {name: circuit}), args, kwargs))
+                apart[name] = _features(self._run(self._own_input(read, {name: circuit}, around), args, kwargs))
         else:
-            output = self._run(self._own_input(read, reading), args, kwargs)
+            output = self._run(self._own_input(read, reading, around), args, kwargs)
             circuits = {name: circuit for name, circuit in circuits.items() if not circuit.at_input}
             if not circuits:
                 return output
-        changed = self._changed(_features(output), read, circuits, apart)
+        changed = self._changed(_features(output), read, circuits, around, apart)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _called(self, around: Surroundings) -> dict[str, AdapterCircuit]:
+        """The circuits that this forward runs, by adapter.
+
+        Raises:
+            ValueError: samples ask for adapters of their own while some are merged.
+        """
+        if self._disable_adapters:
+            return {}
+        names = around.adapter_names
+        if self.merged_adapters:
+            if names is not None:
+                raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
+            return {}
+        held: dict[str, Any] = self._modules[CONTAINER]._modules  # type: ignore[union-attr]
+        active = self.active_adapters if names is None else sorted(set(names))
+        return {name: held[name] for name in active if name in held}
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""
@@ -193,13 +203,13 @@ class BioLayer(MergeableLayer):
         first, *_ = kwargs
         return self.base_layer(**{**kwargs, first: read})
 
-    def _own_input(self, read: Tensor, reading: dict[str, AdapterCircuit]) -> Tensor:
+    def _own_input(self, read: Tensor, reading: dict[str, AdapterCircuit], around: Surroundings) -> Tensor:
         """What the layer is to read where one adapter, or each sample's own, changes its input."""
-        names = self.scope.adapter_names
+        names = around.adapter_names
         before = {name: circuit for name, circuit in reading.items() if circuit.at_input}
         scales = {name: circuit.input_scale() for name, circuit in reading.items() if circuit.scales_input}
         if before:
-            read = self._changed(read, read, before, {}, self.site.at_input())
+            read = self._changed(read, read, before, around, {}, self.site.at_input())
         if scales and names is None:
             read = self._scaled(read, *scales.values())
         elif scales:
@@ -222,6 +232,7 @@ class BioLayer(MergeableLayer):
         y: Tensor,
         v: Tensor,
         circuits: dict[str, AdapterCircuit],
+        around: Surroundings,
         apart: dict[str, Tensor],
         site: Site | None = None,
     ) -> Tensor:
@@ -231,7 +242,6 @@ class BioLayer(MergeableLayer):
         layer's own if None.
         """
         site = site or self.site
-        around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
         layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
         reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
         counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
@@ -247,7 +257,8 @@ class BioLayer(MergeableLayer):
             changed = layout.restore(self._of_circuit(circuit, "applied", features, contexts[name]))
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
-            changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
+            total = self._sum(features, circuits, contexts, reads, around.adapter_names)
+            changed = (y + layout.restore(total)).to(y.dtype)
         changed = with_evidence(changed, context.observations or ())
         return self.scope.learning.terms.brought_in(changed, context.losses, around)
 
@@ -264,9 +275,9 @@ class BioLayer(MergeableLayer):
         circuits: dict[str, AdapterCircuit],
         contexts: dict[str, Context],
         apart: dict[str, Tensor],
+        names: list[str] | None,
     ) -> Tensor:
-        """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
-        names = self.scope.adapter_names
+        """The changes of several adapters, or of those that the samples of a mixed batch ask for by ``names``."""
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
@@ -312,22 +323,17 @@ class BioLayer(MergeableLayer):
         site: Site,
         tokens: Tokens,
     ) -> Context:
-        tokens = tokens.to(v.device)
-        if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
-            bias = self._constant(v)
-        else:
-            bias = self._bias()
+        reads_weight = any(circuit.reads_weight for circuit in circuits.values())
         return Context(
             x_in=layout.input_to_sequence(v, site),
-            bias=bias,
-            mask=tokens.mask,
-            positions=tokens.positions,
-            resets=tokens.resets,
+            bias=self._constant(v) if reads_weight else None,
+            **tokens.to(v.device)._asdict(),
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=torch.is_grad_enabled(),
             observations=[],
             grid=layout.grid,
             losses=[] if self.training else None,
+            derived=around.derived,
         )
 
     def _tokens(
@@ -405,9 +411,9 @@ class BioLayer(MergeableLayer):
             warnings.warn(text)
 
     def _constant(self, v: Tensor) -> Tensor | None:
-        """What a tuner below makes of no input, (d_out,): the bias, which it may have changed."""
+        """What the layer makes of no input, (d_out,): the bias, which a tuner below may have changed."""
         bias = self._bias()
-        if bias is None or self.quantization_backend is not None:
+        if bias is None or self.below is None or self.quantization_backend is not None:
             return bias
         with torch.no_grad():
             return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()

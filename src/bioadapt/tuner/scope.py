@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..primitives._state import Memory
 from . import patches
 from .compilation import Compilation
-from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
+from .decoding import attach_memory, cache_among, derived_with, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
 from .placement import TORCH_STACKS
@@ -56,6 +56,7 @@ class Surroundings:
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
     chunks: Memory | None = None  # what parts of a sequence leave to those that follow
+    derived: dict[Hashable, Any] | None = None  # see `Context.once`
 
     @property
     def mask(self) -> Tensor | None:
@@ -182,15 +183,9 @@ class Scope:
             self.switched += patches.run_whole(enclosing)
 
     @property
-    def surroundings(self) -> Surroundings | None:
-        """Of the running forward of this flow of control."""
-        return self.flow.around
-
-    @property
-    def adapter_names(self) -> list[str] | None:
-        """The adapter of each sample, where this flow of control asks for several."""
-        around = self.flow.around
-        return self.flow.adapter_names if around is None else around.adapter_names
+    def surroundings(self) -> Surroundings:
+        """Of the running forward of this flow of control, of which nothing is known outside the stack's own."""
+        return self.flow.around or Surroundings(adapter_names=self.flow.adapter_names)
 
     @contextmanager
     def asking_for(self, adapter_names: list[str]) -> Iterator[None]:
@@ -264,6 +259,7 @@ class Scope:
             past = tokens_in(cache)
             # A compiled forward must not look into the tensor in which a static cache counts.
             found.past = past if past is None or torch.compiler.is_compiling() else int(past)
+            found.derived = derived_with(cache, found.past)
         elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
             found.past = 0  # recurrent models do not count tokens
         if not self.carries_state and (found.past is not None or not self.reads_tokens):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import check_indices, inverse_softplus
 from bioadapt.registry import register_primitive
 
 INHIBITORY = 0.2  # share of the senders
 
 
-class _Reception(torch.autograd.Function):
+class _Reception(Fused):
     """Works on rows of channels, which can be gathered many times faster than columns; keeps x alone."""
 
     @staticmethod

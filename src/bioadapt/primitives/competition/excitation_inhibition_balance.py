@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, pooling_matrix
 from bioadapt.primitives.modulation import with_one
 from bioadapt.registry import register_primitive
@@ -18,7 +18,7 @@ CHANNELS = 32  # a balance needs a population: no group is smaller, unless the l
 LARGEST_RATIO = 8.0
 
 
-class _TwoSidedGain(torch.autograd.Function):
+class _TwoSidedGain(Fused):
     """Keeps x and what is narrow; backward computes the gains again."""
 
     @staticmethod

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import check_indices
 from bioadapt.registry import register_primitive
 
 
-class _Diffusion(torch.autograd.Function):
+class _Diffusion(Fused):
     """The coupling is symmetric, so that it is its own adjoint; keeps x alone."""
 
     @staticmethod

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import inverse_softplus
 from bioadapt.registry import register_primitive
 
 
-class _Suppression(torch.autograd.Function):
+class _Suppression(Fused):
     """Keeps x and what is small; backward computes the inhibition again."""
 
     @staticmethod

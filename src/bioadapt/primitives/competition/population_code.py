@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
 EDGE = 2.5  # the outermost centres, in units of the token's scale
 
 
-class _Votes(torch.autograd.Function):
+class _Votes(Fused):
     """Keeps x, the result and the sum of all tuning curves; never an axis over centres.
 
     On equal spaces the normalized Gaussians are a ratio of polynomials: with q = exp(4 u / spacing) the k-th is

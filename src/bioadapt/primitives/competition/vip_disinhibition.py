@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_magnitude,
@@ -21,7 +21,7 @@ from bioadapt.primitives.frames import (
 from bioadapt.registry import register_primitive
 
 
-class _Microcircuit(torch.autograd.Function):
+class _Microcircuit(Fused):
     """Keeps x and what is narrow; backward computes the rest again."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, read_in, read_out, token_scale
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 STRONGEST = 80.0  # beyond it exp would leave the range of fp32
 
 
-class _Coincidence(torch.autograd.Function):
+class _Coincidence(Fused):
     """Keeps x and what is narrow; backward computes the rest again."""
 
     @staticmethod
@@ -140,5 +140,5 @@ class ApicalBasal(Primitive):
 
     def past(self, latents: Tensor, context: Context) -> Tensor:
         """h_{t-1}: (B, T, rank) -> (B, T, rank)."""
-        decay = decay_of(self.log_tau)
+        decay = context.once(decay_of, self.log_tau)
         return past_trace("past", latents, decay, context) * torch.sqrt((1 + decay) / (1 - decay))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from bioadapt.primitives.base import Host, setting
+from bioadapt.primitives.base import Fused, Host, setting
 from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, pseudo_slope, trace_back
 from bioadapt.primitives.frames import positive
 from bioadapt.registry import register_primitive
@@ -18,7 +18,7 @@ REVERSAL = -0.5  # E_K
 HALF_OPEN, STEEPNESS = 0.7, 6.0  # of the channels, in the membrane's voltage
 
 
-class _KvLifFiring(torch.autograd.Function):
+class _KvLifFiring(Fused):
     """Keeps x and the rates."""
 
     @staticmethod

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bioadapt.primitives.base import Host, setting
+from bioadapt.primitives.base import Fused, Host, setting
 from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, pseudo_slope, trace_back
 from bioadapt.primitives.frames import positive
 from bioadapt.registry import register_primitive
 
 
-class _LifFiring(torch.autograd.Function):
+class _LifFiring(Fused):
     """Keeps x and the rates."""
 
     @staticmethod

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, OnWeight, added, setting
 from bioadapt.primitives.frames import base_weight, positive
 from bioadapt.registry import register_primitive
 
 
-class _Pruning(torch.autograd.Function):
+class _Pruning(Fused):
     """Keeps nothing of the weight's size but the weight itself; backward prunes it again."""
 
     @staticmethod

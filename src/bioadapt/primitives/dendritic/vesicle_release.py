@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, token_scale, unit
 from bioadapt.registry import register_primitive
 
 
-class _Transmission(torch.autograd.Function):
+class _Transmission(Fused):
     """Keeps x and the share that was released; backward computes its probability again."""
 
     @staticmethod

@@ -63,5 +63,5 @@ class AstrocyteGain(Modulation):
 
     def gain(self, excess: Tensor, context: Context) -> Tensor:
         """A tanh(kappa Ca_{t-1}) from the activity beyond the set point: (B, T, groups) -> (B, T, groups)."""
-        calcium = past_trace("calcium", excess, decay_of(self.log_tau), context)
+        calcium = past_trace("calcium", excess, context.once(decay_of, self.log_tau), context)
         return self.amplitude * torch.tanh(nn.functional.softplus(self.sensitivity) * calcium)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -60,7 +60,7 @@ def sweeps(u: Tensor, wiring: Wiring) -> Sweeps:
     return Sweeps(drive, excitation, first_divisor, first23, first5, gain, second_divisor, second23, second5)
 
 
-class _Columns(torch.autograd.Function):
+class _Columns(Fused):
     """scale_i s (W_o l5)_i of the columns of x / s: x (..., columns w), s (..., 1), scale (columns w,).
 
     Keeps x alone; backward computes both sweeps again.

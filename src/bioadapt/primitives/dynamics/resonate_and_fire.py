@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
 from bioadapt.primitives.rotation import rotation
@@ -17,7 +17,7 @@ from bioadapt.registry import register_primitive
 SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
 
 
-class _Threshold(torch.autograd.Function):
+class _Threshold(Fused):
     """Keeps one narrow tensor; the slope of the threshold is that of a sigmoid."""
 
     @staticmethod

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, products_pay
 from bioadapt.primitives.time import decay_of, front_aligned, is_short, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
-class Subtraction(torch.autograd.Function):
+class Subtraction(Fused):
     """-scale sgn(x) min(|x|, current): x and current (..., d), scale (d,)."""
 
     @staticmethod
@@ -32,7 +32,7 @@ class Subtraction(torch.autograd.Function):
         return on_lost.sub_(on_current).mul_(sign), on_current, on_scale
 
 
-class _Adaptation(torch.autograd.Function):
+class _Adaptation(Fused):
     """`Subtraction` of strength times the current that |x| drives, by matrix products; keeps x alone.
 
     x (B, T, d) with padding zeroed and at the end; strength and scale (d,), decay (G,).
@@ -150,5 +150,5 @@ class SpikeFrequencyAdaptation(Primitive):
     def by_scan(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`adapted` for one reading of time, in any context."""
         drive = torch.sigmoid(self.strength) * x.abs()
-        current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, context)
+        current = past_trace("current", drive, context.once(decay_of, self.log_tau) @ self.membership.mT, context)
         return Subtraction.apply(x, current, scale)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -44,7 +44,7 @@ def climbing_fibre(error: Tensor) -> Tensor:
     return error.sign() * size * (error.abs() > size)
 
 
-class _GranuleLayer(torch.autograd.Function):
+class _GranuleLayer(Fused):
     """Keeps nothing of the width of the granule layer, which backward computes again."""
 
     @staticmethod

@@ -63,13 +63,13 @@ class ComplementaryFastWeights(LocalRule, Latent):
     def fast(self, drive: Tensor, context: Context) -> Tensor:
         """What the sequence so far has bound to each key: (B, T, 2 rank) -> (B, T, rank)."""
         key, content = drive.split(self.rank, -1)
-        recalled, match, _ = recall("memory", key, content, decay_of(self.log_tau), context)
+        recalled, match, _ = recall("memory", key, content, context.once(decay_of, self.log_tau), context)
         return recalled / match.clamp(min=1.0)
 
     @torch.no_grad()
     def episode(self, key: Tensor, content: Tensor, context: Context) -> Tensor:
         """A_T / max(1, tr N_T), averaged over sequences: two (B, T, rank) -> (rank, rank)."""
-        weight = decay_of(self.log_tau) ** later(key, context)[..., None]
+        weight = context.once(decay_of, self.log_tau) ** later(key, context)[..., None]
         if context.mask is not None:
             padding = ~context.mask[..., None]
             weight, content = weight.masked_fill(padding, 0.0), content.masked_fill(padding, 0.0)

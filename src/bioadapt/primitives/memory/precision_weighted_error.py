@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_square,
@@ -22,7 +22,7 @@ from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_r
 from bioadapt.registry import register_primitive
 
 
-class _Weighting(torch.autograd.Function):
+class _Weighting(Fused):
     """scale sum_r gains_r errors_r: scale (G, c), gains (R, G, T, B), R errors (G, T, B, c) -> (B, T, G, c)."""
 
     @staticmethod
@@ -110,12 +110,12 @@ class PrecisionWeightedError(Primitive):
 
     def by_scan(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """`weighted` for one reading of time, in any context."""
-        error = x - past_trace("mean", x, decay_of(self.log_tau) @ self.membership.T, context)
+        error = x - past_trace("mean", x, context.once(decay_of, self.log_tau) @ self.membership.T, context)
         return modulated(error, self.precision(group_mean_square(error, self.pooling), context), channels)
 
     def precision(self, power: Tensor, context: Context) -> Tensor:
         """The gain of each group from the power of the errors before each token: (B, T, groups) -> (B, T, groups)."""
         power = power * torch.exp(-2 * self.log_level)  # errors are in units of x, for the trace is linear
-        variance = past_trace("variance", power, decay_of(self.log_tau_variance), context, initial=1.0)
+        variance = past_trace("variance", power, context.once(decay_of, self.log_tau_variance), context, initial=1.0)
         sigma = nn.functional.softplus(self.sigma)
         return (1 + sigma) / (variance + sigma)

@@ -54,4 +54,4 @@ class PredictiveCoding(Primitive):
 
     def expected(self, causes: Tensor, context: Context) -> Tensor:
         """What the causes before each token lead to expect: (B, T, rank) -> (B, T, rank)."""
-        return past_trace("causes", causes, decay_of(self.log_tau), context)
+        return past_trace("causes", causes, context.once(decay_of, self.log_tau), context)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -17,7 +17,7 @@ FASTEST, SLOWEST = 2.0, 16.0  # time constants of the context at birth, in token
 UNCERTAINTY = 0.5  # before the first token
 
 
-class _Power(torch.autograd.Function):
+class _Power(Fused):
     """Half the mean square of what each token is wrong by: error (G, T, B, c) -> (B, T, 1)."""
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Power(torch.autograd.Function):
         return error * _spread(grad.squeeze(-1).mT / channels, error.shape[-1])
 
 
-class _Interpolation(torch.autograd.Function):
+class _Interpolation(Fused):
     """scale sum_r shares_r errors_r: scale (G, c), shares (R, T, B), R errors (G, T, B, c) -> (B, T, G, c)."""
 
     @staticmethod
@@ -119,11 +119,11 @@ class AcetylcholineBalance(Primitive):
 
     def by_scan(self, u: Tensor, context: Context) -> Tensor:
         """The change of u (B, T, d) for one reading of time, in any context."""
-        error = u - past_trace("context", u, decay_of(self.log_tau) @ self.membership.T, context)
+        error = u - past_trace("context", u, context.once(decay_of, self.log_tau) @ self.membership.T, context)
         return -self.trust(0.5 * mean_square(error), context) * error
 
     def trust(self, power: Tensor, context: Context) -> Tensor:
         """1 - alpha from the power of the errors before each token: (B, T, 1) -> (B, T, 1)."""
-        decay = decay_of(self.log_tau_uncertainty)
+        decay = context.once(decay_of, self.log_tau_uncertainty)
         uncertainty = past_trace("uncertainty", power, decay, context, initial=UNCERTAINTY)
         return torch.sigmoid(nn.functional.softplus(self.steepness) * (self.threshold - uncertainty))

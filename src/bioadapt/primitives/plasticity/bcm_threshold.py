@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Primitive, added, setting
 from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
 
-class _Sliding(torch.autograd.Function):
+class _Sliding(Fused):
     """scale_i x_i (1 - turn_i / (level + |x_i|)); keeps x alone."""
 
     @staticmethod

@@ -36,12 +36,13 @@ class DopamineRpe(Modulation):
         self.bias = nn.Parameter(torch.zeros(1))
         self.discount = nn.Parameter(torch.logit(torch.tensor([0.9])))
         self.steepness = positive(1.0, 1)
+        self.register_buffer("everywhere", torch.ones(self.d_out, 1), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         scores = (x @ self.critic.T) / token_scale(x)
         gain, penalty = mean_reading(self.gain, scores, context).split(1, dim=-1)
         report_loss(context, self.auxiliary, penalty)
-        return gain, x.new_ones(self.d_out, 1)
+        return gain, self.everywhere
 
     def gain(self, scores: Tensor, context: Context) -> Tensor:
         """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, OnWeight, added, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
 
-class _Binary(torch.autograd.Function):
+class _Binary(Fused):
     """The sign, whose gradient passes straight through."""
 
     @staticmethod

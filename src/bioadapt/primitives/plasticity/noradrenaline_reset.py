@@ -47,12 +47,12 @@ class NoradrenalineReset(Latent):
 
     def code(self, z: Tensor, context: Context) -> Tensor:
         """h, (B, T, rank) -> (B, T, rank)."""
-        kept = decay_of(self.log_tau) * (1 - self.interrupt(z, context))
+        kept = context.once(decay_of, self.log_tau) * (1 - self.interrupt(z, context))
         return recurrence("memory", kept, (1 - kept) * z, context)
 
     def interrupt(self, z: Tensor, context: Context) -> Tensor:
         """nu, how much each token lets go: (B, T, rank) -> (B, T, 1)."""
-        decay = decay_of(self.log_tau_surprise)
+        decay = context.once(decay_of, self.log_tau_surprise)
         error = (z - past_trace("mean", z, decay, context)).square().mean(-1, keepdim=True)
         variance = past_trace("variance", error, decay, context, initial=1.0)
         surprise = error / (variance + FLOOR)

@@ -56,7 +56,7 @@ class SerotoninHorizon(Latent):
     def code(self, scores: Tensor, context: Context) -> Tensor:
         """The reading of the bank from latents and mood: (B, T, rank + 1) -> (B, T, rank)."""
         latent, mood = scores.split([self.rank, 1], dim=-1)
-        decay = torch.cat([decay_of(self.log_taus).repeat_interleave(self.rank), decay_of(self.log_tau)])
+        decay = torch.cat([context.once(decay_of, self.log_taus).repeat_interleave(self.rank), context.once(decay_of, self.log_tau)])
         series = torch.cat([latent.repeat(1, 1, len(TAUS)), mood], -1)
         bank, mood = trace("bank", series, decay, context).split([len(TAUS) * self.rank, 1], dim=-1)
         return (self.weights(mood)[..., None] * bank.unflatten(-1, (len(TAUS), -1))).sum(-2)

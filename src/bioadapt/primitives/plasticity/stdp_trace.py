@@ -47,9 +47,9 @@ class StdpTrace(Latent):
 
     def code(self, z: Tensor, context: Context) -> Tensor:
         """4 M_{t-1} z_t, (B, T, rank) -> (B, T, rank)."""
-        recent = past_trace("recent", z, decay_of(self.log_tau), context)
+        recent = past_trace("recent", z, context.once(decay_of, self.log_tau), context)
         z_first, z_second = z @ self.first.T, z @ self.second.T
         order = z_first * (recent @ self.second.T) - (recent @ self.first.T) * z_second
-        decay = decay_of(self.log_tau_memory)
+        decay = context.once(decay_of, self.log_tau_memory)
         memory = past_recurrence("memory", decay, (1 - decay) * order, context)
         return STRENGTH * ((memory * z_second) @ self.first - (memory * z_first) @ self.second)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import positive, read_in, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _AttendedRatio(torch.autograd.Function):
+class _AttendedRatio(Fused):
     """direct_i x_i + gain_i sgn(x_i) n_i / (floor_i + share sum_j n_j + alpha n_i), n = exp(2 tanh(writer z)) |x|^p.
 
     Keeps x and the latents z; backward computes the rest again.

@@ -49,6 +49,6 @@ class ContrastAdaptation(Modulation):
 
     def gain(self, power: Tensor, context: Context) -> Tensor:
         """What each group is multiplied by, from the power of the tokens before: (B, T, groups) -> (B, T, groups)."""
-        variance = past_trace("variance", power, decay_of(self.log_tau), context, initial=1.0)
+        variance = past_trace("variance", power, context.once(decay_of, self.log_tau), context, initial=1.0)
         sigma = nn.functional.softplus(self.sigma)
         return torch.sqrt((1 + sigma) / (variance + sigma))

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import positive
 from bioadapt.registry import register_primitive
 
 
-class _PooledRatio(torch.autograd.Function):
+class _PooledRatio(Fused):
     """direct_i x_i + gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|), n = sgn(x) |x|^p; keeps x alone."""
 
     @staticmethod

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _Halves(torch.autograd.Function):
+class _Halves(Fused):
     """Keeps x and its scale; backward rectifies again."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_index, positive
 from bioadapt.registry import register_primitive
 
@@ -18,7 +18,7 @@ NARROWEST = 0.05  # of a Gaussian: one of no width at all has no gradient
 NOWHERE = -1  # the document of a position that does not exist
 
 
-class _Contrast(torch.autograd.Function):
+class _Contrast(Fused):
     """Keeps what it reads and the widths; backward makes the Gaussians again."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
@@ -19,7 +19,7 @@ RESTING = 0.8  # activity before the first token: a relay starts in its tonic mo
 LEAK = 0.01  # how much of what lies below the threshold counts in the gradients of amplification and threshold
 
 
-class _Bursting(torch.autograd.Function):
+class _Bursting(Fused):
     """scale_i mode_g (A_i sgn(x_i) [|x_i| - t_i]_+ - x_i); keeps x, the mode of each group and what is small."""
 
     @staticmethod
@@ -104,5 +104,5 @@ class ThalamicRelay(Primitive):
 
     def mode(self, activity: Tensor, context: Context) -> Tensor:
         """How far each group is ready to burst, from the activity before: (B, T, groups) -> (B, T, groups)."""
-        recent = past_trace("activity", activity, decay_of(self.log_tau), context, initial=RESTING)
+        recent = past_trace("activity", activity, context.once(decay_of, self.log_tau), context, initial=RESTING)
         return torch.sigmoid(self.steepness * (self.threshold - recent))
