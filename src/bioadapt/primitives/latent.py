@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context, Fused, Primitive, added
 from .time import mean_reading
@@ -17,7 +17,7 @@ class _Encoding(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).sqrt()
-        drive = (x @ reader.mT).div_(scale)
+        drive = nn.functional.linear(x, reader).div_(scale)
         ctx.save_for_backward(x, reader, drive, scale)
         return drive, scale
 
@@ -62,7 +62,7 @@ class Latent(Primitive):
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
         code, size = self.coded(x, context)
-        return added((scale * size * code) @ self.writer.mT, itself)
+        return added(nn.functional.linear(size * code, context.once(torch.mul, scale, self.writer)), itself)
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

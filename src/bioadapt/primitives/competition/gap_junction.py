@@ -109,7 +109,7 @@ class GapJunction(Primitive):
         return received[..., self.order.argsort()]
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return diffusion(x, scale * self.coupling(), self.order, with_x)
+        return diffusion(x, scale * context.once(self.coupling), self.order, with_x)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

@@ -113,4 +113,4 @@ class PopulationCode(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(voted(x, token_scale(x), scale * self.votes), itself)
+        return added(voted(x, token_scale(x), context.once(torch.mul, scale, self.votes)), itself)

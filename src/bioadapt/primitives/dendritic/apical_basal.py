@@ -132,13 +132,23 @@ class ApicalBasal(Primitive):
 
     def burst(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` times the change."""
-        softplus, frame = nn.functional.softplus, token_scale(x)
+        frame = token_scale(x)
         past = readings(self.past, (x @ self.reader.T) / frame, context)
+        basal, weights, rest = context.once(self.constants)
+        return coincidence(x, frame, basal, past, weights, rest, scale)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """theta_b (d,), beta U (d, rank) and -beta theta_a (d,)."""
+        softplus = nn.functional.softplus
         steepness = softplus(self.steepness)
-        weights, rest = steepness * self.apical, -steepness * softplus(self.apical_threshold)
-        return coincidence(x, frame, softplus(self.basal_threshold), past, weights, rest, scale)
+        return softplus(self.basal_threshold), steepness * self.apical, -steepness * softplus(self.apical_threshold)
 
     def past(self, latents: Tensor, context: Context) -> Tensor:
         """h_{t-1}: (B, T, rank) -> (B, T, rank)."""
-        decay = context.once(decay_of, self.log_tau)
-        return past_trace("past", latents, decay, context) * torch.sqrt((1 + decay) / (1 - decay))
+        decay, size = context.once(self.decay)
+        return past_trace("past", latents, decay, context) * size
+
+    def decay(self) -> tuple[Tensor, Tensor]:
+        """a, and what gives the trace the variance of what it reads: (rank,) each."""
+        decay = decay_of(self.log_tau)
+        return decay, torch.sqrt((1 + decay) / (1 - decay))

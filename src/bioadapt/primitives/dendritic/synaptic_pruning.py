@@ -85,11 +85,8 @@ class SynapticPruning(OnWeight):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.pruning(context.x_in, scale), itself)
-
-    def pruning(self, v: Tensor, scale: Tensor) -> Tensor:
-        """``scale`` times the change."""
-        return _Pruning.apply(v, self.synapses, self.thresholds(), self.log_factor.exp(), scale)
+        thresholds, factor = context.once(self.thresholds), context.once(torch.exp, self.log_factor)
+        return added(_Pruning.apply(context.x_in, self.synapses, thresholds, factor, scale), itself)
 
     def thresholds(self) -> Tensor:
         """t, (d,)."""

@@ -105,9 +105,6 @@ class VesicleRelease(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.transmitted(x, scale), itself)
-
-    def transmitted(self, x: Tensor, scale: Tensor) -> Tensor:
-        """``scale`` times the change."""
-        drive, inverse = nn.functional.softplus(self.drive), token_scale(x).reciprocal()
-        return transmitted(x, inverse, self.rest, drive, scale, self.sites if self.training else 0)
+        drive, inverse = context.once(nn.functional.softplus, self.drive), token_scale(x).reciprocal()
+        change = transmitted(x, inverse, self.rest, drive, scale, self.sites if self.training else 0)
+        return added(change, itself)

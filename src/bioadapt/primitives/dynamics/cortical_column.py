@@ -172,13 +172,13 @@ class CorticalColumn(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.response(x, scale), itself)
+        return added(self.response(x, scale, context.once(self.wiring)), itself)
 
-    def response(self, x: Tensor, scale: Tensor) -> Tensor:
+    def response(self, x: Tensor, scale: Tensor, wiring: Wiring) -> Tensor:
         """``scale`` (d,) times the change."""
         missing = -self.d_out % self.width
         filled, scales = (nn.functional.pad(z, (0, missing)) if missing else z for z in (x, scale))
-        found = _Columns.apply(filled, token_scale(x), scales, *self.wiring())
+        found = _Columns.apply(filled, token_scale(x), scales, *wiring)
         return found[..., : self.d_out] if missing else found
 
     def wiring(self) -> Wiring:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.rotation import rotation
+from bioadapt.primitives.rotation import rotation, turned
 from bioadapt.registry import register_primitive
 
 
@@ -48,4 +48,9 @@ class LiquidReservoir(Latent):
 
     def states(self, drive: Tensor, context: Context) -> Tensor:
         """The state of each unit at each token, complex (B, T, units)."""
-        return rotation("units", self.modulus, self.angle, (1 - self.modulus.square()).sqrt() * drive, context)
+        turn, size = context.once(self.constants)
+        return rotation("units", turn, size * drive, context)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What a token leaves of the state, complex, and what the drive is scaled by: (units,) each."""
+        return turned(self.modulus, self.angle), (1 - self.modulus.square()).sqrt()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.rotation import rotation
+from bioadapt.primitives.rotation import rotation, turned
 from bioadapt.registry import register_primitive
 
 SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
@@ -64,10 +64,14 @@ class ResonateAndFire(Latent):
         self.threshold = positive(0.5, self.rank)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        return _Threshold.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
+        return _Threshold.apply(self.potential(drive, context), context.once(nn.functional.softplus, self.threshold))
 
     def potential(self, drive: Tensor, context: Context) -> Tensor:
         """The membrane potential m of each resonator: (B, T, rank) -> (B, T, rank)."""
+        turn, size = context.once(self.constants)
+        return size * rotation("resonators", turn, drive, context).imag
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What a token leaves of the state, complex, and what the potential is scaled by: (rank,) each."""
         damping = nn.functional.softplus(self.damping).clamp(1e-4, 10.0)
-        ringing = rotation("resonators", torch.exp(-damping), self.frequency, drive, context)
-        return (2 * damping).sqrt() * ringing.imag
+        return turned(torch.exp(-damping), self.frequency), (2 * damping).sqrt()

@@ -127,8 +127,8 @@ class SpikeFrequencyAdaptation(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         def one_way(series: Tensor, around: Context) -> Tensor:
-            drive = torch.sigmoid(self.strength) * series.abs()
-            current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, around)
+            strength, decay = self.constants()
+            current = past_trace("current", strength * series.abs(), decay, around)
             return series.sign() * torch.relu(series.abs() - current) - series
 
         return mean_reading(one_way, x, context)
@@ -149,6 +149,9 @@ class SpikeFrequencyAdaptation(Primitive):
 
     def by_scan(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`adapted` for one reading of time, in any context."""
-        drive = torch.sigmoid(self.strength) * x.abs()
-        current = past_trace("current", drive, context.once(decay_of, self.log_tau) @ self.membership.mT, context)
-        return Subtraction.apply(x, current, scale)
+        strength, decay = context.once(self.constants)
+        return Subtraction.apply(x, past_trace("current", strength * x.abs(), decay, context), scale)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """beta, and the decay of each channel: (d,) each."""
+        return torch.sigmoid(self.strength), decay_of(self.log_tau) @ self.membership.mT

@@ -52,7 +52,8 @@ class Ca1Comparator(Modulation):
 
     def novelty(self, key: Tensor, context: Context) -> Tensor:
         """n of each token: (B, T, rank) -> (B, T, 1)."""
-        return 1 / (1 + nn.functional.softplus(self.sensitivity) * torch.relu(self.familiarity(key, context)))
+        sensitivity = context.once(nn.functional.softplus, self.sensitivity)
+        return 1 / (1 + sensitivity * torch.relu(self.familiarity(key, context)))
 
     def familiarity(self, key: Tensor, context: Context) -> Tensor:
         """k_t^T M_{t-1} k_t: (B, T, rank) -> (B, T, 1)."""

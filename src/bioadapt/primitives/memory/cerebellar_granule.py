@@ -107,15 +107,16 @@ class CerebellarGranule(Primitive):
         check_indices(tensors, wiring=self.d_in)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return -token_scale(x) * (self.purkinje_cells(context.x_in) @ self.writer.T)
+        return -token_scale(x) * (self.purkinje_cells(context) @ self.writer.T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added((-scale * token_scale(x) * self.purkinje_cells(context.x_in)) @ self.writer.mT, itself)
+        return added((-scale * token_scale(x) * self.purkinje_cells(context)) @ self.writer.mT, itself)
 
-    def purkinje_cells(self, v: Tensor) -> Tensor:
-        """P gamma, (B, T, n) -> (B, T, rank), whose error comes back by climbing fibres."""
-        return _GranuleLayer.apply(v, nn.functional.softplus(self.threshold), self.purkinje, self.wiring)
+    def purkinje_cells(self, context: Context) -> Tensor:
+        """P gamma, (B, T, rank), whose error comes back by climbing fibres."""
+        threshold = context.once(nn.functional.softplus, self.threshold)
+        return _GranuleLayer.apply(context.x_in, threshold, self.purkinje, self.wiring)
 
     def granules(self, v: Tensor) -> Tensor:
         """The code of an input: (..., n) -> (..., cells)."""

@@ -56,9 +56,11 @@ class ComplementaryFastWeights(LocalRule, Latent):
         return torch.cat([key, content], -1), scale
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        share = torch.sigmoid(self.balance)
-        key = drive[..., : self.rank]
-        return share * self.fast(drive, context) + (1 - share) * (key @ self.slow.mT)
+        slow, share = (
+            nn.functional.linear(drive[..., : self.rank], self.slow),
+            context.once(torch.sigmoid, self.balance),
+        )
+        return torch.lerp(slow, self.fast(drive, context), share)
 
     def fast(self, drive: Tensor, context: Context) -> Tensor:
         """What the sequence so far has bound to each key: (B, T, 2 rank) -> (B, T, rank)."""
@@ -69,7 +71,7 @@ class ComplementaryFastWeights(LocalRule, Latent):
     @torch.no_grad()
     def episode(self, key: Tensor, content: Tensor, context: Context) -> Tensor:
         """A_T / max(1, tr N_T), averaged over sequences: two (B, T, rank) -> (rank, rank)."""
-        weight = context.once(decay_of, self.log_tau) ** later(key, context)[..., None]
+        weight = decay_of(self.log_tau) ** later(key, context)[..., None]
         if context.mask is not None:
             padding = ~context.mask[..., None]
             weight, content = weight.masked_fill(padding, 0.0), content.masked_fill(padding, 0.0)

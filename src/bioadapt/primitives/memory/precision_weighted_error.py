@@ -17,7 +17,7 @@ from bioadapt.primitives.frames import (
     positive,
     products_pay,
 )
-from bioadapt.primitives.modulation import modulated
+from bioadapt.primitives.modulation import modulated, per_channel
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
@@ -83,14 +83,14 @@ class PrecisionWeightedError(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         def one_way(series: Tensor, around: Context) -> Tensor:
-            error = series - past_trace("mean", series, decay_of(self.log_tau) @ self.membership.T, around)
+            error = series - past_trace("mean", series, self.decay(), around)
             return error * (self.precision(error.square() @ self.pooling, around) @ self.membership.T)
 
         return mean_reading(one_way, x, context)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.weighted(x, context, scale[:, None] * self.membership), itself)
+        return added(self.weighted(x, context, context.once(per_channel, scale, self.membership)), itself)
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""
@@ -110,12 +110,20 @@ class PrecisionWeightedError(Primitive):
 
     def by_scan(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """`weighted` for one reading of time, in any context."""
-        error = x - past_trace("mean", x, context.once(decay_of, self.log_tau) @ self.membership.T, context)
+        error = x - past_trace("mean", x, context.once(self.decay), context)
         return modulated(error, self.precision(group_mean_square(error, self.pooling), context), channels)
 
     def precision(self, power: Tensor, context: Context) -> Tensor:
         """The gain of each group from the power of the errors before each token: (B, T, groups) -> (B, T, groups)."""
-        power = power * torch.exp(-2 * self.log_level)  # errors are in units of x, for the trace is linear
-        variance = past_trace("variance", power, context.once(decay_of, self.log_tau_variance), context, initial=1.0)
+        unit, decay, sigma, full = context.once(self.constants)
+        variance = past_trace("variance", power * unit, decay, context, initial=1.0)
+        return full / (variance + sigma)
+
+    def decay(self) -> Tensor:
+        """Of the mean, for each channel: (d,)."""
+        return decay_of(self.log_tau) @ self.membership.T
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """1 / rho^2, since errors are in units of x, the trace being linear; the variance's decay; sigma; 1 + sigma."""
         sigma = nn.functional.softplus(self.sigma)
-        return (1 + sigma) / (variance + sigma)
+        return torch.exp(-2 * self.log_level), decay_of(self.log_tau_variance), sigma, 1 + sigma

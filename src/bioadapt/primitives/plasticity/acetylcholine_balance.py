@@ -103,8 +103,8 @@ class AcetylcholineBalance(Primitive):
         """``scale`` (d,) times the change."""
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
-        size, u = token_scale(x), unit(x)
-        return scale * size * mean_reading(self.by_scan, u, context)
+        size = token_scale(x)
+        return scale * size * mean_reading(self.by_scan, x / size, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`balanced` where padding is zero and at the end."""
@@ -119,11 +119,15 @@ class AcetylcholineBalance(Primitive):
 
     def by_scan(self, u: Tensor, context: Context) -> Tensor:
         """The change of u (B, T, d) for one reading of time, in any context."""
-        error = u - past_trace("context", u, context.once(decay_of, self.log_tau) @ self.membership.T, context)
-        return -self.trust(0.5 * mean_square(error), context) * error
+        error = past_trace("context", u, context.once(self.decay), context) - u
+        return self.trust(0.5 * mean_square(error), context) * error
+
+    def decay(self) -> Tensor:
+        """Of the context, for each channel: (d,)."""
+        return decay_of(self.log_tau) @ self.membership.T
 
     def trust(self, power: Tensor, context: Context) -> Tensor:
         """1 - alpha from the power of the errors before each token: (B, T, 1) -> (B, T, 1)."""
         decay = context.once(decay_of, self.log_tau_uncertainty)
         uncertainty = past_trace("uncertainty", power, decay, context, initial=UNCERTAINTY)
-        return torch.sigmoid(nn.functional.softplus(self.steepness) * (self.threshold - uncertainty))
+        return torch.sigmoid(context.once(nn.functional.softplus, self.steepness) * (self.threshold - uncertainty))

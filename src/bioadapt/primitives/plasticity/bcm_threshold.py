@@ -67,7 +67,11 @@ class BcmThreshold(LocalRule, Primitive):
         itself = x.view_as(x) if with_x else None
         self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
-        return added(_Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale), itself)
+        return added(_Sliding.apply(x, context.once(self.excess), self.level, scale), itself)
+
+    def excess(self) -> Tensor:
+        """(1 + theta) rho, (d,)."""
+        return (1 + self.threshold) * self.level
 
     @torch.no_grad()
     def watch(self, x: Tensor, context: Context) -> None:

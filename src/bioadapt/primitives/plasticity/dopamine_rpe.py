@@ -47,7 +47,7 @@ class DopamineRpe(Modulation):
     def gain(self, scores: Tensor, context: Context) -> Tensor:
         """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""
         error = self.error(scores, context)
-        return torch.cat([torch.tanh(nn.functional.softplus(self.steepness) * error), error.square()], -1)
+        return torch.cat([torch.tanh(context.once(nn.functional.softplus, self.steepness) * error), error.square()], -1)
 
     def error(self, scores: Tensor, context: Context) -> Tensor:
         """The temporal-difference error at each token, (B, T, 1)."""
@@ -56,4 +56,4 @@ class DopamineRpe(Modulation):
         # The ones tell later tokens from a first one.
         series = torch.cat([value, torch.ones_like(value)], -1)
         before, known = previous("value before", held("value", series, context), context).split(1, dim=-1)
-        return known * (reward + torch.sigmoid(self.discount) * value - before)
+        return known * (reward + context.once(torch.sigmoid, self.discount) * value - before)

@@ -65,12 +65,12 @@ class Metaplasticity(LocalRule, OnWeight):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.written(context, scale * self.writer), itself)
+        return added(self.written(context, context.once(torch.mul, scale, self.writer)), itself)
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""
         self.observe(context, hidden=self.hidden.detach())
-        return (context.x_in @ self.binary().T) @ writer.T
+        return (context.x_in @ context.once(self.binary).T) @ writer.T
 
     def binary(self) -> Tensor:
         """sgn(H) / sqrt(n), (rank, n)."""

@@ -110,12 +110,13 @@ class AttentionGain(Primitive):
         return level * response - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return self.attended(x, scale, 1 - scale if with_x else -scale)
+        reader, direct, gain, floor = context.once(self.constants, scale, with_x)
+        latent = nn.functional.linear(x, reader) / token_scale(x)
+        return _AttendedRatio.apply(x, latent, self.writer, direct, gain, floor, self.self_weight, self.exponent)
 
-    def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
-        """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""
-        latent = (x @ (0.5 * self.reader).T) / token_scale(x)
+    def constants(self, scale: Tensor, with_x: bool) -> tuple[Tensor, ...]:
+        """The reader (rank, d); the factor of x, and the gain and floor of ``scale`` times the response, (d,) each."""
         level, drive = self.log_level.exp(), nn.functional.softplus(self.sigma).pow(self.exponent)
         # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
         gain, floor = scale * level * (1 + drive), level.pow(self.exponent) * drive
-        return _AttendedRatio.apply(x, latent, self.writer, direct, gain, floor, self.self_weight, self.exponent)
+        return 0.5 * self.reader, 1 - scale if with_x else -scale, gain, floor

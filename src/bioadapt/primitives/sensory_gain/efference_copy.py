@@ -49,7 +49,11 @@ class EfferenceCopy(LocalRule, Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.cancelled(x, context, scale[:, None] * -self.image), itself)
+        return added(self.cancelled(x, context, context.once(self.written, scale)), itself)
+
+    def written(self, scale: Tensor) -> Tensor:
+        """What is taken away of each copy, times ``scale``: (d, rank)."""
+        return scale[:, None] * -self.image
 
     def cancelled(self, x: Tensor, context: Context, image: Tensor) -> Tensor:
         """s times ``image`` (d, rank) times the copy of the token before, (B, T, d)."""

@@ -77,7 +77,11 @@ class OnOffRectification(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(half_waves(x, scale * self.on_gain, scale * self.off_gain, *self.thresholds()), itself)
+        return added(half_waves(x, *context.once(self.halves, scale)), itself)
+
+    def halves(self, scale: Tensor) -> tuple[Tensor, ...]:
+        """``scale`` times the gains of both halves, and their thresholds: (d,) each."""
+        return scale * self.on_gain, scale * self.off_gain, *self.thresholds()
 
     def thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the ON and of the OFF half, (d,) each."""

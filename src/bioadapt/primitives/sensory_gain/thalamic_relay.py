@@ -95,12 +95,15 @@ class ThalamicRelay(Primitive):
 
     def relayed(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """``scale`` (d,) times the change."""
-        level = self.log_level.exp()
-        activity = group_mean_magnitude(x, self.pooling) / level
-        mode = mean_reading(self.mode, activity, context)
-        amplification = self.membership @ self.amplification
-        threshold = self.membership @ (level * nn.functional.softplus(self.burst_threshold))
+        level, amplification, threshold = context.once(self.constants)
+        mode = mean_reading(self.mode, group_mean_magnitude(x, self.pooling) / level, context)
         return _Bursting.apply(x, mode, self.membership, scale, amplification, threshold)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """rho (1,); what a burst is amplified by and its threshold, in units of x, (d,) each."""
+        level = self.log_level.exp()
+        threshold = self.membership @ (level * nn.functional.softplus(self.burst_threshold))
+        return level, self.membership @ self.amplification, threshold
 
     def mode(self, activity: Tensor, context: Context) -> Tensor:
         """How far each group is ready to burst, from the activity before: (B, T, groups) -> (B, T, groups)."""
