@@ -64,7 +64,9 @@ class Memory:
         return Recollection(self, key, heard)
 
     def append(self, key: str, new: Tensor, keep: int) -> None:
-        self.series.setdefault(key, Series()).append(new, keep)
+        if key not in self.series:
+            self.series[key] = Series()
+        self.series[key].append(new, keep)
 
     def get(self, key: str, heard: int | None) -> Series | None:
         """A series, None before the first token.

@@ -85,10 +85,11 @@ class Context(NamedTuple):
         """
         if self.derived is None:
             return compute(*args)
-        key = compute, *args  # tensors are told from each other by identity
-        if key not in self.derived:
-            self.derived[key] = compute(*args)
-        return self.derived[key]
+        key = compute, *map(id, args)
+        held = self.derived.get(key)
+        if held is None:
+            held = self.derived[key] = args, compute(*args)  # what is held has its identity to itself
+        return held[1]
 
     def reversed(self) -> Context:
         """The same surroundings with time running backwards; a document's last token becomes its first."""

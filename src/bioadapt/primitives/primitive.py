@@ -175,16 +175,17 @@ class Primitive(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
         """x (..., T, d_out) -> delta of the same shape and dtype, or x + delta if ``with_x``."""
-        shape, dtype = x.shape, x.dtype
         if x.numel() == 0:
             return self._of_nothing(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with autocast_off(x.device.type):
+                return self.forward(x, context, with_x=with_x)
+        shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
-        with autocast_off(x.device.type):
-            changed = self._changed if self.any_dtype else self._in_fp32
-            found = changed(x if self.any_dtype else x.float(), context, with_x).to(dtype)
-        return found if found.shape == shape else found.reshape(shape)
+        found = self._changed(x, context, with_x) if self.any_dtype else self._in_fp32(x.float(), context, with_x)
+        return (found if found.shape == shape else found.reshape(shape)).to(dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""
@@ -213,7 +214,7 @@ class Primitive(nn.Module):
         return torch.func.functional_call(_Body(self), upcast, (x, context.replace(derived=None), with_x))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        if self.kind != "causal" or not context.bidirectional or self.reads_both_ways:
+        if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
             return self._changed(x, context, with_x)
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)

@@ -23,14 +23,13 @@ class _Conjugated(Fused):
         return grad.conj().resolve_conj()
 
 
-def turned(decay: Tensor, angle: Tensor) -> Tensor:
-    """decay e^(i angle), as `rotation` takes it."""
-    return _Conjugated.apply(torch.polar(decay, angle))
-
-
-def rotation(name: str, turn: Tensor, drive: Tensor, context: Context) -> Tensor:
-    """z_t = turn z_{t-1} + drive_t from rest: turn (r,) as `turned` gives it, drive (B, T, r) real -> complex."""
+def rotation(name: str, decay: Tensor, angle: Tensor, drive: Tensor, context: Context) -> Tensor:
+    """z_t = decay e^(i angle) z_{t-1} + drive_t from rest: decay and angle (r,), drive (B, T, r) real -> complex."""
     # `recurrence` carries gradients without conjugates, as fits real numbers: conjugating what enters and leaves its
     # backward makes that right for complex ones.
     series = _Conjugated.apply(torch.complex(drive, torch.zeros_like(drive)))
-    return _Conjugated.apply(recurrence(name, turn, series, context))
+    return _Conjugated.apply(recurrence(name, context.once(_turned, decay, angle), series, context))
+
+
+def _turned(decay: Tensor, angle: Tensor) -> Tensor:
+    return _Conjugated.apply(torch.polar(decay, angle))

@@ -243,8 +243,9 @@ def _before_step(name: str, context: Context, *terms: Tensor) -> Tensor | None:
     if context.state is None or context.mask is not None or context.resets is not None:
         return None
     before = context.state.latest(name)
-    if before is None or any(term.dim() == before.dim() and term.shape[1] > 1 for term in terms):
-        return None
+    for term in terms:
+        if before is not None and term.dim() == before.dim() and term.shape[1] > 1:
+            return None
     return before
 
 

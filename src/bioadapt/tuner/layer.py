@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER
 from ..config import BioConfig
-from ..primitives._state import Memory
+from ..primitives._state import Memory, Recollection
 from ..primitives.base import Context, Host, Primitive
 from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
@@ -247,33 +247,35 @@ class BioLayer(MergeableLayer):
         counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
         tokens = self._tokens(layout, around, circuits, bool(reading), counted)
         context = self._context(layout, v, around, circuits, site, tokens)
-        contexts = dict.fromkeys(circuits, context)
-        if reading:
-            self._remember(contexts, reading, layout, around, counted)
+        states = self._states(reading, layout, around, counted) if reading else {}
         features = layout.to_sequence(y)
         check_whole(features, site, self.path)
         if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
-            changed = layout.restore(self._of_circuit(circuit, "applied", features, contexts[name]))
+            changed = layout.restore(self._of_circuit(circuit, "applied", features, context, states.get(name)))
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
-            total = self._sum(features, circuits, contexts, reads, around.adapter_names)
+            total = self._sum(features, circuits, context, states, reads, around.adapter_names)
             changed = (y + layout.restore(total)).to(y.dtype)
-        changed = with_evidence(changed, context.observations or ())
-        return self.scope.learning.terms.brought_in(changed, context.losses, around)
+        if context.observations:
+            changed = with_evidence(changed, context.observations)
+        return self.scope.learning.terms.brought_in(changed, context.losses, around) if context.losses else changed
 
-    def _of_circuit(self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context) -> Tensor:
+    def _of_circuit(
+        self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context, state: Recollection | None
+    ) -> Tensor:
         """What a method of the circuit gives, compiled where that was asked for."""
         compilation = self.scope.compilation
         if compilation is None or torch.compiler.is_compiling():  # then it becomes part of that graph
-            return getattr(circuit, method)(features, context)
-        return compilation.run(circuit, method, features, context)
+            return getattr(circuit, method)(features, context, state)
+        return compilation.run(circuit, method, features, context, state)
 
     def _sum(
         self,
         features: Tensor,
         circuits: dict[str, AdapterCircuit],
-        contexts: dict[str, Context],
+        context: Context,
+        states: dict[str, Recollection],
         apart: dict[str, Tensor],
         names: list[str] | None,
     ) -> Tensor:
@@ -281,38 +283,34 @@ class BioLayer(MergeableLayer):
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
-            if name in apart:
-                delta = read - features
-                delta = (
-                    delta if circuit.at_input else delta + self._of_circuit(circuit, "forward", read, contexts[name])
-                )
-            else:
-                delta = self._of_circuit(circuit, "forward", read, contexts[name])
+            changes: list[Tensor] = [read - features] if name in apart else []
+            if not (changes and circuit.at_input):
+                changes.append(self._of_circuit(circuit, "forward", read, context, states.get(name)))
+            delta = changes[0] if len(changes) == 1 else changes[0] + changes[1]
             if names is not None:
                 delta = delta * _rows_of(name, names, delta)
             total = delta if total is None else total + delta
         assert total is not None
         return total
 
-    def _remember(
-        self, contexts: dict[str, Context], reading: list[str], layout: Layout, around: Surroundings, counted: str
-    ) -> None:
-        """Give the adapters whose tokens continue earlier ones their own memory of those."""
+    def _states(
+        self, reading: list[str], layout: Layout, around: Surroundings, counted: str
+    ) -> dict[str, Recollection]:
+        """What the adapters whose tokens continue earlier ones remember of those, by name."""
         if self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
-            return
+            return {}
         call, start = around.place(counted, layout.sequence)
         if not self.causal:
-            return
+            return {}
         memory = around.memory
         if memory is None and layout.sequence[1] < around.tokens[1]:
             # A part of the sequence, which may continue the one before.
             memory = around.chunks = around.chunks or Memory()
         if memory is None:
-            return
+            return {}
         heard = None if around.past is None else around.past + start
-        for name in reading:
-            key = f"{self.path}/{name}" if call == 0 else f"{self.path}/{name}#{call}"
-            contexts[name] = contexts[name].replace(state=memory.part(key, heard))
+        again = f"#{call}" if call else ""
+        return {name: memory.part(f"{self.path}/{name}{again}", heard) for name in reading}
 
     def _context(
         self,
@@ -323,11 +321,15 @@ class BioLayer(MergeableLayer):
         site: Site,
         tokens: Tokens,
     ) -> Context:
+        if tokens is not NOTHING:
+            tokens = tokens.to(v.device)
         reads_weight = any(circuit.reads_weight for circuit in circuits.values())
         return Context(
             x_in=layout.input_to_sequence(v, site),
             bias=self._constant(v) if reads_weight else None,
-            **tokens.to(v.device)._asdict(),
+            mask=tokens.mask,
+            positions=tokens.positions,
+            resets=tokens.resets,
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=torch.is_grad_enabled(),
             observations=[],

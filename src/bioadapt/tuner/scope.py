@@ -233,9 +233,10 @@ class Scope:
         if found.live:
             self.learning.begin()
             patches.carry_through_recomputation(self.checkpointing, self._carried)
+        reads_tokens = self.reads_tokens
         self._read_tokens(found, given)
-        self._read_cache(found, given)
-        self._read_masks(stack, found, given)
+        self._read_cache(found, given, reads_tokens)
+        self._read_masks(stack, found, given, reads_tokens)
         self.knew_tokens = found.tokens is not None or bool(found.masks)
         return found
 
@@ -253,7 +254,7 @@ class Scope:
             for name, value in given.items()
         )
 
-    def _read_cache(self, found: Surroundings, given: dict[str, Any]) -> None:
+    def _read_cache(self, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
         cache = cache_among(given)
         if cache is not None:
             past = tokens_in(cache)
@@ -262,7 +263,7 @@ class Scope:
             found.derived = derived_with(cache, found.past)
         elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
             found.past = 0  # recurrent models do not count tokens
-        if not self.carries_state and (found.past is not None or not self.reads_tokens):
+        if not reads_tokens or not (self.carries_state or found.past is None):
             return
         refuse_other_states(given, self.stack_name)
         if cache is not None:
@@ -270,7 +271,7 @@ class Scope:
         elif given.get("use_cache") is not False and not found.live:
             found.memory = Memory()  # the model makes a cache of its own and returns it
 
-    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any]) -> None:
+    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
         found.encoder_mask = mask_of_encoder(given)
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
         found.masks, found.unknown = masks_of(stack, given, side)
@@ -291,10 +292,12 @@ class Scope:
             if known.mask is not None and known.mask.shape == positions.shape:
                 resets = resets & known.mask
             known = known._replace(positions=positions, resets=resets)
-        elif known.positions is None and found.past is not None:
+        elif known.positions is None and found.past is not None and reads_tokens:
             places = torch.arange(steps, device=_device_of(given)) + found.past
             known = known._replace(positions=places.expand(batch, -1))
-        found.known = known
+        # A step of decoding is cheaper where nothing is said of its tokens; of more of them, asking costs too much.
+        one = reads_tokens and found.derived is not None and found.past and steps == 1
+        found.known = known.telling() if one else known
 
     # -- gradient checkpointing --
 

@@ -62,7 +62,7 @@ class AstrocyteGain(Modulation):
 
     def spread(self) -> Tensor:
         """What each domain hears of each group's magnitude, its own and its neighbours': (groups, groups)."""
-        own = torch.eye(self.groups, device=self.exchange.device)
+        own = torch.eye(self.groups, dtype=self.exchange.dtype, device=self.exchange.device)
         return (own + 0.5 * torch.sigmoid(self.coupling) * self.exchange).mT / self.log_level.exp()
 
     def gain(self, excess: Tensor, context: Context) -> Tensor:

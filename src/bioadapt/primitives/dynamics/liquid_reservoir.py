@@ -10,7 +10,7 @@ from torch import Tensor
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.rotation import rotation, turned
+from bioadapt.primitives.rotation import rotation
 from bioadapt.registry import register_primitive
 
 
@@ -48,9 +48,8 @@ class LiquidReservoir(Latent):
 
     def states(self, drive: Tensor, context: Context) -> Tensor:
         """The state of each unit at each token, complex (B, T, units)."""
-        turn, size = context.once(self.constants)
-        return rotation("units", turn, size * drive, context)
+        return rotation("units", self.modulus, self.angle, context.once(self.size) * drive, context)
 
-    def constants(self) -> tuple[Tensor, Tensor]:
-        """What a token leaves of the state, complex, and what the drive is scaled by: (units,) each."""
-        return turned(self.modulus, self.angle), (1 - self.modulus.square()).sqrt()
+    def size(self) -> Tensor:
+        """What the drive is scaled by, (units,)."""
+        return (1 - self.modulus.square()).sqrt()

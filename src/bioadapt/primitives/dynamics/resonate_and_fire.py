@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.rotation import rotation, turned
+from bioadapt.primitives.rotation import rotation
 from bioadapt.registry import register_primitive
 
 SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
@@ -68,10 +68,10 @@ class ResonateAndFire(Latent):
 
     def potential(self, drive: Tensor, context: Context) -> Tensor:
         """The membrane potential m of each resonator: (B, T, rank) -> (B, T, rank)."""
-        turn, size = context.once(self.constants)
-        return size * rotation("resonators", turn, drive, context).imag
+        decay, size = context.once(self.constants)
+        return size * rotation("resonators", decay, self.frequency, drive, context).imag
 
     def constants(self) -> tuple[Tensor, Tensor]:
-        """What a token leaves of the state, complex, and what the potential is scaled by: (rank,) each."""
+        """What a token leaves of the state, and what the potential is scaled by: (rank,) each."""
         damping = nn.functional.softplus(self.damping).clamp(1e-4, 10.0)
-        return turned(torch.exp(-damping), self.frequency), (2 * damping).sqrt()
+        return torch.exp(-damping), (2 * damping).sqrt()
