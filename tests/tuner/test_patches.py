@@ -79,7 +79,7 @@ def test_what_accelerate_wraps_it_unwraps():
     assert torch.equal(unwrapped.forward(**tokens()).last_hidden_state, wanted)
 
 
-@pytest.mark.parametrize("primitive", ["lateral_inhibition", "short_term_depression", "predictive_coding"])
+@pytest.mark.parametrize("primitive", ["lateral_inhibition", "short_term_depression", "predictive_coding", "neuro_ada"])
 def test_models_are_exported_for_any_length(primitive):
     model = adapted(bert(), [primitive], ["0.output.dense"]).get_base_model()
     length = torch.export.Dim("length", min=2, max=16)

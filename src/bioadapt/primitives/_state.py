@@ -60,7 +60,7 @@ class Memory:
     def __init__(self) -> None:
         self.series: dict[str, Series] = {}
 
-    def part(self, key: str, heard: int | None = None) -> Recollection:
+    def part(self, key: str, heard: int | Tensor | None = None) -> Recollection:
         return Recollection(self, key, heard)
 
     def append(self, key: str, new: Tensor, keep: int) -> None:
@@ -68,7 +68,7 @@ class Memory:
             self.series[key] = Series()
         self.series[key].append(new, keep)
 
-    def get(self, key: str, heard: int | None) -> Series | None:
+    def get(self, key: str, heard: int | Tensor | None) -> Series | None:
         """A series, None before the first token.
 
         Args:
@@ -80,7 +80,9 @@ class Memory:
         """
         found = self.series.get(key)
         seen = 0 if found is None else found.seen
-        if heard is not None and seen != heard:
+        if isinstance(heard, Tensor):  # counted by a static cache, into which a compiled forward must not look
+            torch._assert_async(heard == seen, f"{key} has not seen all tokens of the cache: start from an empty one")
+        elif heard is not None and seen != heard:
             raise ValueError(
                 f"the cache holds {heard} tokens, of which {key} has seen {seen}: it was filled before the adapter "
                 "was added, while it was inactive or disabled, or in training, or the layer was not called on every "
@@ -122,7 +124,7 @@ class Memory:
 class Recollection:
     """One primitive's part of a `Memory`, when ``heard`` tokens have gone by (None: nobody counts them)."""
 
-    def __init__(self, memory: Memory, key: str, heard: int | None = None) -> None:
+    def __init__(self, memory: Memory, key: str, heard: int | Tensor | None = None) -> None:
         self.memory, self.key, self.heard = memory, key, heard
 
     def part(self, key: str) -> Recollection:

@@ -24,16 +24,18 @@ class SpikingNeuron(Primitive):
         self.gain = nn.Parameter(torch.ones(self.d_out))
         self.bias = nn.Parameter(torch.zeros(self.d_out))
 
-    def fired(self, x: Tensor, frame: Tensor, scale: Tensor) -> Tensor:
+    def fired(self, x: Tensor, frame: Tensor, scale: Tensor, context: Context) -> Tensor:
         """``scale`` (d,) times the change, for x (N, d) and frame s (N, 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define fired")
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), x.new_ones(self.d_out)).view(x.shape)
+        flat, frame = x.flatten(0, -2), token_scale(x).flatten(0, -2)
+        return self.fired(flat, frame, x.new_ones(self.d_out), context).view(x.shape)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         itself = x.view_as(x) if with_x else None
-        return added(self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), scale).view(x.shape), itself)
+        flat, frame = x.flatten(0, -2), token_scale(x).flatten(0, -2)
+        return added(self.fired(flat, frame, scale, context).view(x.shape), itself)
 
 
 def fire(

@@ -40,14 +40,16 @@ class DopamineRpe(Modulation):
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         scores = (x @ self.critic.T) / token_scale(x)
-        gain, penalty = mean_reading(self.gain, scores, context).split(1, dim=-1)
-        report_loss(context, self.auxiliary, penalty)
-        return gain, self.everywhere
+        found = mean_reading(self.gain, scores, context)
+        if self.auxiliary:
+            report_loss(context, self.auxiliary, found[..., 1:])
+        return found[..., :1], self.everywhere
 
     def gain(self, scores: Tensor, context: Context) -> Tensor:
-        """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""
+        """Gain from the scores of value and reward (B, T, 2), and the squared error if asked for: (B, T, 1 or 2)."""
         error = self.error(scores, context)
-        return torch.cat([torch.tanh(context.once(nn.functional.softplus, self.steepness) * error), error.square()], -1)
+        gain = torch.tanh(context.once(nn.functional.softplus, self.steepness) * error)
+        return torch.cat([gain, error.square()], -1) if self.auxiliary else gain
 
     def error(self, scores: Tensor, context: Context) -> Tensor:
         """The temporal-difference error at each token, (B, T, 1)."""
