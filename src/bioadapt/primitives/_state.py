@@ -28,13 +28,13 @@ class Series:
 
     def append(self, new: Tensor, needed: int) -> None:
         most = needed + UNDO_WINDOW
-        piece = new[:, -most:].clone() if new.shape[1] > most else new  # the rest is let go
+        piece = new[:, -most:].clone() if new.shape[1] > 1 else new  # the rest is let go
         self.pieces.append(piece)
         self.seen, self.kept, self.needed = self.seen + new.shape[1], self.kept + piece.shape[1], needed
         while self.kept - self.pieces[0].shape[1] >= most:
             self.kept -= self.pieces.pop(0).shape[1]
         if torch.compiler.is_compiling():  # one graph for all steps
-            self.map(lambda series: series[:, -most:])
+            self.map(lambda series: series[:, -most:].clone())
 
     def latest(self, count: int) -> Tensor:
         """Up to ``count`` newest entries, (B, n <= count, ...)."""

@@ -50,9 +50,28 @@ def mean_square(x: Tensor) -> Tensor:
     return _MeanSquare.apply(x)
 
 
+class _TokenScale(Fused):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = measured_scale(x)
+        ctx.save_for_backward(x, scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, scale = ctx.saved_tensors
+        return x * grad.div(scale).div_(x.shape[-1])
+
+
+def measured_scale(x: Tensor) -> Tensor:
+    """`token_scale` where nothing is recorded."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(size.new_full((), 1e-6), size, size, value=1 / x.shape[-1]).sqrt_()
+
+
 def token_scale(x: Tensor) -> Tensor:
     """s = sqrt(mean_d x^2 + 1e-6): (..., d) -> (..., 1)."""
-    return torch.sqrt(mean_square(x) + 1e-6)
+    return _TokenScale.apply(x)
 
 
 def unit(x: Tensor) -> Tensor:

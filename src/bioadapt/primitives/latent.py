@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, Fused, Primitive, added
+from .frames import measured_scale
 from .time import mean_reading
 
 
@@ -16,7 +17,7 @@ class _Encoding(Fused):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).sqrt()
+        scale = measured_scale(x)
         drive = nn.functional.linear(x, reader).div_(scale)
         ctx.save_for_backward(x, reader, drive, scale)
         return drive, scale

@@ -49,7 +49,7 @@ class Surroundings:
     unknown: dict[str, Tensor] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
-    past: int | None = None
+    past: int | Tensor | None = None
     live: bool = False
     adapter_names: list[str] | None = None
     terms: Any = None
@@ -258,8 +258,9 @@ class Scope:
         cache = cache_among(given)
         if cache is not None:
             past = tokens_in(cache)
-            # A compiled forward must not look into the tensor in which a static cache counts.
-            found.past = past if past is None or torch.compiler.is_compiling() else int(past)
+            if isinstance(past, Tensor):  # in which a static cache counts on, and a compiled forward must not look
+                past = past.clone() if torch.compiler.is_compiling() else int(past)
+            found.past = past
             found.derived = derived_with(cache, found.past)
         elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
             found.past = 0  # recurrent models do not count tokens
