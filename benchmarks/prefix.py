@@ -32,9 +32,9 @@ from sentence_transformers import SentenceTransformer
 
 import bioadapt
 from bioadapt.evaluation import Task, load_task
+from bioadapt.evaluation.prefix import cached_prefix, frozen_blocks
 from bioadapt.evaluation.training import DEFAULT_MODEL, transformer_of
 from bioadapt.search.contest.objective import Bench, BioObjective, without_test
-from bioadapt.search.contest.prefix import cached_prefix, frozen_blocks
 from bioadapt.search.space.model import SearchedModel
 from bioadapt.search.space.space import SLOTS, SearchSpace
 

@@ -96,10 +96,10 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 def parser(description: str, seeds: int) -> argparse.ArgumentParser:
     """The options that every experiment has."""
-    found = argparse.ArgumentParser(description=description.splitlines()[0])
-    found.add_argument("--seeds", type=int, default=seeds, help="how many seeds (default %(default)s)")
-    found.add_argument("--quick", action="store_true", help="under a minute, into quick/; says nothing")
-    return found
+    options = argparse.ArgumentParser(description=description.splitlines()[0])
+    options.add_argument("--seeds", type=int, default=seeds, help="how many seeds (default %(default)s)")
+    options.add_argument("--quick", action="store_true", help="under a minute, into quick/; says nothing")
+    return options
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -150,9 +150,9 @@ def claims_table(claims: Sequence[Claim]) -> str:
     rows = []
     for claim in claims:
         wanted = f"within ±{claim.bound:g}" if claim.side == "within" else f"{claim.side} {claim.bound:g}"
-        found = _signed(claim.interval) if len(claim.values) else "-"
+        shown = _signed(claim.interval) if len(claim.values) else "-"
         note = f" ({claim.note})" if claim.note else ""
-        rows.append([claim.text, claim.measure, wanted, found, len(claim.values), claim.verdict + note])
+        rows.append([claim.text, claim.measure, wanted, shown, len(claim.values), claim.verdict + note])
     return markdown(["claim", "measure", "holds if", "mean and interval", "seeds", "verdict"], rows)
 
 

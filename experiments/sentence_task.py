@@ -1,7 +1,7 @@
 """What experiments on sentence encoders share: a task's sample, an adapter trained on it, its score.
 
 task = load_task("stsb", FOLDER, train_rows=1500, held_out_rows=1000)
-rate, found = choose_rate(task, lambda seed: LoraConfig(r=1, ...), (5e-4, 2e-3, 8e-3))  # by validation, seed 0
+rate, scores = choose_rate(task, lambda seed: LoraConfig(r=1, ...), (5e-4, 2e-3, 8e-3))  # by validation, seed 0
 encoder = train_adapter(task, LoraConfig(r=1, ...), rate, seed=1)
 score(encoder, task)                                                                    # of the test rows
 """
@@ -47,9 +47,9 @@ ZERO_SHOT = "zero-shot"
 
 def parser(description: str, seeds: int) -> argparse.ArgumentParser:
     """The options of an experiment on sentences."""
-    found = ledger.parser(description, seeds)
-    found.add_argument("--data-dir", type=Path, required=True, help="folder of NAME/{train,dev,test}.tsv.gz")
-    return found
+    options = ledger.parser(description, seeds)
+    options.add_argument("--data-dir", type=Path, required=True, help="folder of NAME/{train,dev,test}.tsv.gz")
+    return options
 
 
 def sample(task: Task, split: str, count: int) -> Task:
@@ -129,8 +129,8 @@ def choose_rate(
         seed: should not be among those that are reported on.
         epochs: as for `train_adapter`.
     """
-    found = {rate: score(train_adapter(task, make(seed), rate, seed, epochs), task, "validation") for rate in rates}
-    return max(found, key=found.__getitem__), found
+    scores = {rate: score(train_adapter(task, make(seed), rate, seed, epochs), task, "validation") for rate in rates}
+    return max(scores, key=scores.__getitem__), scores
 
 
 # -- several kinds of adapters, compared on one task --
@@ -142,8 +142,8 @@ def tune(task: Task, arms: Arms, rates: Sequence[float]) -> list[dict[str, Any]]
     rows = [_row(ZERO_SHOT, 0, 0.0, 0, "test", bare)]
     for name, make in arms.items():
         count = trained_count(make(0))
-        _, found = choose_rate(task, make, rates)
-        rows += [_row(name, count, rate, 0, "validation", value) for rate, value in found.items()]
+        _, scores = choose_rate(task, make, rates)
+        rows += [_row(name, count, rate, 0, "validation", value) for rate, value in scores.items()]
     return rows
 
 
@@ -176,8 +176,8 @@ def run(task: Task, arms: Arms, rates: Sequence[float], seeds: int) -> list[dict
 def scores_of(rows: Sequence[Mapping[str, Any]], arm: str) -> np.ndarray:
     """Of an arm, in the order of seeds; of the bare encoder as often as there are seeds."""
     seeds = sorted({row["seed"] for row in rows if row["split"] == "test" and row["arm"] != ZERO_SHOT})
-    found = {row["seed"]: row["score"] for row in rows if row["split"] == "test" and row["arm"] == arm}
-    return np.array([found[0 if arm == ZERO_SHOT else seed] for seed in seeds])
+    by_seed = {row["seed"]: row["score"] for row in rows if row["split"] == "test" and row["arm"] == arm}
+    return np.array([by_seed[0 if arm == ZERO_SHOT else seed] for seed in seeds])
 
 
 def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[float]:
@@ -207,9 +207,9 @@ def experiment(
     """
     train_rows, held_out_rows, seeds = (32, 60, 2) if options.quick else (*rows, options.seeds)
     task = load_task(name, options.data_dir, train_rows, held_out_rows)
-    found = run(task, arms, rates[:1] if options.quick else rates, seeds)
+    cells = run(task, arms, rates[:1] if options.quick else rates, seeds)
     measure = f"{name}: {task.metrics[0].replace('_', ' ')} on the test rows, %"
-    ledger.publish(folder, found, claims(found), tables(found), draw(found, measure), quick=options.quick)
+    ledger.publish(folder, cells, claims(cells), tables(cells), draw(cells, measure), quick=options.quick)
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -223,8 +223,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
         tried = {row["rate"]: row["score"] for row in own if row["split"] == "validation"}
         chosen = next(row["rate"] for row in own if row["split"] == "test")
         interval = ledger.over_seeds(scores_of(rows, arm))
-        found = f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-        lines.append([arm, f"{own[0]['trained']:,}", *(f"{tried[rate]:.2f}" for rate in rates), f"{chosen:g}", found])
+        shown = f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+        lines.append([arm, f"{own[0]['trained']:,}", *(f"{tried[rate]:.2f}" for rate in rates), f"{chosen:g}", shown])
     header = ["arm", "trained", *(f"validation, rate {rate:g}" for rate in rates), "rate chosen", "test"]
     return f"Scores in percent. Zero-shot test score: {bare:.2f}.\n\n{ledger.markdown(header, lines)}"
 
@@ -235,9 +235,9 @@ def draw(rows: Sequence[Mapping[str, Any]], measure: str) -> Figure:
     figure = Figure(figsize=(7.5, 0.9 + 0.55 * len(arms)), layout="constrained")
     axes = figure.subplots()
     for place, arm in enumerate(arms):
-        found = scores_of(rows, arm)
-        axes.plot(found, np.full(len(found), place), "o", color=ledger.COLOURS[place], alpha=0.5)
-        axes.plot(found.mean(), place, "|", color=ledger.COLOURS[place], markersize=26, markeredgewidth=3)
+        scores = scores_of(rows, arm)
+        axes.plot(scores, np.full(len(scores), place), "o", color=ledger.COLOURS[place], alpha=0.5)
+        axes.plot(scores.mean(), place, "|", color=ledger.COLOURS[place], markersize=26, markeredgewidth=3)
     axes.axvline(scores_of(rows, ZERO_SHOT)[0], color="black", linestyle="--", label="zero-shot")
     axes.set_yticks(range(len(arms)), [f"{arm}\n{_count(rows, arm):,} trained" for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)

@@ -1,14 +1,14 @@
-"""Draw which room of the package imports from which: docs/_static/imports.svg.
+"""What docs/architecture.md shows of the package: which room imports from which, and what each file is for.
 
-    python scripts/import_map.py [FILE.svg]
+    python scripts/import_map.py        # writes docs/_static/imports.svg, and the table of files into the page
 
-Arrows point from a room to what it imports when it is loaded. Rooms stand in rows: each above all that it imports.
+Arrows point from a room to what it imports when it is loaded. Rooms stand in rows: each above all that it imports. What
+a file is for is the first line of its docstring.
 """
 
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -16,6 +16,8 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "bioadapt"
 PICTURE = ROOT / "docs" / "_static" / "imports.svg"
+PAGE = ROOT / "docs" / "architecture.md"
+MARKS = "<!-- files -->", "<!-- end of files -->"
 APART = ("search",)  # rooms that are shown by their inner rooms
 CONTRACT = "contract"  # the files directly in primitives/, which the registry knows; mechanisms stand below them
 # What words, versions and extras are is used everywhere, and would hide everything else.
@@ -25,11 +27,11 @@ WIDTH, HEIGHT, ACROSS, DOWN = 132, 34, 156, 76
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Name -> file, of every module of the package."""
-    found = {}
+    files = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 def imported(name: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
@@ -99,10 +101,10 @@ def rows(edges: Mapping[str, set[str]]) -> list[list[str]]:
             heights[name] = 1 + max((height(other, (*way, name)) for other in edges[name]), default=-1)
         return heights[name]
 
-    found: list[list[str]] = [[] for _ in range(1 + max(height(name) for name in edges))]
+    table: list[list[str]] = [[] for _ in range(1 + max(height(name) for name in edges))]
     for name in sorted(edges):
-        found[-1 - heights[name]].append(name)
-    return found
+        table[-1 - heights[name]].append(name)
+    return table
 
 
 def direct(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -144,6 +146,23 @@ def drawing(edges: Mapping[str, set[str]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def file_table(package: Path = PACKAGE) -> str:
+    """Every file with the first line of its docstring, in Markdown; mechanisms and empty files are left out."""
+    lines = ["| file | what it is for |", "|---|---|"]
+    for name, path in modules(package).items():
+        place = path.relative_to(package)
+        if room(name) != "primitives" and place.name != "__init__.py":
+            words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            lines.append(f"| `{place}` | {words.splitlines()[0] if words else ''} |")
+    return "\n".join(lines)
+
+
+def update(page: Path = PAGE) -> None:
+    """Put today's table into the page."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n{file_table()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE
-    target.write_text(drawing(rooms(imports())), encoding="utf-8")
+    PICTURE.write_text(drawing(rooms(imports())), encoding="utf-8")
+    update()

@@ -99,14 +99,14 @@ def of_all_claims() -> str:
 
 
 def of_the_record() -> str:
-    found = record()
-    single = sum(finding.seeds == 1 for finding in found)
-    ahead = sum(finding.over_equal > 0 and finding.over_placebo > 0 for finding in found)
-    confirmed = sum(finding.stage == "confirmed" and (finding.low or 0) > 0 for finding in found)
-    names, tasks = {finding.primitive for finding in found}, {finding.task for finding in found}
+    findings = record()
+    single = sum(finding.seeds == 1 for finding in findings)
+    ahead = sum(finding.over_equal > 0 and finding.over_placebo > 0 for finding in findings)
+    confirmed = sum(finding.stage == "confirmed" and (finding.low or 0) > 0 for finding in findings)
+    names, tasks = {finding.primitive for finding in findings}, {finding.task for finding in findings}
     return (
         f"[{len(names)} mechanisms](experiments/record/README.md) were screened so far beside a LoRA, on {len(tasks)} "
-        f"tasks.\nOf {len(found)} results {ahead} beat both the best LoRA up to their size and the best placebo; "
+        f"tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the best placebo; "
         f"{single} rest on one seed, {confirmed} are confirmed."
     )
 

@@ -7,7 +7,7 @@ import torch
 from helpers.scripts import loaded, run
 
 from bioadapt import list_primitives
-from bioadapt.methods.neuro_ada import sparse_product
+from bioadapt.methods._sparse_product import sparse_product
 from bioadapt.primitives.base import Primitive
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

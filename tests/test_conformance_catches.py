@@ -258,3 +258,9 @@ def test_a_name_registered_anew_is_another_adapter():
         adapted = Adapted([NAME], {}, HOSTS["bert"])
         outputs.append(adapted.output(adapted.woken()))
     assert not torch.equal(*outputs)
+
+
+def test_a_gate_that_hardly_opens_is_caught():
+    register(primitive_of(lambda x, c: x.tanh()), zero_scale=0.01)
+    with pytest.raises(AssertionError, match="a larger zero_scale is needed"):
+        AdapterConformance().test_a_loras_learning_rate_moves_it(Adapted([NAME], {}, HOSTS["bert"]))

@@ -147,3 +147,12 @@ def test_the_page_on_speed_says_what_was_measured():
     assert f"IA3 is at {others['ia3']:.2f} of the LoRA, C3A at {others['c3a']:.2f}" in page
     kept = statistics.median(float(row["saved_ratio"]) for row in rows if row["family"] == "primitive")
     assert f"are {kept:.2f} times a LoRA's" in page
+
+
+def test_a_page_says_how_far_a_loras_rate_brings_it_and_why_not_further(monkeypatch):
+    for name in list_primitives():
+        assert "times as far as that of a LoRA r=8" in catalogue.learning(name)
+    assert "know nothing of the loss; it moves" in catalogue.learning("oja_subspace")
+    monkeypatch.setattr(catalogue, "SLOW", {})
+    with pytest.raises(KeyError, match="oja_subspace"):
+        catalogue.learning("oja_subspace")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import runpy
 import subprocess
 import sys
@@ -91,3 +93,25 @@ def test_the_picture_shows_every_room_above_what_it_imports(imports):
     assert all(f">{room}</text>" in picture for room in places)
     with pytest.raises(ValueError, match="rooms import each other: .*contract -> tuner"):
         MAP["rows"]({**edges, "contract": {"tuner"}})
+
+
+def test_the_page_on_the_house_names_every_file():
+    page = MAP["PAGE"].read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w/]+\.py)` \|", page, re.MULTILINE))
+    files = set(re.findall(r"^\| `([\w/]+\.py)` \|", MAP["file_table"](), re.MULTILINE))
+    assert listed == files, "python scripts/import_map.py brings the page up to date"
+
+
+LONG = 400  # lines
+
+
+def test_a_long_file_says_why():
+    silent = []
+    for path in MAP["PACKAGE"].rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        opening = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+        if len(text.splitlines()) > LONG and "One file because" not in opening:
+            silent.append(path.name)
+    assert not silent, (
+        f"{silent} over {LONG} lines: split them, or say why in the docstring of the file: 'One file because ...'"
+    )

@@ -109,14 +109,14 @@ def _row(arm: str, trained: DQN, use: str, rate: float, seed: int, condition: st
 
 def tune(quick: bool = False) -> list[dict[str, Any]]:
     """Areas of every arm and rate, on seeds of their own; quick: one rate, one seed."""
-    found = []
+    rows = []
     for arm in ARMS:
         for rate in RATES[:1] if quick else RATES:
             for seed in TUNING_SEEDS[:1] if quick else TUNING_SEEDS:
                 trained, curve = learn(arm, rate, seed, steps_of(quick))
                 area = float(np.mean(list(curve.values())))
-                found.append(_row(arm, trained, "tuning", rate, seed, "no noise", AREA, area))
-    return found
+                rows.append(_row(arm, trained, "tuning", rate, seed, "no noise", AREA, area))
+    return rows
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -93,7 +93,7 @@ def accuracies(
     """Train with Adam; after each of ``steps``, the share of right answers on the rows that are not for training."""
     optimizer = torch.optim.Adam(trained.parameters(), lr=rate)
     order = torch.Generator().manual_seed(seed)
-    train, found = rows["train"], {}
+    train, reached = rows["train"], {}
     for step in range(1, max(steps) + 1):
         batch = torch.randint(len(train.digits), (BATCH,), generator=order)
         loss = nn.functional.cross_entropy(trained(train.inputs[batch]), train.digits[batch])
@@ -101,8 +101,8 @@ def accuracies(
         loss.backward()
         optimizer.step()
         if step in steps:
-            found[step] = {name: right(trained, rows[name]) for name in ("validation", "test", "noise")}
-    return found
+            reached[step] = {name: right(trained, rows[name]) for name in ("validation", "test", "noise")}
+    return reached
 
 
 @torch.no_grad()

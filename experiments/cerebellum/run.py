@@ -62,7 +62,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         ("The full circuit acts better on noisy observations", c.GATED, c.MLP, "noise 0.5", c.RETURN),
         ("Dendrites act better on noisy observations", c.GATED, c.GRANULE, "noise 0.5", c.RETURN),
     ]
-    found = [
+    judged = [
         Claim(text, f"{measure}: {first} - {second}; {condition}", differences(rows, first, second, condition, measure))
         for text, first, second, condition, measure in compared
     ]
@@ -70,7 +70,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         "The full circuit wins more points of Pong", "share of points won", [],
         note="the source's game is not public; action noise and generalisation were not tried",
     )  # fmt: skip
-    return [*found, untested]
+    return [*judged, untested]
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -154,8 +154,8 @@ def best_rate(train: tuple[Array, Array], tasks: Sequence[Array], data: str, see
 def likeness(channels: Array) -> float:
     """Mean absolute correlation between two different channels, those that never change left out: (n, m) -> scalar."""
     channels = channels[:, channels.std(0) > 1e-12]
-    found = np.abs(np.corrcoef(channels.T))
-    return float((found.sum() - len(found)) / (len(found) * (len(found) - 1)))
+    correlations = np.abs(np.corrcoef(channels.T))
+    return float((correlations.sum() - len(correlations)) / (len(correlations) * (len(correlations) - 1)))
 
 
 def run_data(data: str, X: Array, y: Array, Xt: Array, yt: Array, seed: int, arms: Sequence[str] = ARMS) -> list[Row]:
@@ -165,8 +165,8 @@ def run_data(data: str, X: Array, y: Array, Xt: Array, yt: Array, seed: int, arm
     rate = best_rate((X, y), tasks, data, seed)
     rows = []
     for arm in arms:
-        found = learned(learner(arm, data, X.shape[1], seed, rate), (X, y), (Xt, yt), tasks)
-        rows += [{"arm": arm, "measure": measure, "value": value} for measure, value in found.items()]
+        course = learned(learner(arm, data, X.shape[1], seed, rate), (X, y), (Xt, yt), tasks)
+        rows += [{"arm": arm, "measure": measure, "value": value} for measure, value in course.items()]
     rows.append({"arm": SGD, "measure": "rate", "value": rate})
     rows.append({"arm": FEATURES, "measure": "correlation", "value": likeness(Xt)})
     for level in LEVELS:

@@ -151,10 +151,10 @@ def run_data(data: str, X: Array, y: Array, seed: int, passes: int, arms: Sequen
                 for r in RATES
             ]
             rate = RATES[int(np.argmax(finals))]
-        found = learned(build(seed, rate), times, (X, y), (Xt, yt), tasks, seed)
+        course = learned(build(seed, rate), times, (X, y), (Xt, yt), tasks, seed)
         rows += [
             {"data": data, "seed": seed, "arm": arm, "measure": measure, "value": value}
-            for measure, value in {**found, "rate": rate}.items()
+            for measure, value in {**course, "rate": rate}.items()
         ]
     return rows
 
@@ -235,11 +235,11 @@ def tables(rows: Sequence[Row]) -> str:
     for data in (ODOURS, DIGITS):
         lines = []
         for arm in ARMS:
-            found = {m: over_seeds(values(rows, data, arm, m)) for m in ("final", "fresh", "forgetting")}
-            final = found["final"]
+            intervals = {m: over_seeds(values(rows, data, arm, m)) for m in ("final", "fresh", "forgetting")}
+            final = intervals["final"]
             lines.append(
                 [arm, f"{100 * final.estimate:.1f} [{100 * final.low:.1f}, {100 * final.high:.1f}]"]
-                + [f"{100 * found[m].estimate:.1f}" for m in ("fresh", "forgetting")]
+                + [f"{100 * intervals[m].estimate:.1f}" for m in ("fresh", "forgetting")]
             )
         head = [
             f"{data}, {PER_TASK[data]} classes per task",

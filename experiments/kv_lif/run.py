@@ -50,8 +50,8 @@ def counts(neuron: str, leak: float, amplitudes: Tensor, noise: float, generator
 def bits(neuron: str, leak: float, span: float, noise: float, trials: int, generator: torch.Generator) -> float:
     """Mutual information of the amplitude, uniform up to ``span`` and cut into 64 bins, and the spike count."""
     shares = torch.rand(trials, generator=generator)
-    found = counts(neuron, leak, span * shares, noise, generator)
-    return mutual_info_score((64 * shares).long().numpy(), found.numpy()) / math.log(2)
+    spikes = counts(neuron, leak, span * shares, noise, generator)
+    return mutual_info_score((64 * shares).long().numpy(), spikes.numpy()) / math.log(2)
 
 
 def response(neuron: str, leak: float) -> tuple[Tensor, Tensor]:
@@ -199,8 +199,8 @@ def run_seed(seed: int, quick: bool, rates: dict[tuple[str, str], float] | None 
 
 def values(rows: Iterable[Row], setting: str, neuron: str, measure: str) -> list[float]:
     """One value per seed, in the order of seeds."""
-    found = {row["seed"]: row["value"] for row in rows if _is(row, setting, neuron, measure)}
-    return [found[seed] for seed in sorted(found)]
+    by_seed = {row["seed"]: row["value"] for row in rows if _is(row, setting, neuron, measure)}
+    return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def _is(row: Row, setting: str, neuron: str, measure: str) -> bool:

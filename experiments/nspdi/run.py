@@ -219,8 +219,8 @@ def run_seed(seed: int, quick: bool, rates: Mapping[str, float]) -> list[dict[st
 
 def values(rows: Sequence[Mapping[str, Any]], arm: str, amount: float, column: str = "test") -> np.ndarray:
     """A column of one arm and amount, in the order of seeds."""
-    found = {row["seed"]: row[column] for row in rows if row["arm"] == arm and row["amount"] == amount}
-    return np.array([found[seed] for seed in sorted(found)])
+    by_seed = {row["seed"]: row[column] for row in rows if row["arm"] == arm and row["amount"] == amount}
+    return np.array([by_seed[seed] for seed in sorted(by_seed)])
 
 
 def amounts(rows: Sequence[Mapping[str, Any]], arm: str) -> list[float]:

@@ -91,8 +91,8 @@ def _row(seed: int, sigma: float, arm: str, measure: str, value: float) -> Row:
 def values(rows: Sequence[Row], measure: str, sigma: float, arm: str) -> np.ndarray:
     """One value per seed, in the order of seeds."""
     wanted = (measure, sigma, arm)
-    found = {row["seed"]: row["value"] for row in rows if (row["measure"], row["sigma"], row["arm"]) == wanted}
-    return np.array([found[seed] for seed in sorted(found)])
+    by_seed = {row["seed"]: row["value"] for row in rows if (row["measure"], row["sigma"], row["arm"]) == wanted}
+    return np.array([by_seed[seed] for seed in sorted(by_seed)])
 
 
 def gain(rows: Sequence[Row], measure: str, sigmas: Sequence[float], arm: str, than: str = NONE) -> np.ndarray:

@@ -26,9 +26,12 @@ from transformers import PreTrainedModel
 from bioadapt import auxiliary_loss
 from bioadapt.evaluation.training import load_encoder
 
-FAMILIES = {"stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification"}
+FAMILIES = {
+    "stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification",
+    "sickr": "sts", "mrpc": "pairs", "searchsnippets": "clustering", "mpqa": "classification",
+}  # fmt: skip
 FROZEN_BLOCKS, LONGEST = 4, 32
-BATCH, EPOCHS, WARM_UP = 32, 2, 0.1
+BATCH, WARM_UP = 32, 0.1
 TEMPERATURE = 0.05
 
 
@@ -48,14 +51,23 @@ class _GivenStates(nn.Module):
 
 
 class Bench:
-    """One task: its rows as the hidden states that enter the adapted blocks."""
+    """One task: its rows as the hidden states that enter the adapted blocks.
 
-    def __init__(self, task: str, data_dir: Path, rows: int) -> None:
-        self.task, self.family = task, FAMILIES[task]
+    Args:
+        task: one of `FAMILIES`.
+        data_dir: holds TASK/{train,dev}.tsv.gz.
+        train_rows: how many rows are trained on.
+        dev_rows: how many are scored.
+        epochs: of a training.
+    """
+
+    def __init__(self, task: str, data_dir: Path, train_rows: int, dev_rows: int, epochs: int) -> None:
+        self.task, self.family, self.epochs = task, FAMILIES[task], epochs
         encoder = load_encoder()
         model = encoder[0].model.eval().requires_grad_(False)
         blocks = model.encoder.layer
-        splits = {split: read(data_dir / task / f"{split}.tsv.gz", rows) for split in ("train", "dev")}
+        wanted = {"train": train_rows, "dev": dev_rows}
+        splits = {split: read(data_dir / task / f"{split}.tsv.gz", rows) for split, rows in wanted.items()}
         self.labels = {split: given.labels for split, given in splits.items()}
         model.encoder.layer = blocks[:FROZEN_BLOCKS]
         self.states = {
@@ -132,7 +144,7 @@ class Bench:
 
     def _batches(self, seed: int) -> Iterator[np.ndarray]:
         source = np.random.default_rng(seed)
-        for _ in range(EPOCHS):
+        for _ in range(self.epochs):
             order = source.permutation(len(self.labels["train"]))
             for start in range(0, len(order) - BATCH + 1, BATCH):
                 yield order[start : start + BATCH]

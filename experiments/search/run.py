@@ -181,7 +181,7 @@ PROBLEMS: dict[str, Callable[[int], Problem]] = {
 
 def samplers(problem: Problem, seed: int) -> dict[str, Callable[[], BaseSampler]]:
     """Ours and Optuna's, each with its own defaults."""
-    found: dict[str, Callable[[], BaseSampler]] = {
+    all_samplers: dict[str, Callable[[], BaseSampler]] = {
         THOMPSON: lambda: ThompsonSampler(seed=seed),
         "random": lambda: RandomSampler(seed=seed),
         "TPE": lambda: TPESampler(seed=seed),
@@ -189,8 +189,8 @@ def samplers(problem: Problem, seed: int) -> dict[str, Callable[[], BaseSampler]
         GP: lambda: GPSampler(seed=seed),
     }
     if problem.features is not None:
-        found[NAMED] = lambda: ThompsonSampler(seed=seed, features=problem.features)
-    return found
+        all_samplers[NAMED] = lambda: ThompsonSampler(seed=seed, features=problem.features)
+    return all_samplers
 
 
 def regrets(problem: Problem, sampler: BaseSampler, seed: int, trials: int) -> tuple[list[float], float, float]:
@@ -202,18 +202,18 @@ def regrets(problem: Problem, sampler: BaseSampler, seed: int, trials: int) -> t
     noise = np.random.default_rng([seed, 7]).normal(0, problem.noise, trials)
     values: list[float] = []
     scores: list[float] = []
-    found: list[float] = []
+    course: list[float] = []
 
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for error in noise:
         trial = study.ask(problem.space)
         values.append(problem.value(trial.params))
         scores.append(values[-1] + error)
-        found.append(problem.best - values[int(np.argmax(scores))])
+        course.append(problem.best - values[int(np.argmax(scores))])
         study.tell(trial, scores[-1])
     own = isinstance(sampler, ThompsonSampler)
     model = sampler if own else ThompsonSampler(seed=seed, features=problem.features)
-    return found, problem.best - values[model.recommend(study).number], problem.best - max(values)
+    return course, problem.best - values[model.recommend(study).number], problem.best - max(values)
 
 
 def run_seed(
@@ -237,9 +237,9 @@ def run_seed(
             if (name, sampler, seed) in done or slow != (sampler == GP):
                 continue
             began = time.process_time()
-            found, recommended, tried = regrets(problem, build(), seed, trials)
+            course, recommended, tried = regrets(problem, build(), seed, trials)
             spent = time.process_time() - began
-            at_marks = {f"regret {mark}": round(found[min(mark, trials) - 1], 6) for mark in MARKS}
+            at_marks = {f"regret {mark}": round(course[min(mark, trials) - 1], 6) for mark in MARKS}
             row = {"problem": name, "sampler": sampler, "seed": seed, **at_marks}
             row |= {"recommended": round(recommended, 6), "tried": round(tried, 6), "seconds": round(spent, 2)}
             rows.append(row)

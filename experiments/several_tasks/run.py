@@ -136,11 +136,11 @@ def run_seed(seed: int, tasks: dict[str, Task], rates: dict[str, float]) -> list
 
 def choose_rates(rows: Sequence[Row]) -> dict[str, float]:
     """For each method the rate whose sequence ends with the best mean over tasks, on validation rows."""
-    found: dict[str, dict[float, list[float]]] = {}
+    by_rate: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         if row["split"] == "validation":
-            found.setdefault(row["method"], {}).setdefault(row["learning_rate"], []).append(row["score"])
-    best = {name: max(rates, key=lambda rate: np.mean(rates[rate])) for name, rates in found.items()}
+            by_rate.setdefault(row["method"], {}).setdefault(row["learning_rate"], []).append(row["score"])
+    best = {name: max(rates, key=lambda rate: np.mean(rates[rate])) for name, rates in by_rate.items()}
     return best | {name: best[method.tuned_as] for name, method in METHODS.items() if method.tuned_as}
 
 

@@ -97,16 +97,16 @@ class Results:
         """Take a score, unless it is known."""
         if self.find(**place):
             return
-        found = Score(*self.rows, **place, trained=trained, score=score())
-        self.scores.append(found)
+        one = Score(*self.rows, **place, trained=trained, score=score())
+        self.scores.append(one)
         fresh = not self.path.is_file()
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Score)], lineterminator="\n")
             if fresh:
                 writer.writeheader()
-            writer.writerow(record(found))
-        print(f"{found.method:18} seed {found.seed} {found.learning_rate:g} {found.way:9} weight {found.weight:.2f} "
-              f"{found.task:15} {found.split:10} {found.score:6.2f}", flush=True)  # fmt: skip
+            writer.writerow(record(one))
+        print(f"{one.method:18} seed {one.seed} {one.learning_rate:g} {one.way:9} weight {one.weight:.2f} "
+              f"{one.task:15} {one.split:10} {one.score:6.2f}", flush=True)  # fmt: skip
 
 
 def record(score: Score) -> dict[str, str]:
@@ -219,11 +219,11 @@ class Experiment:
 
 def choose_rates(scores: Iterable[Score]) -> dict[str, float]:
     """For each method the learning rate with the best validation score, in the mean over the tasks."""
-    found: dict[str, dict[float, list[float]]] = {}
+    by_rate: dict[str, dict[float, list[float]]] = {}
     for score in scores:
         if score.split == "validation":
-            found.setdefault(score.method, {}).setdefault(score.learning_rate, []).append(score.score)
-    return {method: max(rates, key=lambda rate: np.mean(rates[rate])) for method, rates in found.items()}
+            by_rate.setdefault(score.method, {}).setdefault(score.learning_rate, []).append(score.score)
+    return {method: max(rates, key=lambda rate: np.mean(rates[rate])) for method, rates in by_rate.items()}
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def tables(scores: Sequence[Score], lines: Sequence[Line]) -> str:
     """The tables for README.md."""
     chosen = choose_rates(scores)
     zero = {s.task: s.score for s in scores if s.way == ZERO_SHOT}
-    found = {(line.what, line.adapters, line.weight, line.task): line for line in lines}
+    by_place = {(line.what, line.adapters, line.weight, line.task): line for line in lines}
     sets = list(dict.fromkeys(line.adapters for line in lines if line.what == DROP))
     weights = sorted({line.weight for line in lines})
     seeds = max(line.seeds for line in lines)
@@ -336,15 +336,15 @@ def tables(scores: Sequence[Score], lines: Sequence[Line]) -> str:
         method = next(m for m in METHODS if name in [label(m, way) for way in METHODS[m].ways])
         count = next(s.trained for s in scores if s.method == method)
         cells = [name, f"{count:,}", f"{round(count * METHODS[method].activated):,}", f"{chosen[method]:g}"]
-        cells.append(f"{found[SINGLE, name, weights[0], MEAN].estimate:.2f}")
+        cells.append(f"{by_place[SINGLE, name, weights[0], MEAN].estimate:.2f}")
         for weight in weights:
-            drop = found[DROP, name, weight, MEAN].interval
-            cells += [f"{found['merged', name, weight, MEAN].estimate:.2f}", str(drop)]
+            drop = by_place[DROP, name, weight, MEAN].interval
+            cells += [f"{by_place['merged', name, weight, MEAN].estimate:.2f}", str(drop)]
         rows.append(cells)
     by_task = [["(zero-shot score)", "", *(f"{zero[task]:.2f}" for task in zero)]]
     for name in sets:
         for weight in weights:
-            drops = [f"{found[DROP, name, weight, task].estimate:+.2f}" for task in zero]
+            drops = [f"{by_place[DROP, name, weight, task].estimate:+.2f}" for task in zero]
             by_task.append([name, f"{weight:g}", *drops])
     intro = (
         f"{seeds} seeds; {scores[0].train_rows} training and at most {scores[0].held_out_rows} test rows per task. "

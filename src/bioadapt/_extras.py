@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 
@@ -28,9 +29,18 @@ def require(module: str, extra: str = "demo") -> ModuleType:
         ) from error
 
 
+def versions(*more: str) -> dict[str, str]:
+    """Of bioadapt, the libraries that it builds on, and the packages that are named, as far as they are installed."""
+    installed = {}
+    for name in ("bioadapt", "torch", "transformers", "peft", *more):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
 @contextmanager
 def only_errors_of(name: str) -> Iterator[None]:
-    """A library's logger tells errors alone: its retries mean nothing to a user who is told what failed in the end."""
+    """A library's logger tells errors alone: its retries mean nothing to a user, who sees what failed in the end."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

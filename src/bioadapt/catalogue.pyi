@@ -47,7 +47,7 @@ def astrocyte_gain(
     *,
     groups: int = 16,
     tau: float = 64.0,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Activity summed over a territory and many tokens raises or lowers the gain of everything in it.
 
@@ -62,7 +62,7 @@ def attention_gain(
     rank: int = 4,
     exponent: float = 2.0,
     self_weight: float = 0.25,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A learned attention field multiplies each unit's drive, and the attended population normalizes it.
 
@@ -92,7 +92,7 @@ def basal_ganglia_gate(
 def bcm_threshold(
     *,
     rate: float = 0.05,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
@@ -105,7 +105,7 @@ def bump_attractor(
     *,
     planes: int = 2,
     units: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.5,
 ) -> dict[str, Any]:
     """A vector in the plane is moved by what comes in, and a ring of cells shows its direction, not its length.
 
@@ -132,7 +132,7 @@ def cerebellar_granule(
     cells: int = 256,
     claws: int = 4,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.5,
 ) -> dict[str, Any]:
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
@@ -147,7 +147,7 @@ def complementary_fast_weights(
     *,
     rank: int = 8,
     rate: float = 0.02,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """Content is bound to a key within the sequence at once, and what recurs is kept in a slow store.
 
@@ -160,7 +160,7 @@ def complementary_fast_weights(
 def contrast_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each group of channels is divided by how much it has been varying.
 
@@ -172,7 +172,7 @@ def contrast_adaptation(
 def cortical_column(
     *,
     width: int = 8,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 
@@ -185,7 +185,7 @@ def dale_small_world(
     *,
     neighbours: int = 4,
     rewiring: float = 0.1,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Units send to a few neighbours and a few far ones, and all that one of them sends has the same sign.
 
@@ -213,7 +213,7 @@ def divisive_normalization(
     *,
     exponent: float = 2.0,
     self_weight: float = 0.25,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Each unit is divided by the pooled activity of the population: expansive when faint, saturating when strong.
 
@@ -226,7 +226,7 @@ def divisive_normalization(
 def dopamine_rpe(
     *,
     auxiliary: float = 0.0,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A temporal-difference error, read from the features, raises or lowers all of them together.
 
@@ -239,7 +239,7 @@ def efference_copy(
     *,
     rank: int = 16,
     rate: float = 0.5,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A local rule learns which features follow from the layer's previous input, and takes them away.
 
@@ -310,7 +310,7 @@ def gain_field(
 def gap_junction(
     *,
     reach: int = 2,
-    zero_scale: float = 256.0,
+    zero_scale: float = 64.0,
 ) -> dict[str, Any]:
     """Every unit moves towards its neighbours, who move towards it by the same amount.
 
@@ -324,7 +324,7 @@ def grid_cell_code(
     scales: int = 4,
     zero_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Features are steps on a plane; where their sum has led is told by grids of several scales.
+    """Features are steps on a plane; grids of several scales read where their sum has led.
 
     Args:
         scales: number of modules, each a lattice of its own scale; an integer from 1 to 32.
@@ -360,7 +360,7 @@ def heterosynaptic_scaling(
 def homeostatic_scaling(
     *,
     rate: float = 0.05,
-    zero_scale: float = 32.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A slow gain per channel brings every channel to the mean rate of all.
 
@@ -373,7 +373,7 @@ def hopfield_completion(
     *,
     rank: int = 8,
     patterns: int = 32,
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.5,
 ) -> dict[str, Any]:
     """A latent state falls into the nearest of a set of learned attractors.
 
@@ -387,7 +387,7 @@ def intrinsic_plasticity(
     *,
     target: float = 0.2,
     rate: float = 0.02,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
@@ -400,7 +400,7 @@ def intrinsic_plasticity(
 def k_winners_take_all(
     *,
     fraction: float = 0.25,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Only the k strongest units of a token pass, unchanged; all others are silenced.
 
@@ -412,7 +412,7 @@ def k_winners_take_all(
 def kv_lif(
     *,
     steps: int = 6,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 
@@ -437,7 +437,7 @@ def leaky_integrate_fire(
     *,
     steps: int = 4,
     beta: float = 0.0,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Each unit counts the spikes that a leaky membrane makes of its drive: none below rheobase, then in steps.
 
@@ -475,7 +475,7 @@ def metaplasticity(
     *,
     rank: int = 8,
     hardness: float = 2.0,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
@@ -559,7 +559,7 @@ def nmda_branches(
 def noradrenaline_reset(
     *,
     rank: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 2.0,
 ) -> dict[str, Any]:
     """A slow memory of latents that a surprise clears, so that it starts again from what is new.
 
@@ -572,7 +572,7 @@ def oja_subspace(
     *,
     rank: int = 8,
     rate: float = 0.05,
-    zero_scale: float = 32.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A local rule finds the principal components of the features; each gets one learned gain.
 
@@ -584,7 +584,7 @@ def oja_subspace(
 
 def on_off_rectification(
     *,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Each feature is split at two thresholds into an ON and an OFF half with separate gains.
 
@@ -594,7 +594,7 @@ def on_off_rectification(
 
 def oscillatory_gating(
     *,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Each channel opens and closes with the position in the document, whatever the content.
 
@@ -605,7 +605,7 @@ def oscillatory_gating(
 def phase_coding(
     *,
     rank: int = 4,
-    zero_scale: float = 2.0,
+    zero_scale: float = 1.0,
 ) -> dict[str, Any]:
     """What drives a latent moves its phase against a clock; its amplitude never changes.
 
@@ -645,7 +645,7 @@ def precision_weighted_error(
     groups: int = 16,
     tau: float = 8.0,
     tau_variance: float = 32.0,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """The deviation from each channel's own past is divided by how much its group has been deviating.
 
@@ -703,7 +703,7 @@ def san_scaling(
     propagate_detached: bool = False,
     wiring: Literal["residual", "official_vit"] | dict[str, str] = "residual",
     patch_gain: bool = True,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 
@@ -720,7 +720,7 @@ def san_scaling(
 def serotonin_horizon(
     *,
     rank: int = 4,
-    zero_scale: float = 1.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A bank of traces from fast to slow is read at the time constant that a slow level of the features points to.
 
@@ -733,7 +733,7 @@ def short_term_depression(
     *,
     groups: int = 32,
     tau: float = 11.0,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A synapse answers less and less while it is used, and recovers in silence.
 
@@ -747,7 +747,7 @@ def short_term_facilitation(
     *,
     groups: int = 32,
     tau: float = 11.0,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """A synapse with little to release at first answers more and more while it is used, and forgets in silence.
 
@@ -760,7 +760,7 @@ def short_term_facilitation(
 def shunting_inhibition(
     *,
     rank: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Each unit saturates with its own drive, and the layer's input divides it further.
 
@@ -788,7 +788,7 @@ def sparse_coding(
 def spike_frequency_adaptation(
     *,
     groups: int = 16,
-    zero_scale: float = 32.0,
+    zero_scale: float = 16.0,
 ) -> dict[str, Any]:
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 
@@ -800,7 +800,7 @@ def spike_frequency_adaptation(
 def stdp_trace(
     *,
     rank: int = 6,
-    zero_scale: float = 2.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """An antisymmetric memory of which latent followed which, read by the latents of the present.
 
@@ -812,7 +812,7 @@ def stdp_trace(
 def surround_suppression(
     *,
     groups: int = 4,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 
@@ -838,7 +838,7 @@ def synaptic_consolidation(
 def synaptic_pruning(
     *,
     threshold: float = 0.2,
-    zero_scale: float = 128.0,
+    zero_scale: float = 32.0,
 ) -> dict[str, Any]:
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
@@ -864,7 +864,7 @@ def synaptic_tagging(
 def thalamic_relay(
     *,
     groups: int = 16,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
@@ -877,7 +877,7 @@ def travelling_wave(
     *,
     rows: int = 2,
     sites: int = 8,
-    zero_scale: float = 1.0,
+    zero_scale: float = 0.5,
 ) -> dict[str, Any]:
     """Each latent runs along a row of sites, so that where something is tells when it came.
 
@@ -890,7 +890,7 @@ def travelling_wave(
 def trn_searchlight(
     *,
     groups: int = 8,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
 ) -> dict[str, Any]:
     """Groups of channels compete, and what one of them gains in amplification the others lose.
 
@@ -902,7 +902,7 @@ def trn_searchlight(
 def vesicle_release(
     *,
     sites: int = 4,
-    zero_scale: float = 8.0,
+    zero_scale: float = 4.0,
 ) -> dict[str, Any]:
     """Transmission is the outcome of a few unreliable release sites, whose mean is used at evaluation.
 

@@ -6,21 +6,14 @@ mistake is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import inspect
-import json
-import logging
-import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from ._commands import FAILED, answered, new_console, options_of, say, say_json, stop
 from ._version import __version__
 from .primitives.names import check_filter
 from .settings import DemoSettings, EvaluationSettings, SearchSettings
@@ -29,9 +22,6 @@ if TYPE_CHECKING:
     from .registry import PrimitiveInfo
 
 EXAMPLE_WIDTH = 384
-_FAILED, _USAGE_ERROR = 1, 2
-_INTERRUPTED = 130  # as a shell has it
-_MISTAKES = (ValueError, ImportError, OSError)
 
 app = typer.Typer(
     name="bioadapt",
@@ -43,106 +33,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command ``bioadapt``."""
-    # Loaded by PEFT where it is installed, it warns of an optional kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from . import _quiet  # noqa: F401
+
     app()
-
-
-# -- what the commands share --
-
-
-@contextmanager
-def _answered(mistakes: tuple[type[Exception], ...] = _MISTAKES) -> Iterator[None]:
-    """One line on stderr for a mistake, for what failed on the way, and for what was stopped, each with its code."""
-    try:
-        yield
-    except mistakes as error:
-        _stop(error, _USAGE_ERROR)
-    except RuntimeError as error:
-        _stop(error, _FAILED)
-    except KeyboardInterrupt:
-        _stop("stopped; what has ended is kept, and the same command goes on from there", _INTERRUPTED)
-
-
-def _stop(words: object, code: int) -> NoReturn:
-    typer.echo(f"bioadapt: {' '.join(str(words).split())}", err=True)
-    raise typer.Exit(code) from None
-
-
-def _options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that gets an instance of a settings' class, whose fields are its options."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(settings)
-        own = [
-            parameter.replace(kind=parameter.KEYWORD_ONLY)
-            for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        ]
-        options = [_option(spec, hints[spec.name]) for spec in fields(settings)]
-
-        def from_words(**given: Any) -> None:
-            more = {parameter.name: given.pop(parameter.name) for parameter in own}
-            with _answered():
-                chosen = settings(**{name: _read(name, hints[name], value) for name, value in given.items()})
-            command(chosen, **more)
-
-        from_words.__name__, from_words.__doc__ = command.__name__, command.__doc__
-        from_words.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
-        from_words.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
-        return from_words
-
-    return decorate
-
-
-def _option(spec: Any, hint: Any) -> inspect.Parameter:
-    """A field as an option; what holds several values is read as one word, in which commas part them."""
-    help, default, kind = spec.metadata["help"], spec.default, hint
-    if _is_list(hint):
-        help, kind = f"{help} Parted by commas.", str if default is not None else str | None
-        default = None if default is None else ",".join(map(str, default))
-    elif int in get_args(hint) and str in get_args(hint):
-        kind = str
-    annotation = Annotated[kind, typer.Option(help=help, min=spec.metadata.get("min"))]  # type: ignore[valid-type]
-    return inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _is_list(hint: Any) -> bool:
-    return any("tuple" in str(part) for part in (hint, *get_args(hint)))
-
-
-def _read(name: str, hint: Any, value: Any) -> Any:
-    if value is None or not _is_list(hint):
-        return value
-    parts = tuple(part.strip() for part in value.split(",") if part.strip())
-    if "float" not in str(hint):
-        return parts
-    try:
-        return tuple(float(part) for part in parts)
-    except ValueError:
-        raise ValueError(f"--{name.replace('_', '-')} {value}: numbers parted by commas are needed") from None
-
-
-def _say(text: str) -> None:
-    _console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _say_json(record: Any) -> None:
-    typer.echo(json.dumps(_finite(record), indent=1, default=str))
-
-
-def _finite(value: Any) -> Any:
-    """The same with words for the numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _console() -> Console:
-    """A console on today's stdout; what goes to a file or a pipe is not folded to a terminal's width."""
-    console = Console(soft_wrap=False)
-    return console if console.is_terminal else Console(width=max(console.width, 160))
 
 
 def _names(incomplete: str) -> list[str]:
@@ -180,13 +73,13 @@ def list_command(
     as_json: _Json = False,
 ) -> None:
     """List the primitives."""
-    with _answered():
+    with answered():
         check_filter(pattern, stage, kind)
     from .registry import list_primitives, primitive_info
 
     infos = [primitive_info(name) for name in list_primitives(pattern, stage, kind)]
     if as_json:
-        _say_json([_summary(info) for info in infos])
+        say_json([_summary(info) for info in infos])
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "stage", "kind", "merges"):
@@ -196,7 +89,7 @@ def list_command(
     for info in infos:
         count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
         table.add_row(info.name, info.stage, info.kind, "yes" if info.mergeable else "no", f"{count:,}", info.summary)
-    _console().print(table, highlight=False)
+    new_console().print(table, highlight=False)
 
 
 @app.command()
@@ -212,16 +105,16 @@ def show(
     """Show all about one primitive."""
     from .registry import primitive_info
 
-    with _answered():
+    with answered():
         info = primitive_info(name)
         if plot is not None:
             from .portrait import portrait
 
             portrait(name, plot)
     if as_json:
-        _say_json(_record(info))
+        say_json(_record(info))
         return
-    console = _console()
+    console = new_console()
     count = info.parameter_count(EXAMPLE_WIDTH, EXAMPLE_WIDTH)
     facts = Table(box=None, pad_edge=False, show_header=False)
     facts.add_column(style="bold", no_wrap=True)
@@ -248,7 +141,7 @@ def show(
     console.print()
     console.print(_example(info), highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
-        _say(f"\nPicture: {plot}")
+        say(f"\nPicture: {plot}")
 
 
 @app.command()
@@ -260,50 +153,50 @@ def suggest(
     as_json: _Json = False,
 ) -> None:
     """Rank the mechanisms by what was measured of them, over a LoRA of their size and over a placebo."""
-    with _answered():
+    with answered():
         from dataclasses import asdict
 
         from .record import suggest as suggested
 
-        found = suggested(task, merges=merges, causal=causal, cheap=cheap)
+        ranking = suggested(task, merges=merges, causal=causal, cheap=cheap)
     if as_json:
-        _say_json([asdict(suggestion) for suggestion in found])
+        say_json([asdict(suggestion) for suggestion in ranking])
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "over a LoRA of its size", "over a placebo", "x the LoRA's rate", "tasks"):
         table.add_column(column, no_wrap=True)
-    for one in found:
+    for one in ranking:
         tasks = ", ".join(f"{finding.task} ({finding.stage})" for finding in one.findings)
         table.add_row(one.primitive, f"{one.over_equal:+.2f}", f"{one.over_placebo:+.2f}", f"{one.factor:g}", tasks)
-    _console().print(table, highlight=False)
+    new_console().print(table, highlight=False)
 
 
 @app.command()
-@_options_of(DemoSettings)
+@options_of(DemoSettings)
 def demo(settings: DemoSettings) -> None:
     """Train a LoRA and a bio adapter over it on real data, compare them fairly, and reload both."""
-    with _answered():
+    with answered():
         from .demo import Demo, ReloadError
 
-        job = Demo(settings, _console())
+        job = Demo(settings, new_console())
     try:
         job.run()
     except ReloadError as error:
-        _stop(error, _FAILED)
+        stop(error, FAILED)
 
 
 @app.command()
-@_options_of(EvaluationSettings)
+@options_of(EvaluationSettings)
 def evaluate(settings: EvaluationSettings) -> None:
     """Compare adapters fairly on tasks: same rows, steps, tuning and seeds for all. The same command goes on."""
-    with _answered():
+    with answered():
         from .evaluation.protocol import Evaluate
 
-        Evaluate(settings, _console()).run()
+        Evaluate(settings, new_console()).run()
 
 
 @app.command()
-@_options_of(SearchSettings)
+@options_of(SearchSettings)
 def search(
     settings: SearchSettings,
     join: Annotated[
@@ -311,11 +204,11 @@ def search(
     ] = False,
 ) -> None:
     """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
-    with _answered():
-        from .search.contest import Search
+    with answered():
+        from .search import Search
 
-        job = Search(settings, _console())
-    with _answered((ValueError,)):
+        job = Search(settings, new_console())
+    with answered((ValueError,)):
         if join:
             job.join()
         else:
@@ -332,13 +225,13 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="No file: the study as JSON, for programs.")] = False,
 ) -> None:
     """Write the report of a study, finished or not, as one HTML file."""
-    with _answered():
-        from .search.report import as_record, write_report
+    with answered():
+        from .search import as_record, write_report
 
         if as_json:
-            _say_json(as_record(study, storage))
+            say_json(as_record(study, storage))
         else:
-            _say(f"Report: {write_report(study, storage, output)}")
+            say(f"Report: {write_report(study, storage, output)}")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -348,7 +241,7 @@ def run(
     """Run another program with the method registered: `bioadapt run lm_eval --model hf ...`."""
     from .environment import run as become
 
-    with _answered():
+    with answered():
         become(command)
 
 
@@ -357,9 +250,9 @@ def enable() -> None:
     """Have every Python of this environment know the method, without `import bioadapt`."""
     from . import environment
 
-    with _answered():
+    with answered():
         path = environment.enable()
-    _say(f"Enabled: {path} has PEFT taught the method wherever it is imported. `bioadapt disable` removes it.")
+    say(f"Enabled: {path} has PEFT taught the method wherever it is imported. `bioadapt disable` removes it.")
 
 
 @app.command()
@@ -367,9 +260,9 @@ def disable() -> None:
     """Take `bioadapt enable` back."""
     from . import environment
 
-    with _answered():
+    with answered():
         path = environment.disable()
-    _say("It was not enabled." if path is None else f"Disabled: {path} is removed.")
+    say("It was not enabled." if path is None else f"Disabled: {path} is removed.")
 
 
 # -- words about a primitive --

@@ -9,7 +9,6 @@ then scored again in a fresh process, which must agree.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -29,9 +28,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from . import BioConfig
-from ._extras import require
+from ._extras import require, versions
 from .evaluation import Evaluation, Interval, Task, compare, load_task, paired_interval, score_interval
-from .evaluation.arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from .evaluation.arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .evaluation.picture import draw
 from .evaluation.protocol import DEFAULT_ARMS
 from .evaluation.tasks import Overlap
@@ -96,7 +95,7 @@ class Demo:
         fresh = partial(load_encoder, settings.model, settings.device)
         self.recipe = Recipe(fresh, BioConfig(primitives=list(settings.primitives)))
         # A model or a primitive that will not do is known before any training.
-        self.recipe.build(STACK, settings.seed)
+        self.recipe.build(LORA_BIO, settings.seed)
         self.output = Path(settings.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.contenders: list[Contender] = []
@@ -114,7 +113,7 @@ class Demo:
             gap = self._rescore()
             with self._bar("comparing", 1) as step:
                 differences = self._differences()
-                draw(self.contenders, self.task, STACK, differences, self.output / "results.png")
+                draw(self.contenders, self.task, LORA_BIO, differences, self.output / "results.png")
                 step(1, 1)
         text = json.dumps(self._results(differences, gap, time.perf_counter() - started), indent=1)
         (self.output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -131,19 +130,19 @@ class Demo:
         if name == ZERO_SHOT:
             encoder, _ = self.recipe.build(name, self.settings.seed)
             return Contender(name, self.task.evaluate(encoder))
-        rates, found = self._rates(name), {}
+        rates, scores = self._rates(name), {}
         best: tuple[float, Any, int, History] | None = None
         for rate in rates:
             encoder, count, history = self._trained(name, rate)
             score = history.validation[-1][1] if history.validation else 0.0
-            found[rate] = score
-            if best is None or score > found[best[0]]:
+            scores[rate] = score
+            if best is None or score > scores[best[0]]:
                 best = rate, encoder, count, history
         assert best is not None
         rate, encoder, count, history = best
         test = self.task.evaluate(encoder)
         size = self._save(name, encoder) if name in _FOLDERS else 0
-        return Contender(name, test, count, size, history.seconds, history.steps, rate, found, history.validation)
+        return Contender(name, test, count, size, history.seconds, history.steps, rate, scores, history.validation)
 
     def _rates(self, name: str) -> tuple[float, ...]:
         given = self.settings.bio_learning_rate if ARMS[name].over else self.settings.learning_rate
@@ -167,7 +166,7 @@ class Demo:
         for folder in reversed(_FOLDERS[name]):
             model.save_pretrained(str(self.output / folder))
             total += (self.output / folder / "adapter_model.safetensors").stat().st_size
-            model = model.unload()  # of a stack: the LoRA below
+            model = model.unload()  # of LoRA and bio adapter: the LoRA below
         return total
 
     def _add(self, contender: Contender) -> None:
@@ -186,7 +185,7 @@ class Demo:
         job = {
             **{name: value for name, value in asdict(self.settings).items() if name in _RESCORE_SETTINGS},
             "fingerprint": self.task.fingerprint(),
-            "stacks": {name: [str(self.output / folder) for folder in own] for name, own in _FOLDERS.items()},
+            "adapters": {name: [str(self.output / folder) for folder in own] for name, own in _FOLDERS.items()},
         }
         (self.output / "rescore.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         with self._bar("reloading in a fresh process", 1) as step:
@@ -195,26 +194,26 @@ class Demo:
             if done.returncode:
                 raise ReloadError(f"the fresh process failed:\n{done.stderr[-2000:]}")
             step(1, 1)
-        found = json.loads((self.output / "rescored.json").read_text(encoding="utf-8"))
+        reloaded = json.loads((self.output / "rescored.json").read_text(encoding="utf-8"))
         memory = {contender.name: contender.test for contender in self.contenders}
-        return max(memory[name].difference_from(_evaluation(record)) for name, record in found.items())
+        return max(memory[name].difference_from(_evaluation(record)) for name, record in reloaded.items())
 
     # -- the report -------------------------------------------------------------------------------------------------
 
     def _differences(self) -> dict[str, dict[str, Interval]]:
         """LoRA + bio minus each of the others, per metric."""
-        stack = next(contender for contender in self.contenders if contender.name == STACK)
+        candidate = next(contender for contender in self.contenders if contender.name == LORA_BIO)
         return {
-            other.name: {metric: paired_interval(stack.test, other.test, metric) for metric in self.task.metrics}
+            other.name: {metric: paired_interval(candidate.test, other.test, metric) for metric in self.task.metrics}
             for other in self.contenders
-            if other is not stack
+            if other is not candidate
         }
 
     def _verdict(self) -> str:
         tests = {contender.name: [contender.test] for contender in self.contenders}
-        rivals = rivals_of_equal_size([name for name in CONTENDERS if name != STACK])
+        rivals = rivals_of_equal_size([name for name in CONTENDERS if name != LORA_BIO])
         metric = self.task.metrics[0]
-        return compare({self.task.name: tests}, {self.task.name: metric}, STACK, rivals).verdict
+        return compare({self.task.name: tests}, {self.task.name: metric}, LORA_BIO, rivals).verdict
 
     def _results(self, differences: dict[str, dict[str, Interval]], gap: float, seconds: float) -> dict[str, Any]:
         return {
@@ -222,17 +221,14 @@ class Demo:
             "task": self.task.describe(),
             "contenders": [self._record(contender) for contender in self.contenders],
             "differences": {
-                f"{STACK} - {name}": {metric: asdict(interval) for metric, interval in intervals.items()}
+                f"{LORA_BIO} - {name}": {metric: asdict(interval) for metric, interval in intervals.items()}
                 for name, intervals in differences.items()
             },
             "verdict": self._verdict(),
             "reload": {"largest_difference": gap, "tolerance": TOLERANCE},
             "seconds": seconds,
             "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "transformers", "peft", "sentence-transformers")
-            },
+            "versions": versions("sentence-transformers"),
         }
 
     def _record(self, contender: Contender) -> dict[str, Any]:
@@ -289,15 +285,15 @@ def rescore(output: Path) -> None:
     task = load_task(job["task"], job["data_dir"], limit=job["limit"])
     if task.fingerprint() != job["fingerprint"]:
         raise RuntimeError("the test rows are not those that were scored after training")
-    found = {}
-    for name, folders in job["stacks"].items():
+    scored = {}
+    for name, folders in job["adapters"].items():
         test = task.evaluate(load_stack(load_encoder(job["model"], job["device"]), folders))
-        found[name] = {
+        scored[name] = {
             "scores": test.scores,
             "rows": {metric: rows.tolist() for metric, rows in test.rows.items()},
             "gold": test.gold.tolist(),
         }
-    (output / "rescored.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    (output / "rescored.json").write_text(json.dumps(scored) + "\n", encoding="utf-8")
 
 
 def _check(settings: DemoSettings) -> None:
@@ -315,7 +311,7 @@ def _evaluation(record: dict[str, Any]) -> Evaluation:
 def _table(contenders: list[Contender], differences: dict[str, dict[str, Interval]], metrics: tuple[str, ...]) -> Table:
     table = Table(title=None)
     table.add_column("model")
-    for name in (*metrics, "parameters", "rate", "file", "training", f"{STACK} minus it ({metrics[0]})"):
+    for name in (*metrics, "parameters", "rate", "file", "training", f"{LORA_BIO} minus it ({metrics[0]})"):
         table.add_column(name, justify="right")
     for contender in contenders:
         difference = differences.get(contender.name, {}).get(metrics[0])

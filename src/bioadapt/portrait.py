@@ -38,7 +38,7 @@ def portrait(name: str, path: str | Path | None = None, **settings: Any) -> Figu
     """
     info = primitive_info(name)
     panels = [_PANELS[panel] for panel in panels_of(name)]
-    figures = require("matplotlib.figure")  # without pyplot there is no display to be missing
+    figures = require("matplotlib.figure")  # pyplot would want a display
     figure = figures.Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, lambda: specimen(name, **settings))

@@ -181,7 +181,7 @@ def SanConfig(
     propagate_detached: bool = False,
     wiring: Literal["residual", "official_vit"] | dict[str, str] = "residual",
     patch_gain: bool = True,
-    zero_scale: float = 16.0,
+    zero_scale: float = 8.0,
     task_type: str | TaskType | None = None,
     peft_type: str | PeftType | None = None,
     auto_mapping: dict[str, Any] | None = None,

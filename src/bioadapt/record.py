@@ -106,7 +106,7 @@ def suggest(
     known = sorted({finding.task for finding in record()} | {finding.family for finding in record()})
     if task is not None and task not in known:
         raise ValueError(f"task={task!r}: {nearest(task, known)}")
-    found = []
+    suggestions = []
     for name in list_primitives():
         info, own = primitive_info(name), [f for f in findings(name) if task in (None, f.task, f.family)]
         wanted = (info.mergeable or not merges) and (info.kind != "global" or not causal) and (info.gain or not cheap)
@@ -115,5 +115,5 @@ def suggest(
                 statistics.fmean(getattr(finding, field) for finding in own) for field in ("over_equal", "over_placebo")
             )
             factor = statistics.median(finding.factor for finding in own)
-            found.append(Suggestion(name, over_equal, over_placebo, factor, tuple(own)))
-    return sorted(found, key=lambda suggestion: -suggestion.over_equal)
+            suggestions.append(Suggestion(name, over_equal, over_placebo, factor, tuple(own)))
+    return sorted(suggestions, key=lambda suggestion: -suggestion.over_equal)

@@ -231,8 +231,8 @@ def _read_docstring(name: str, cls: type) -> dict[str, str]:
     paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(cls.__doc__ or "").split("\n\n")]
     record = {"summary": paragraphs[0]}
     for section in _SECTIONS:
-        found = [part.removeprefix(f"{section}:").strip() for part in paragraphs if part.startswith(f"{section}:")]
-        record[section.lower()] = found[0] if found else ""
+        parts = [part.removeprefix(f"{section}:").strip() for part in paragraphs if part.startswith(f"{section}:")]
+        record[section.lower()] = parts[0] if parts else ""
     missing = [field for field, text in record.items() if not text]
     if missing:
         raise ValueError(f"primitive {name!r}: the docstring of {cls.__name__} lacks {', '.join(missing)}")

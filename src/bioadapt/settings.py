@@ -5,8 +5,11 @@ Nothing is imported for it, so that the command's help and its answers to typing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
+
+from ._words import suggest
 
 DEFAULT_TASK = "api-search"
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -28,6 +31,14 @@ def _option(default: Any, help: str, **limits: float) -> Any:
 C = TypeVar("C", bound=type)
 
 
+def check_names(function: str, given: Mapping[str, Any], settings: type) -> None:
+    """Refuse what is no field of a settings' class, with the nearest one, by `TypeError`."""
+    known = [spec.name for spec in fields(settings)]
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{function} has no setting {name!r} (got {value!r}); {suggest(name, known)}")
+
+
 def _described(settings: C) -> C:
     """Put the help of every field into the docstring, for those who read that."""
     lines = (f"    {spec.name}: {spec.metadata['help']}" for spec in fields(settings))
@@ -38,7 +49,9 @@ def _described(settings: C) -> C:
 _DEVICE = "cpu, cuda, mps; the fastest there is, if not given."
 _LIMIT = "About so many rows per split, for a quick look."
 _FOLDER = "Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given."
+_TASK = "api-search, stsb, a task of --data-dir, or the path of a .csv or .tsv file or of a folder."
 _ENCODER = "Sentence encoder: a name on the hub or a path."
+_MODEL = "minilm, a name on the hub or a path of what the task is for, or small-vit, small-convnet, small-lm."
 _ROWS = "Rows per training step."
 
 
@@ -47,7 +60,7 @@ _ROWS = "Rows per training step."
 class DemoSettings:
     """What to run; every field is an option of ``bioadapt demo``."""
 
-    task: str = _option(DEFAULT_TASK, "api-search, stsb, or a task of --data-dir.")
+    task: str = _option(DEFAULT_TASK, _TASK)
     data_dir: str | None = _option(None, _FOLDER)
     model: str = _option(DEFAULT_MODEL, _ENCODER)
     output: str = _option("demo_output", "Where adapters, results and picture go.")
@@ -68,9 +81,11 @@ class DemoSettings:
 class EvaluationSettings:
     """What to evaluate, and how; every field is an option of ``bioadapt evaluate``."""
 
-    task: tuple[str, ...] = _option((DEFAULT_TASK,), "Names of tasks, or all of --data-dir.")
+    task: tuple[str, ...] = _option(
+        (DEFAULT_TASK,), "Names of tasks, all of --data-dir, or paths of files and folders."
+    )
     data_dir: str | None = _option(None, "Folder of NAME/{train,dev,test}.tsv.gz or .npz files; the hub, if not given.")
-    model: str = _option("minilm", "minilm, a name on the hub, a path, or small-vit, small-convnet, small-lm.")
+    model: str = _option("minilm", _MODEL)
     arms: tuple[str, ...] = _option(DEFAULT_ARMS, "What is compared.")
     seeds: int = _option(5, "Seeds of training on which every arm is tested.")
     primitives: tuple[str, ...] = _option(PRIMITIVES, "Of the bio adapter.")
@@ -96,9 +111,9 @@ class EvaluationSettings:
 class SearchSettings:
     """What to search, and for how long; every field is an option of ``bioadapt search``."""
 
-    task: str = _option(DEFAULT_TASK, "api-search, stsb, or a task of --data-dir.")
+    task: str = _option(DEFAULT_TASK, _TASK)
     data_dir: str | None = _option(None, _FOLDER)
-    model: str = _option(DEFAULT_MODEL, _ENCODER)
+    model: str = _option(DEFAULT_MODEL, _MODEL)
     lora: str = _option(AUTO, "auto: tuned with as many trials; none; or the folder of a trained one.")
     trials: int = _option(40, "How many configurations are tried; give more to go on.")
     budget_params: str | int = _option("1%", "Most trainable numbers: 200000, or 1% of the model.")

@@ -83,7 +83,7 @@ class TestTheCataloguesNeuron:
         constants = random_constants(1, 3).double()
         constants[0] = 50.0
         drive = noise(2, 2, 5, 3).double().requires_grad_()
-        monkeypatch.setattr(spiking_network, "pseudo_slope", torch.zeros_like)
+        monkeypatch.setattr(spiking_network, "spike_slope", torch.zeros_like)
         assert torch.autograd.gradcheck(lambda d, c: fire(d, c)[1], (drive, constants.requires_grad_()))
 
     @pytest.mark.parametrize("seed", SEEDS)

@@ -1,6 +1,7 @@
 """Images and causal language models: what is scored, what learns, and the small models that are made for it."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -143,10 +144,35 @@ def test_digits_are_those_of_scikit_learn():
 
 def test_damaged_images_are_named():
     images = [np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)]
-    with pytest.raises(ValueError, match=r"'odd', test: images of shapes"):
-        ImageTask("odd", {"test": {"images": images, "labels": [0, 1]}})
-    with pytest.raises(ValueError, match=r"'odd', test: 2 images, 1 labels"):
-        ImageTask("odd", {"test": {"images": images[:1] * 2, "labels": [0]}})
+    for odd, said in (
+        (np.zeros((4, 4)), r"row 1: an image of shape \(4, 4\) and type float64; accepted are"),
+        (np.zeros(4, np.uint8), r"row 1: an image of shape \(4,\)"),
+        (np.zeros((4, 4, 3), np.uint8), "some images have colours, others have none"),
+    ):
+        with pytest.raises(ValueError, match=rf"'odd', test.*{said}"):
+            ImageTask("odd", {"test": {"images": [images[0], odd], "labels": [0, 1]}})
+    with pytest.raises(ValueError, match=r"'odd', test: columns of different lengths: 2 images, 1 labels"):
+        ImageTask("odd", {"test": {"images": images, "labels": [0]}})
+
+
+def test_a_folder_of_images_of_different_sizes_is_a_task(tmp_path):
+    picture = pytest.importorskip("PIL.Image")
+    for number in range(24):
+        folder = tmp_path / "pets" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.new("RGB", (8 + number % 3, 8), (number, 0, 255)).save(folder / f"{number}.png")
+    (tmp_path / "pets" / "cat" / "notes.txt").write_text("no image")
+    task = load_task(tmp_path / "pets")
+    assert (task.name, task.family) == ("pets", "image_classification")
+    assert task.sizes == {"train": 17, "validation": 2, "test": 5}
+    assert set(task.labels("train")) == {0, 1} and set(task.rows("train")["labels"]) == {"cat", "dog"}
+    again = load_task(str(tmp_path / "pets"))
+    assert again.fingerprints() == task.fingerprints()
+    pixels = as_pixels(task.rows("train")["images"], 3, 8)
+    assert pixels.shape == (17, 3, 8, 8) and pixels[:, 2].sub(1).abs().max() < 1e-5  # as interpolation rounds
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "pets", tmp_path / "parted" / split)
+    assert load_task(tmp_path / "parted").sizes == {"train": 24, "test": 24}
 
 
 def test_a_model_that_a_task_is_not_for_is_refused(encoder_folder):

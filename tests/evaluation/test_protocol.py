@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -95,6 +96,16 @@ def test_a_cell_is_the_same_whenever_it_is_computed(settings, tmp_path):
     assert first["params"] > 0 and first["steps"] == 6 and first["rows"] == 43
     frozen, trained = (job.cells.rows(cell).rows["spearman"] for cell in job.cells.done())
     assert np.abs(frozen - trained).max() > 1e-3
+
+
+def test_blocks_below_all_that_is_adapted_compute_a_text_once(settings, tmp_path, monkeypatch):
+    chosen = {"arms": ("lora+bio",), "seeds": 1, "rates": (1e-2,), "layers": 1}
+    (cell,) = Evaluate(settings(**chosen), quiet()).run()["cells"]
+    assert list((tmp_path / "output" / "prefix").rglob("*.safetensors"))
+    monkeypatch.setattr(module, "cached_prefix", lambda *_: nullcontext())
+    (alone,) = Evaluate(settings(**chosen, output=str(tmp_path / "other")), quiet()).run()["cells"]
+    assert not (tmp_path / "other" / "prefix").exists()
+    assert cell["test"] == pytest.approx(alone["test"], abs=1e-3) and cell["params"] == alone["params"]
 
 
 def test_a_rate_that_diverges_is_not_taken_and_a_cell_that_does_is_left_out(settings, tmp_path, monkeypatch):
@@ -224,8 +235,21 @@ def test_own_rows_as_tasks(encoder_folder, tmp_path, make_pairs):
     assert results["cells"][1]["rows"] == 14  # eight stand in the test rows, two serve as validation rows
     with pytest.raises(TypeError, match="no setting 'seed' .* did you mean 'seeds'"):
         evaluate(task, seed=3)
-    with pytest.raises(ValueError, match="either names or Task objects"):
-        evaluate([task, "stsb"])
+    with pytest.raises(ValueError, match="mine, mine: of several with one name"):
+        evaluate([task, task])
+
+
+def test_a_table_and_a_file_are_evaluated_as_they_are(encoder_folder, tmp_path, make_pairs):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(make_pairs(40, 0), columns=["sentence1", "sentence2", "score"])
+    frame.to_csv(tmp_path / "pairs.csv", index=False)
+    chosen = dict(model=encoder_folder, arms=["zero-shot"], device="cpu", console=quiet())
+    output = str(tmp_path / "o")
+    cells = evaluate([frame, str(tmp_path / "pairs.csv")], output=output, **chosen)["cells"]
+    assert [cell["task"] for cell in cells] == ["own", "pairs"] and cells[0]["test"] == cells[1]["test"]
+    assert cells[0]["test_rows"] == 8
+    with pytest.raises(ValueError, match="holds cells of rows of own="):  # others under the same name
+        evaluate(frame.iloc[:20], output=output, **chosen)
 
 
 # -- the folder --

@@ -401,6 +401,75 @@ def test_a_task_of_one_s_own_rows_in_every_kind_of_table(tmp_path):
         ClassificationTask("mine", {"train": {"text": ["a"]}})
 
 
+def own_rows(count=40):
+    return {
+        "text": [f"text {number % 30}" for number in range(count)],
+        "label": [f"kind {n % 3}" for n in range(count)],
+    }
+
+
+def test_rows_of_one_s_own_in_one_piece_are_cut_by_what_stands_in_them(tmp_path):
+    import datasets
+    import pandas
+
+    rows = own_rows()
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    (tmp_path / "folder").mkdir()
+    frame.sample(frac=1, random_state=0).to_csv(tmp_path / "folder" / "train.csv", index=False)
+    shapes = (rows, frame, datasets.Dataset.from_dict(rows), tmp_path / "mine.csv", str(tmp_path / "folder"))
+    tasks = [load_task(shape) for shape in shapes]
+    assert [task.name for task in tasks] == ["own", "own", "own", "mine", "folder"]
+    for task in tasks:
+        texts = {split: set(task.rows(split)["text"]) for split in task.sizes}
+        # Of thirty different texts three are for validation and six for the test; equal ones stay together.
+        assert {split: len(own) for split, own in texts.items()} == {"train": 21, "validation": 3, "test": 6}
+        assert sum(task.sizes.values()) == 40 and len(set.union(*texts.values())) == 30
+        assert texts == {split: set(tasks[0].rows(split)["text"]) for split in texts}
+    assert load_task(tasks[0]) is tasks[0] and load_task(tasks[0], limit=2).sizes["train"] == 2
+    with pytest.raises(ValueError, match="9 different rows, too few to be cut .* give a table for each of train"):
+        load_task(own_rows(9))
+
+
+def test_rows_of_one_s_own_in_splits(tmp_path):
+    import datasets
+    import pandas
+
+    rows, dataset = own_rows(12), datasets.Dataset.from_dict(own_rows(12))
+    (tmp_path / "set").mkdir()
+    pandas.DataFrame(rows).to_csv(tmp_path / "set" / "train.csv", index=False)
+    write_tsv(tmp_path / "set" / "validation.tsv.gz", ["text\tlabel", "a\tkind 0"])
+    pandas.DataFrame(rows).to_csv(tmp_path / "set" / "test.csv.gz", index=False)
+    assert load_task(tmp_path / "set").sizes == {"train": 12, "validation": 1, "test": 12}
+    assert load_task("set", tmp_path).sizes == load_task(str(tmp_path / "set")).sizes
+    splits = datasets.DatasetDict(train=dataset, validation=dataset.select(range(5)), test=dataset)
+    assert load_task(splits).sizes == {"train": 12, "validation": 5, "test": 12}
+    assert load_task({"train": rows, "test": rows}).sizes == {"train": 12, "test": 12}
+    with pytest.raises(ValueError, match="split 'unsupervised' is not understood; accepted: train, dev"):
+        load_task(datasets.DatasetDict(train=dataset, unsupervised=dataset))
+    with pytest.raises(ValueError, match="columns words, label; accepted: sentence1"):
+        load_task(dataset.rename_column("text", "words"))
+    (tmp_path / "set" / "dev.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match=r"dev.csv and validation.tsv.gz are both the dev rows"):
+        load_task(tmp_path / "set")
+    for path in (tmp_path / "nothing", str(tmp_path / "nothing.csv")):
+        with pytest.raises(ValueError, match="nothing.* is neither a file nor a folder"):
+            load_task(path)
+    with pytest.raises(ValueError, match="holds neither train, dev and test as .tsv.gz, .* nor images"):
+        load_task(tmp_path)
+
+
+def test_what_is_missing_in_rows_of_one_s_own_is_named(tmp_path):
+    import pandas
+
+    frame = pandas.DataFrame(own_rows())
+    frame.loc[7, "text"] = None
+    with pytest.raises(ValueError, match=r"task 'own', train, row 7: text is missing \((None|nan)\)"):
+        load_task(frame)
+    with pytest.raises(ValueError, match="task 'own', train: columns of different lengths: 2 text, 1 label"):
+        load_task({"text": ["a", "b"], "label": ["x"]})
+
+
 @pytest.mark.parametrize(
     ("family", "column", "value", "accepted"),
     [("sts", "score", "high", "a finite number"), ("sts", "score", "nan", "a finite number"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bioadapt.search.contest import prefix
+from bioadapt.evaluation import prefix
 
 
 def states_of(number):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bioadapt import BioConfig, build_primitive
-from bioadapt.methods import neuro_ada
-from bioadapt.methods.neuro_ada import PATHS, fastest, sparse_product, strongest
+from bioadapt.methods import _sparse_product
+from bioadapt.methods._sparse_product import PATHS, fastest, sparse_product
+from bioadapt.methods.neuro_ada import strongest
 from bioadapt.primitives.base import Context, Host
 from bioadapt.tuner.selection import select_synapses
 
@@ -103,7 +104,7 @@ def test_rows_that_are_no_numbers_are_chosen_last():
 def test_pieces_find_the_same(monkeypatch):
     score = torch.randn(M, N).round(decimals=1)
     whole = strongest(score, 7)
-    monkeypatch.setattr(neuro_ada, "BYTES", 8 * N * 5)
+    monkeypatch.setattr(_sparse_product, "BYTES", 8 * N * 5)
     assert torch.equal(strongest(score, 7), whole)
 
 
@@ -152,7 +153,7 @@ def test_pieces_add_up(path, monkeypatch):
     whole, weight = dense(v, index, values), torch.randn(11, M, dtype=torch.float64)
     expected = torch.autograd.grad((whole * weight).sum(), (v, values))
     for size in (1, 8 * N * 3):
-        monkeypatch.setattr(neuro_ada, "BYTES", size)
+        monkeypatch.setattr(_sparse_product, "BYTES", size)
         found = sparse_product(v, index, values, path=path)
         torch.testing.assert_close(found, whole)
         for a, b in zip(torch.autograd.grad((found * weight).sum(), (v, values)), expected, strict=True):
@@ -229,6 +230,24 @@ def test_a_layer_in_double_precision_is_merged_in_double_precision():
     change, _ = module.weight_delta(torch.randn(M, N, dtype=torch.float64), None)
     assert change.dtype == torch.float64
     assert torch.equal(change.gather(1, module.index.long()), module.values)
+
+
+@pytest.mark.parametrize("k", [2, 20])
+def test_one_graph_serves_any_number_of_tokens(k):
+    """The second, which torch makes as soon as it sees that the number varies."""
+    index = strongest(torch.randn(M, 256), k)
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda v, values: sparse_product(v, index, values), backend=counting, fullgraph=True)
+    torch._dynamo.reset()
+    for length in (3, 5, 2, 11):
+        v, values = torch.randn(2, length, 256), torch.randn(M, k, requires_grad=True)
+        torch.testing.assert_close(compiled(v, values), dense(v, index, values), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 2
 
 
 class Allocations(TorchDispatchMode):

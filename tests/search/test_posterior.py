@@ -13,6 +13,7 @@ pytest.importorskip("scipy")
 from scipy import linalg, stats
 from scipy.special import logsumexp
 
+from bioadapt.search.thompson.observations import pool_repetitions, standardised
 from bioadapt.search.thompson.posterior import (
     INTERACTION,
     MAIN,
@@ -25,7 +26,6 @@ from bioadapt.search.thompson.posterior import (
     Scales,
     ShrinkagePosterior,
 )
-from bioadapt.search.thompson.sampler import _pool_repetitions, _standardised
 
 
 def problem(rows, columns, seed=0):
@@ -64,7 +64,7 @@ def planted(kinds, weights, rows=60, noise=0.3):
     generator = np.random.default_rng(4)
     matrix = generator.choice([-0.5, 0.5], size=(rows, len(kinds)))
     target = matrix @ weights + noise * generator.normal(size=rows)
-    target, _, unit = _standardised(target)
+    target, _, unit = standardised(target)
     return ShrinkagePosterior.fit(matrix, target, np.zeros(rows), kinds), unit
 
 
@@ -85,7 +85,7 @@ def test_the_points_that_count_are_all_found(rows, repeated):
     kinds = np.repeat([MAIN_EFFECT, INTERACTION, WALK], [8, 12, 4])
     for size in (0.0, 0.5, 3.0):
         weights = size * generator.normal(size=24) * np.array([1.0, 0.3, 0.3])[kinds]
-        target = _standardised(matrix @ weights + generator.normal(size=rows))[0]
+        target = standardised(matrix @ weights + generator.normal(size=rows))[0]
         error = generator.uniform(0, 0.2, rows) if repeated else np.zeros(rows)
         found = ShrinkagePosterior.fit(matrix, target, error, kinds)
         grid = [Scales(*point) for point in product(MAIN, RATIO, ROUGH, RESIDUAL)]
@@ -135,7 +135,7 @@ def test_noise_is_learned_from_repetitions():
     generator = np.random.default_rng(0)
     keys = [i // 4 for i in range(400)]
     scores = np.repeat(generator.normal(size=100), 4) + 0.5 * generator.normal(size=400)
-    first, means, errors, noise = _pool_repetitions(keys, scores, np.full(400, np.nan))
+    first, means, errors, noise = pool_repetitions(keys, scores, np.full(400, np.nan))
     assert noise == pytest.approx(0.25, rel=0.15)
     np.testing.assert_allclose(errors, noise / 4)
     np.testing.assert_array_equal(first, np.arange(0, 400, 4))
@@ -143,9 +143,7 @@ def test_noise_is_learned_from_repetitions():
 
 
 def test_a_stated_error_weighs_a_repetition():
-    _, means, errors, noise = _pool_repetitions(
-        ["a", "a", "b"], np.array([0.0, 3.0, 1.0]), np.array([1.0, 0.5, np.nan])
-    )
+    _, means, errors, noise = pool_repetitions(["a", "a", "b"], np.array([0.0, 3.0, 1.0]), np.array([1.0, 0.5, np.nan]))
     np.testing.assert_allclose(means, [2.0, 1.0])
     np.testing.assert_allclose(errors, [1 / 3, 1e-8])
     assert noise == 0
@@ -153,19 +151,19 @@ def test_a_stated_error_weighs_a_repetition():
 
 @pytest.mark.parametrize("bad", [-1e30, -1.7e308, -np.inf])
 def test_a_diverged_score_leaves_the_others_apart(bad):
-    scores, _, unit = _standardised(np.array([*np.linspace(0, 1, 19), bad]))
+    scores, _, unit = standardised(np.array([*np.linspace(0, 1, 19), bad]))
     assert scores.argmin() in (0, 19) and np.ptp(scores[:19]) > 1
     assert np.isfinite(scores).all() and 0 < unit < 2
 
 
 def test_though_nearly_half_diverged_the_others_are_apart():
     good, bad = np.linspace(0, 1, 11), -np.geomspace(10, 1e6, 9)
-    scores, _, unit = _standardised(np.concatenate([good, bad]))
+    scores, _, unit = standardised(np.concatenate([good, bad]))
     assert np.ptp(scores[:11]) > 0.25 * np.ptp(scores) and unit < 2
     np.testing.assert_allclose(scores[11:], scores.min())
 
 
 @pytest.mark.parametrize("scores", [[1.0], [2.0, 2.0], [np.inf, np.nan], [1.7e308, -1.7e308, 1.0], [1e-320, 2e-320]])
 def test_scores_of_any_size_are_standardised(scores):
-    standardised, centre, unit = _standardised(np.array(scores))
-    assert np.isfinite(centre) and np.isfinite(standardised).all() and np.abs(standardised).max() < 5 and unit > 0
+    result, centre, unit = standardised(np.array(scores))
+    assert np.isfinite(centre) and np.isfinite(result).all() and np.abs(result).max() < 5 and unit > 0

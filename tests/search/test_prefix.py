@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 
 from bioadapt import BioConfig
 from bioadapt.evaluation import StsTask
+from bioadapt.evaluation.prefix import _Store, cached_prefix, frozen_blocks
 from bioadapt.evaluation.training import adapt, load_encoder, model_path, transformer_of
 from bioadapt.search.contest.objective import Bench
-from bioadapt.search.contest.prefix import _Store, cached_prefix, frozen_blocks
 
 WORDS = (
     "the",
@@ -390,7 +390,7 @@ def test_a_damaged_file_and_a_full_disk_cost_the_cache_alone(tmp_path, monkeypat
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("bioadapt.search.contest.prefix.save_file", full)
+    monkeypatch.setattr("bioadapt.evaluation.prefix.save_file", full)
     again.write()
     assert not list((tmp_path / "store").glob("*.part"))
     assert _Store(tmp_path / "store").rows.keys() == {row_of(1)}

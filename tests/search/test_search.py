@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gzip
+import html
+import io
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -25,7 +30,7 @@ from bioadapt.cli import app
 from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import Diverged, transformer_of
 from bioadapt.search.contest import Search, finale
-from bioadapt.search.contest.objective import Bench, TooSlow, without_test
+from bioadapt.search.contest.objective import Bench, TooSlow, searchable, without_test
 from bioadapt.search.settings import SearchSettings
 from bioadapt.search.space import describe
 from bioadapt.search.study import open_storage
@@ -81,7 +86,11 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
         ended.setattr("bioadapt.search.contest.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
-    assert "(about " in stopped.stdout and "searching bio adapters: 2/2" in stopped.stdout
+    assert "Rows of tiny: 16 train, 16 validation, 16 test." in stopped.stdout
+    told = (
+        r"Trainings: 2 of the LoRA \(about \d+ s\), 2 of bio adapters .*, 1 to confirm the best .*, 3 to test .*in all"
+    )
+    assert re.search(told, stopped.stdout) and "searching bio adapters: 2/2" in stopped.stdout
     refused = command(data, "--epochs", "2")
     assert refused.exit_code == 2 and "was begun with epochs=1.0, not 2.0" in refused.stderr
 
@@ -121,6 +130,16 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     tested = next(record for record in final["contenders"] if record["name"] == finale.WINNER)
     assert task.evaluate(encoder).scores["spearman"] == pytest.approx(tested["scores"][0], abs=1e-6)
 
+    # The winner's script trains it again and reaches what was reported.
+    script = (output / "winner.py").read_text(encoding="utf-8")
+    page = html.unescape((output / "report.html").read_text(encoding="utf-8"))
+    assert script == final["script"] and script in page
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile(script, "winner.py", "exec"), {})
+    reached, reported = re.search(r"seed 2: spearman (\S+), reported (\S+)", told.getvalue()).groups()
+    assert float(reached) == pytest.approx(float(reported), abs=1e-3)  # as files of adapters round nothing
+
     joined = command(data, "--join")
     assert joined.exit_code == 0, joined.output
     (output / "lora").rename(output / "moved")
@@ -144,12 +163,18 @@ def test_a_search_has_no_test_rows(data):
     assert set(sealed.sizes) == {"train", "validation"} and set(task.sizes) == {"train", "validation", "test"}
     with pytest.raises(ValueError, match="no test rows"):
         sealed.evaluate(None)
-    with pytest.raises(ValueError, match="no validation rows, which a search needs"):
-        without_test(without_validation(task))
+    without = without_validation(task)
+    assert searchable(without).sizes["validation"] == 1  # a training row serves
+    with pytest.raises(ValueError, match="no test rows, which a search needs"):
+        searchable(sealed)
+    texts = load_task({split: {"text": ["a b", "b c"]} for split in ("train", "dev", "test")})
+    with pytest.raises(ValueError, match="scored by perplexity, of which a search cannot make less"):
+        searchable(texts)
 
 
 def without_validation(task):
-    del task._splits["validation"]
+    task = copy.copy(task)
+    task._splits = {split: rows for split, rows in task._splits.items() if split != "validation"}
     return task
 
 
@@ -169,6 +194,10 @@ def test_the_package_can_be_called():
     assert callable(bioadapt.search) and bioadapt.search.search.__module__ == "bioadapt.search.contest.contest"
     with pytest.raises(ValueError, match="trials 0"):
         bioadapt.search(trials=0)
+    with pytest.raises(TypeError, match=r"search has no setting 'trails' .got 1.; did you mean 'trials'"):
+        bioadapt.search(trails=1)
+    with pytest.raises(ValueError, match="model is a Linear: .* a function of your own, given as objective="):
+        bioadapt.search(model=torch.nn.Linear(2, 2))
     with pytest.raises(AttributeError, match="serch"):
         bioadapt.search.serch  # noqa: B018
     with pytest.raises(AttributeError, match="serch"):

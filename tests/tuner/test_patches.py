@@ -79,16 +79,18 @@ def test_what_accelerate_wraps_it_unwraps():
     assert torch.equal(unwrapped.forward(**tokens()).last_hidden_state, wanted)
 
 
-@pytest.mark.parametrize("primitive", ["lateral_inhibition", "short_term_depression", "predictive_coding", "neuro_ada"])
-def test_models_are_exported_for_any_length(primitive):
+@pytest.mark.parametrize(
+    "primitive",
+    ["lateral_inhibition", "short_term_depression", "predictive_coding", "complementary_fast_weights", "neuro_ada"],
+)
+def test_models_are_exported_for_any_batch_and_length(primitive):
     model = adapted(bert(), [primitive], ["0.output.dense"]).get_base_model()
-    length = torch.export.Dim("length", min=2, max=16)
     given = {"input_ids": tokens()["input_ids"], "attention_mask": tokens()["attention_mask"]}
-    shapes = {name: {1: length} for name in given}
-    program = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
-    for steps in (2, 6, 9, 16):
+    shapes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=512)}
+    program = torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, shapes)).module()
+    for batch, steps in ((3, 2), (1, 6), (2, 9), (3, 16)):
         new = tokens(length=steps + 1) if steps < 3 else tokens(length=steps)
-        new = {name: value[:, -steps:] for name, value in new.items()}
+        new = {name: value[:batch, -steps:] for name, value in new.items()}
         new["attention_mask"] = torch.ones_like(new["attention_mask"])
         new["attention_mask"][0, -1] = 0
         with torch.no_grad():

@@ -17,7 +17,8 @@ from bioadapt.circuits.ridge import RidgeSums, packed, unpacked
 # Times tr(G) / m, the mean squared activity of a unit, summed over the samples.
 PENALTIES: Array = np.logspace(-5, 2, 8)
 # The authors' scripts try 10^6 to 10^9. Where features have unit variance, as with theirs, a unit that reads 300 of
-# them and is among the strongest 0.3 has a mean squared activity of 145 per sample: the same grid without a unit.
+# them and is among the strongest 0.3 has a mean squared activity of 145 per sample.
+# Divided by it, the grid suits any scale.
 PUBLISHED: Array = 10.0 ** np.arange(6, 10) / 145  # times tr(G) / (m n), the mean squared activity of a unit per sample
 LARGE = 2**30  # bytes of the Gram matrix from which on its size is worth a warning
 
@@ -236,14 +237,14 @@ class ContinualHead(nn.Module):
         self.model.eval()
         try:
             with torch.no_grad():
-                found = self.feature_fn(self.model, inputs)
+                outputs = self.feature_fn(self.model, inputs)
         finally:
             for module in training:
                 module.training = True
-        if not isinstance(found, Tensor) or found.dim() != 2:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(f"feature_fn must return a tensor (samples, features), got {shape}")
-        return found
+        return outputs
 
     def learn(self, inputs: Any, labels: Any) -> Self:
         """Learn one batch: labels (n,), any of them may be new. Also those of a tensor on an accelerator."""

@@ -81,7 +81,8 @@ class FlyModelClassifier(ContinualClassifier):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        # Codes see neither a constant nor a scale; of two features that leaves one bit, and scikit-learn tests on two.
+        # A code does not depend on the mean and scale of its input, so that of two features, with which scikit-learn
+        # tests, one bit is left.
         tags.classifier_tags.poor_score = True
         return tags
 

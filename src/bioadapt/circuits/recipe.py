@@ -52,11 +52,12 @@ def genbais(
     console: Console | None = None,
     **settings: Any,
 ) -> tuple[dict[str, Any], Student]:
-    """Tune a LoRA, search bio adapters to stack over it, test them once, and distil the best stack.
+    """Tune a LoRA, search bio adapters to stack over it, test them once, and distil the winner.
 
-    The stack of the first test seed is distilled: a copy of the model as it comes is trained, all of it, to give the
-    stack's embeddings of the training texts, by mean squared error. Its rate and epochs are fixed beforehand, nothing
-    is chosen by its scores. Every phase is kept in the output folder: the same call goes on where one was ended.
+    The winner's model of the first test seed is distilled: a copy of the model as it comes is trained, all of it, to
+    give that model's embeddings of the training texts, by mean squared error. Its rate and epochs are fixed beforehand,
+    nothing is chosen by its scores. Every phase is kept in the output folder: the same call goes on where one was
+    ended.
 
     Source: the README of the repository GENbAIs (Kaki, 2025 to 2026), which names these steps; no code of them was
     published. What its numbers compare is the model as it comes with LoRA and bio adapters together; the search here
@@ -89,8 +90,8 @@ def genbais(
     if not record.is_file():
         schedule = Schedule(student_epochs, student_rate, job.settings.batch_size, job.settings.seed)
         plain = load_encoder(job.settings.model, job.settings.device)
-        found = distil(job.task, job.winner(final), plain, schedule, record.parent)
-        record.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        distilled = distil(job.task, job.winner(final), plain, schedule, record.parent)
+        record.write_text(json.dumps(asdict(distilled), indent=1) + "\n", encoding="utf-8")
     return final, Student(**json.loads(record.read_text(encoding="utf-8")))
 
 
@@ -145,9 +146,9 @@ class DistillationTask(Task):
 
     def evaluate(self, model: SentenceTransformer, split: str = "validation") -> Evaluation:
         """Cosine of both embeddings, text by text."""
-        wanted, found = self._vectors[split], embeddings(model, self._texts[split])
-        lengths = np.linalg.norm(wanted, axis=1) * np.linalg.norm(found, axis=1)
-        cosines = (wanted * found).sum(1) / np.maximum(lengths, 1e-12)
+        wanted, given = self._vectors[split], embeddings(model, self._texts[split])
+        lengths = np.linalg.norm(wanted, axis=1) * np.linalg.norm(given, axis=1)
+        cosines = (wanted * given).sum(1) / np.maximum(lengths, 1e-12)
         return Evaluation({"cosine": 100 * float(cosines.mean())}, {"cosine": cosines}, np.ones(len(cosines)))
 
     def texts(self, split: str) -> list[str]:
@@ -163,7 +164,7 @@ class DistillationTask(Task):
         return kept
 
     def without_test(self) -> DistillationTask:
-        return self  # it has none
+        return self  # it has no test split
 
     def _content(self, split: str) -> Any:
         return self._texts[split]

@@ -134,7 +134,7 @@ class Validation(NamedTuple):
     freedom: Array
 
     def best(self) -> int:
-        """The lowest score among penalties that leave enough freedom to be told from rounding; else the strongest."""
+        """The lowest score among penalties that leave more freedom than rounding errors make; else the strongest."""
         usable = np.flatnonzero(self.freedom >= FREEDOM)
         return int(usable[self.score[usable].argmin()]) if len(usable) else len(self.score) - 1
 

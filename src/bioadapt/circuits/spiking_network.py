@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bioadapt._words import suggest
-from bioadapt.primitives.dendritic._spiking import pseudo_slope
 from bioadapt.primitives.dendritic.kv_lif import KvLif, micro_step
 from bioadapt.primitives.frames import inverse_softplus
+from bioadapt.primitives.surrogate import spike_slope
 
 NEURONS = ("kv_lif", "leaky_integrate_fire")
 LEAK = math.log(2)  # after one step without drive half of the voltage is left
@@ -85,8 +85,8 @@ def fire(
     spikes = []
     for t, now in enumerate(drive.unbind(1)):
         after, step = micro_step(now, voltage, opened, constants)
-        # Zero, but with a slope: what the catalogue's step, which has none at spikes, lacks for backward.
-        ghost = pseudo_slope(step.excess.detach()) * (step.excess - step.excess.detach())
+        # Its value is zero; its slope stands for that of a spike, which the catalogue's step does not have.
+        ghost = spike_slope(step.excess.detach()) * (step.excess - step.excess.detach())
         reopened = step.reopened + by_spike * ghost
         after = after - (theta + deepening * (reopened + by_spike * step.spikes)) * ghost
         spike = step.spikes + ghost

@@ -136,7 +136,7 @@ class SpineSchedule(TrainerCallback):
             RuntimeError: no matrix of the model has spines.
         """
         self.steps += 1
-        for spines in _found(model):
+        for spines in _spines_of(model):
             if isinstance(spines.rule, SpinePruning):
                 spines.rule.threshold.fill_(self.threshold(self.steps))
 
@@ -149,7 +149,7 @@ class SpineSchedule(TrainerCallback):
             RuntimeError: no matrix of the model has spines.
         """
         self.steps = steps
-        for spines in _found(model):
+        for spines in _spines_of(model):
             if isinstance(spines.rule, SpinePruning) and spines.rule.threshold != self.threshold(steps):
                 weight = spines.weight
                 spines.rule.threshold.fill_(self.threshold(steps))
@@ -183,7 +183,7 @@ class Sparsity:
 def add_spines(module: nn.Module, name: str = "weight", *, gain: bool = True) -> SpinePruning:
     """Let one matrix of a module, of any kind, be pruned. The threshold is 0, so that nothing changes yet.
 
-    The matrix stays the parameter that an optimiser may hold already; the gains are new ones, for it to be told.
+    The matrix stays the parameter that an optimiser may hold already; the gains are new parameters, to be added to it.
 
     Args:
         module: owner of the matrix.
@@ -252,7 +252,7 @@ def finalize(model: nn.Module, elimination: float = 0.0) -> Sparsity:
     """
     if not elimination >= 0:
         raise ValueError(f"elimination={elimination!r}: a threshold is needed, 0 or more")
-    for spines in _found(model):
+    for spines in _spines_of(model):
         if isinstance(spines.rule, SpinePruning):
             kept = spines.weight.abs() > elimination
             parametrize.remove_parametrizations(spines.module, spines.name)
@@ -266,9 +266,9 @@ def sparsity(model: nn.Module) -> Sparsity:
     Raises:
         RuntimeError: there are none.
     """
-    found = {spines.key: spines.weight for spines in _found(model)}
-    zeros = {key: int((weight == 0).sum()) for key, weight in found.items()}
-    return Sparsity(zeros, {key: weight.numel() for key, weight in found.items()})
+    weights = {spines.key: spines.weight for spines in _spines_of(model)}
+    zeros = {key: int((weight == 0).sum()) for key, weight in weights.items()}
+    return Sparsity(zeros, {key: weight.numel() for key, weight in weights.items()})
 
 
 @dataclass(frozen=True)
@@ -290,11 +290,11 @@ class _Spines:
             return getattr(self.module, self.name)
 
 
-def _found(model: nn.Module) -> list[_Spines]:
-    found = [spines for path, module in model.named_modules() for spines in _of(module, path)]
-    if not found:
+def _spines_of(model: nn.Module) -> list[_Spines]:
+    every = [spines for path, module in model.named_modules() for spines in _of(module, path)]
+    if not every:
         raise RuntimeError(f"no matrix of this {type(model).__name__} has spines: call prune_synapses or add_spines")
-    return found
+    return every
 
 
 def _of(module: nn.Module, path: str = "") -> Iterator[_Spines]:

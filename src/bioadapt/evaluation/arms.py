@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import BioConfig
 from .._words import suggest
+from ..tuner.targets import block_of
 from .training import adapt, trainable_parameters, transformer_of
 
-ZERO_SHOT, LORA, STACK, BIO = "zero-shot", "lora", "lora+bio", "bio"
+ZERO_SHOT, LORA, LORA_BIO, BIO = "zero-shot", "lora", "lora+bio", "bio"
 LORA_EQUAL, LORA_BIO_SIZE = "lora-equal", "lora-bio-size"
 ALPHA_PER_RANK = 2
 GELU, LINEAR = "gelu", "linear"
@@ -53,9 +54,9 @@ class Arm:
 ARMS: dict[str, Arm] = {
     ZERO_SHOT: Arm("the model as it comes"),
     LORA: Arm("a LoRA", lora=True),
-    LORA_EQUAL + _OWN: Arm("a LoRA as large as lora+bio, on LoRA's modules", sized_as=STACK),
-    LORA_EQUAL + _BIO_SITES: Arm("a LoRA as large as lora+bio, where bio sits", sized_as=STACK, at_bio_sites=True),
-    STACK: Arm("a LoRA and a bio adapter over it, trained together", lora=True, over=BIO),
+    LORA_EQUAL + _OWN: Arm("a LoRA as large as lora+bio, on LoRA's modules", sized_as=LORA_BIO),
+    LORA_EQUAL + _BIO_SITES: Arm("a LoRA as large as lora+bio, where bio sits", sized_as=LORA_BIO, at_bio_sites=True),
+    LORA_BIO: Arm("a LoRA and a bio adapter over it, trained together", lora=True, over=BIO),
     "lora+placebo": Arm("a LoRA and a plain GELU bottleneck in the place of bio", lora=True, over=GELU),
     "lora+linear": Arm("a LoRA and a linear bottleneck in the place of bio", lora=True, over=LINEAR),
     BIO: Arm("a bio adapter alone", over=BIO),
@@ -164,13 +165,13 @@ class Recipe:
     def size_of(self, name: str) -> int:
         """How many numbers ``lora+bio`` or ``bio`` trains."""
         own = sum(site.parameters for site in self.sites)
-        return own + self._lora_size if name == STACK else own
+        return own + self._lora_size if name == LORA_BIO else own
 
     @cached_property
     def lora_paths(self) -> list[str]:
         """LoRA's own modules: PEFT's default for the model."""
         paths = lora_paths(_plain(self.fresh()))
-        return [path for path in paths if self.layers is None or _block(path) in self.layers]
+        return [path for path in paths if self.layers is None or (block_of(path) or ("",))[0] in self.layers]
 
     @cached_property
     def _lora_size(self) -> int:
@@ -213,9 +214,7 @@ def lora_paths(model: nn.Module) -> list[str]:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, _BLOCK)}
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", ""), ())
     found = [path for path in layers if any(path == end or path.endswith(f".{end}") for end in usual)]
-    found = found or [
-        path for path, module in layers.items() if _block(path) is not None and getattr(module, "groups", 1) == 1
-    ]
+    found = found or [path for path, module in layers.items() if block_of(path) and getattr(module, "groups", 1) == 1]
     if not found:
         raise ValueError(f"a LoRA finds no linear or convolutional layer in a {type(model).__name__}")
     return found
@@ -287,11 +286,6 @@ def _features(module: Any) -> tuple[int, int]:
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return module.in_channels, module.out_channels
     return module.in_features, module.out_features
-
-
-def _block(path: str) -> int | None:
-    """The number of the block that a module belongs to; None outside of numbered blocks."""
-    return next((int(part) for part in path.split(".")[:-1] if part.isdigit()), None)
 
 
 def _plain(encoder: Any) -> nn.Module:

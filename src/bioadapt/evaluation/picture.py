@@ -32,7 +32,7 @@ def draw(
         differences: name -> metric -> interval of "candidate minus it".
         path: where the picture goes.
     """
-    figures = require("matplotlib.figure")  # without pyplot there is no display to be missing
+    figures = require("matplotlib.figure")  # pyplot would want a display
     metric = task.metrics[0]
     figure = figures.Figure(figsize=(13, 4), layout="constrained")
     curves, scores, gaps = figure.subplots(1, 3)

@@ -1,18 +1,19 @@
 """The protocol: every arm on every task gets the same rows, steps, trials of learning rates and seeds.
 
 Learning rates are chosen by the validation rows, with a seed that is not reported. Training rows that stand in any test
-set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down.
+set are dropped before. The test rows are opened once per arm and seed, by an object that writes it down. One file
+because these promises hold together: each step relies on what the one before it has kept away.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,22 @@ from rich.table import Table
 
 from .. import BioConfig
 from .._extras import require
-from .._words import suggest
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
-from ..settings import DEFAULT_TASK, EvaluationSettings
-from .arms import ARMS, STACK, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
+from ..settings import DEFAULT_TASK, EvaluationSettings, check_names
+from .arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
 from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
 from .comparison import Comparison, compare
 from .models import fits, load_model
+from .prefix import cached_prefix
 from .report import write_report
 from .statistics import Evaluation, better
-from .tasks import DIGITS, Overlap, Task, list_tasks, load_task
+from .tasks import DIGITS, Overlap, Task, is_name, list_tasks, load_task
+from .tasks.cuts import drawn, with_validation
 from .tasks.files import read_overlap
-from .tasks.task import TableTask
+from .tasks.task import SENTENCES, TableTask
 from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
 
 ALL = "all"
-_VALIDATION_SHARE, _MOST_VALIDATION = 0.1, 500
 _TUNING_SEED = 0
 
 
@@ -77,7 +78,7 @@ class Evaluate:
         settings: EvaluationSettings,
         console: Console | None = None,
         *,
-        tasks: Sequence[Task] | None = None,
+        tasks: Sequence[Any] = (),
         bio: BioConfig | None = None,
     ) -> None:
         self.settings, self.console = settings, console or Console()
@@ -91,11 +92,13 @@ class Evaluate:
                 "since PEFT does not stack a LoRA over another adapter"
             )
         self.bio = bio or _bio_config(settings)
-        self._own = {task.name: task for task in tasks or ()}
-        self.names = tuple(self._own) or self._task_names()
-        for name in self.names:
-            if name not in self._own:
-                load_task(name, settings.data_dir, limit=settings.limit)  # what cannot be read is said before any work
+        # What cannot be read is said before any work.
+        given = [*tasks] or [*self._task_names()]
+        loaded = [load_task(one, settings.data_dir, limit=settings.limit) for one in given]
+        self.names = tuple(task.name for task in loaded)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"task: {', '.join(self.names)}: of several with one name nobody could tell the cells")
+        self._own = {task.name: task for one, task in zip(given, loaded, strict=True) if not is_name(one)}
         self.cells = Cells(settings.output)
         self._check_folder()
 
@@ -158,11 +161,11 @@ class Evaluate:
             whole, _ = Overlap.of([whole]).without_leaks(whole)
             notes += [f"{count} {split} rows dropped that stand in a test set" for split, count in lost.items()]
         if settings.train_rows and task.sizes.get("train", 0) > settings.train_rows:
-            task = _drawn(task, "train", settings.train_rows)
+            task = drawn(task, "train", settings.train_rows)
             # A probe may not read labels of more rows than the adapters: few rows are few for everybody.
-            whole = _drawn(whole, "train", settings.train_rows)
+            whole = drawn(whole, "train", settings.train_rows)
         if task.trainable and not task.sizes.get("validation"):
-            task = _with_validation(task)
+            task = with_validation(task)
             notes.append(f"{task.sizes['validation']} training rows serve as validation rows")
         return PreparedTask(task.without_test(), SealedTest(whole, clean, self.cells), notes)
 
@@ -217,7 +220,8 @@ class Evaluate:
         rate = 0.0 if arm == ZERO_SHOT else self._rate(prepared, recipe, arm)
         started = started if arm == ZERO_SHOT else time.perf_counter()
         encoder, params, history, dev = self._trained(prepared.task, recipe, arm, rate, seed)
-        found = prepared.test.open(encoder, arm, seed)
+        with self._lower_blocks_once(encoder, prepared.test._task):
+            found = prepared.test.open(encoder, arm, seed)
         metric, clean = prepared.task.metrics[0], prepared.test.clean
         others = {name: round(score, 4) for name, score in found.scores.items() if name != metric}
         cell = Cell(
@@ -235,14 +239,21 @@ class Evaluate:
     def _trained(self, task: Task, recipe: Recipe, arm: str, rate: float, seed: int) -> tuple[Any, int, History, float]:
         """A model with a trained arm, its size, the course of its training, and its score on the validation rows."""
         encoder, params = recipe.build(arm, seed)
-        history = History()
-        if arm != ZERO_SHOT:
-            schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, seed)
-            with without_progress_bars():
-                history = fit(encoder, task, schedule)
-        known = task.sizes.get("validation")
-        dev = task.evaluate(encoder, "validation").scores[task.metrics[0]] if known else float("nan")
+        history, dev = History(), math.nan
+        with self._lower_blocks_once(encoder, task):
+            if arm != ZERO_SHOT:
+                schedule = Schedule(self.settings.epochs, rate, self.settings.batch_size, seed)
+                with without_progress_bars():
+                    history = fit(encoder, task, schedule)
+            if task.sizes.get("validation"):
+                dev = task.evaluate(encoder, "validation").scores[task.metrics[0]]
         return encoder, params, history, dev
+
+    def _lower_blocks_once(self, encoder: Any, task: Task) -> AbstractContextManager[None]:
+        """Within, blocks below the ``layers`` that are adapted compute each text once for all arms."""
+        if self.settings.layers is None or task.reads != SENTENCES:
+            return nullcontext()
+        return cached_prefix(encoder, task, self.cells.folder / "prefix")
 
     def _rate(self, prepared: PreparedTask, recipe: Recipe, arm: str) -> float:
         """The learning rate with the best score on the validation rows; of equals the lower one."""
@@ -320,7 +331,7 @@ class Evaluate:
             candidate: an arm; ``lora+bio`` or else ``bio`` if None.
             resamples: draws of the bootstrap.
         """
-        candidate = candidate or next((arm for arm in (STACK, "bio") if arm in self.arms), None)
+        candidate = candidate or next((arm for arm in (LORA_BIO, "bio") if arm in self.arms), None)
         rivals = [arm for arm in self.arms if arm != candidate]
         if candidate is None or not rivals:
             return None
@@ -350,23 +361,23 @@ class Evaluate:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         bio = {name: value for name, value in self.bio.to_dict().items() if value is not None}
         fixed = json.loads(json.dumps({**settings, "bio": bio}, default=str))
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            for name, value in fixed.items():
-                if known.get(name) != value:
-                    raise ValueError(
-                        f"{self.cells.folder} holds cells of {name}={known.get(name)!r}, not {value!r}: go on with "
-                        "that, or give another folder with --output"
-                    )
-        else:
-            path.write_text(json.dumps(fixed, indent=1) + "\n", encoding="utf-8")
+        fixed |= {f"rows of {name}": task.fingerprints() for name, task in self._own.items()}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name, value in fixed.items():
+            # Tasks may be added; all else has been there from the first.
+            if known.get(name) != value and known and (name in known or not name.startswith("rows of ")):
+                raise ValueError(
+                    f"{self.cells.folder} holds cells of {name}={known.get(name)!r}, not {value!r}: go on with "
+                    "that, or give another folder with --output"
+                )
+        path.write_text(json.dumps(known | fixed, indent=1) + "\n", encoding="utf-8")
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def evaluate(
-    task: str | Task | Sequence[str | Task] = DEFAULT_TASK,
+    task: Any = DEFAULT_TASK,
     *,
     bio: BioConfig | None = None,
     console: Console | None = None,
@@ -375,7 +386,8 @@ def evaluate(
     """Compare arms on tasks: the model as it comes, LoRAs, bio adapters, placebos, all under the same protocol.
 
     Args:
-        task: names of tasks, or `Task` objects of one's own rows.
+        task: a task as `load_task` takes it, or a list of them: names, `Task` objects, or rows of one's own as a
+            DataFrame, a `datasets.Dataset` or ``DatasetDict``, a dict, a file or a folder.
         bio: configuration of the bio adapter, in place of ``primitives``.
         console: where progress is shown; the terminal if None.
         settings: the fields of `EvaluationSettings`, such as ``data_dir="data", arms=("lora", "lora+bio"), seeds=5``.
@@ -384,21 +396,17 @@ def evaluate(
         What stands in ``results.json``: cells, and on clean and on all test rows the verdict and every difference.
 
     Raises:
+        TypeError: no such setting.
         ValueError: see `Evaluate`.
     """
-    given = [task] if isinstance(task, (str, Task)) else list(task)
-    own = [one for one in given if isinstance(one, Task)]
-    if own and len(own) < len(given):
-        raise ValueError("task: either names or Task objects, not both")
-    names = tuple(one.name if isinstance(one, Task) else one for one in given)
-    known = [one.name for one in fields(EvaluationSettings)]
-    for name, value in settings.items():
-        if name not in known:
-            raise TypeError(f"evaluate has no setting {name!r} (got {value!r}); {suggest(name, known)}")
+    given = list(task) if isinstance(task, (list, tuple)) else [task]
+    check_names("evaluate", settings, EvaluationSettings)
+    tasks = [one if is_name(one) else load_task(one) for one in given]
+    names = tuple(one if isinstance(one, str) else one.name for one in tasks)
     chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
-    return Evaluate(EvaluationSettings(task=names, **chosen), console, tasks=own or None, bio=bio).run()
+    return Evaluate(EvaluationSettings(task=names, **chosen), console, tasks=tasks, bio=bio).run()
 
 
 def _fresh(model: str, task: Task, device: str | None, adapters: Sequence[str], folder: str) -> Any:
@@ -438,25 +446,6 @@ def _trained_on(task: Task, other: Task) -> Task:
         "test": task.rows("test"),
     }
     return type(task)(task.name, splits)
-
-
-def _by_hash(task: Task, split: str) -> list[int]:
-    """Places of a split's rows in an order that depends on what is in them alone."""
-    digests = [hashlib.sha1(repr(key).encode()).digest() for key in task.keys(split)]
-    return sorted(range(len(digests)), key=digests.__getitem__)
-
-
-def _drawn(task: Task, split: str, count: int) -> Task:
-    """So many rows, in their old order: files may be sorted, so that their first rows lack most classes."""
-    return task.keep(split, sorted(_by_hash(task, split)[:count]))
-
-
-def _with_validation(task: Task) -> Task:
-    """Some of the training rows serve as validation rows where a set has none."""
-    assert isinstance(task, TableTask)  # the others have validation rows
-    order = _by_hash(task, "train")
-    count = max(1, min(_MOST_VALIDATION, round(_VALIDATION_SHARE * len(order))))
-    return task.split_off("validation", "train", sorted(order[:count]))
 
 
 def _table(cells: Sequence[Cell]) -> Table:

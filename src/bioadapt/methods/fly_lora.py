@@ -1,4 +1,7 @@
-"""FlyLoRA: a frozen sparse projection whose few strongest units write into the output."""
+"""FlyLoRA: a frozen sparse projection whose few strongest units write into the output.
+
+One file because training, combining, merging and loading all work on the same few tensors, and are wrong together.
+"""
 
 from __future__ import annotations
 
@@ -210,15 +213,15 @@ class FlyLora(LocalRule, OnWeight):
 
     @classmethod
     def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        found = super().check_settings(settings)
-        if found["k"] > found["r"]:
-            raise ValueError(f"k={found['k']} is more than r={found['r']}: k of the r units write, so k is at most r")
-        if found["blocks"] > 1 and not found["save_projection"]:
+        full = super().check_settings(settings)
+        if full["k"] > full["r"]:
+            raise ValueError(f"k={full['k']} is more than r={full['r']}: k of the r units write, so k is at most r")
+        if full["blocks"] > 1 and not full["save_projection"]:
             raise ValueError(
-                f"blocks={found['blocks']} needs save_projection=True: blocks come from adapters of several seeds, "
+                f"blocks={full['blocks']} needs save_projection=True: blocks come from adapters of several seeds, "
                 "so their projections cannot be drawn again from one"
             )
-        return found
+        return full
 
     def build(self, host: Host) -> None:
         units, n = self.blocks * self.r, self.d_in
@@ -292,13 +295,13 @@ class FlyLora(LocalRule, OnWeight):
         if mask is not None:
             y, won = y.masked_fill(~mask[..., None], 0.0), won.masked_fill(~mask[..., None], 0.0)
         y, won = y.flatten(0, -2), won.flatten(0, -2)
-        found = {"load": won.sum(0) + 0.0 * y.sum(0)}  # no number where y is none
+        measured = {"load": won.sum(0) + 0.0 * y.sum(0)}  # no number where y is none
         if self.approximates:
             energy = y.square()
             every = max(1, math.ceil(len(y) / WITNESSES))
-            found |= {"energy": energy.sum(0), "energy_chosen": (energy * won).sum(0)}
-            found["error"] = self.lost(y[::every], won[::every])
-        return found
+            measured |= {"energy": energy.sum(0), "energy_chosen": (energy * won).sum(0)}
+            measured["error"] = self.lost(y[::every], won[::every])
+        return measured
 
     def lost(self, y: Tensor, won: Tensor) -> Tensor:
         """Squared size of what the linear surrogate gets wrong, and of the change itself, summed over tokens: (2,)."""

@@ -14,7 +14,7 @@ from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, 
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", zero_scale=16.0, merge="weight")
+@register_primitive("san_scaling", stage="plasticity", kind="weight", zero_at="update", zero_scale=8.0, merge="weight")
 class SanScaling(OnWeight):
     """One gain per neuron scales its output, and the synapses of the next adapted layer that read it.
 

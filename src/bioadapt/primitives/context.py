@@ -1,4 +1,4 @@
-"""What a primitive is told of the world: the layer it is born on, and what surrounds a forward call."""
+"""What a primitive knows of the world: the layer it is born on, and what surrounds a forward call."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, Fused
-from .time import CHUNK, is_short, linear_scan, past_recurrence
+from .time import CHUNK, is_short, is_symbol, linear_scan, past_recurrence
 
 
 class _Recall(Fused):
@@ -77,7 +77,7 @@ def recall(name: str, key: Tensor, content: Tensor, decay: Tensor, context: Cont
         real = key.new_ones(1, key.shape[1]) if context.mask is None else context.mask.to(key.dtype)
         seen, rate = real.cumsum(1), decay.log()
         mass = torch.expm1((seen - real)[..., None] * rate) / torch.expm1(rate)
-        if is_short(key.shape[1]):
+        if is_short(key.shape[1]) or is_symbol(key.shape[1]):
             return *_Recall.apply(key, content, seen, real, decay), mass
         return *_by_blocks(key, content, decay, real.expand(len(key), -1)), mass
     mass = past_recurrence(f"{name} mass", decay, torch.ones_like(key[..., :1]), context)

@@ -188,16 +188,3 @@ def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
             "would begin: load the weights of the base model first"
         )
     return host.weight.detach().float()
-
-
-SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of a threshold
-
-
-def with_slope(exact: Tensor, smooth: Tensor) -> Tensor:
-    """``exact``, bit for bit, with the gradient of ``smooth``."""
-    return exact.detach() + (smooth - smooth.detach())
-
-
-def rectified(z: Tensor) -> Tensor:
-    """[z]_+, which silent cells still get gradient through."""
-    return with_slope(torch.relu(z), nn.functional.softplus(SHARPNESS * z) / SHARPNESS)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context, Fused, Primitive, added
+from .base import Context, Fused, Scaled
 from .frames import measured_scale
 from .time import mean_reading
 
@@ -40,7 +40,7 @@ def encoded(x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
     return _Encoding.apply(x, reader)
 
 
-class Latent(Primitive):
+class Latent(Scaled):
     """A primitive of the form delta = s U h(D u), whose gate costs nothing.
 
     A subclass makes the tensors ``reader`` D (r, d) and ``writer`` U (d, k) and defines `code`.
@@ -60,10 +60,9 @@ class Latent(Primitive):
         code, scale = self.coded(x, context)
         return scale * (code @ self.writer.T)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         code, size = self.coded(x, context)
-        return added(nn.functional.linear(size * code, context.once(torch.mul, scale, self.writer)), itself)
+        return nn.functional.linear(size * code, context.once(torch.mul, scale, self.writer))
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

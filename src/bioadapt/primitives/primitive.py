@@ -21,7 +21,7 @@ from .setting import Setting, setting
 
 # Which factor of the path is zero at birth, and what most primitives with a zero there multiply it by, so that a LoRA's
 # learning rate trains it: Adam moves every number by about one step, and a gain has one where a LoRA has eight.
-ZEROS = {"gate": 8.0, "scalar_gate": 8.0, "readout": 1.0, "update": 1.0}
+ZEROS = {"gate": 4.0, "scalar_gate": 4.0, "readout": 1.0, "update": 1.0}
 MERGES = ("weight", "left")
 
 
@@ -56,17 +56,6 @@ class _Scaling(Fused):
         product = grad * change
         on_scale = product.sum(tuple(range(product.dim() - 1)) if len(scale) > 1 else None).view_as(scale)
         return torch.mul(grad, scale, out=product), on_scale, grad if ctx.needs_input_grad[2] else None
-
-
-def added(change: Tensor, x: Tensor | None) -> Tensor:
-    """The change, plus x if there is one, written into the change where that is allowed.
-
-    Pass a view of x that was taken before the mechanism began: autograd runs a view's backward after that of everything
-    later, so that the mechanism's gradient of x is there first and takes up this one's in place.
-    """
-    if x is None:
-        return change
-    return change + x if torch.compiler.is_compiling() or change._is_view() else change.add_(x)
 
 
 class Primitive(nn.Module):
@@ -123,11 +112,11 @@ class Primitive(nn.Module):
     @classmethod
     def declared_settings(cls) -> dict[str, Setting]:
         """The settings that the class and its bases declare, in order of declaration."""
-        found: dict[str, Setting] = {}
+        declared: dict[str, Setting] = {}
         for base in reversed(cls.__mro__):
-            found.update({name: value for name, value in vars(base).items() if isinstance(value, Setting)})
-        shared = found.pop("zero_scale", None)  # what all share comes last
-        return found if shared is None else {**found, "zero_scale": shared}
+            declared.update({name: value for name, value in vars(base).items() if isinstance(value, Setting)})
+        shared = declared.pop("zero_scale", None)  # what all share comes last
+        return declared if shared is None else {**declared, "zero_scale": shared}
 
     @classmethod
     def check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,8 +145,7 @@ class Primitive(nn.Module):
         if not torch.is_grad_enabled():
             change = self.transform(x, context)
             return torch.addcmul(x, change, scale) if with_x else change * scale
-        # A view's backward runs after that of everything later: see `added`.
-        itself = x.view_as(x) if with_x else None
+        itself = x.view_as(x) if with_x else None  # a view's backward comes last: see `Scaled`
         return _Scaling.apply(self.transform(x, context), scale, itself)
 
     def left_matrix(self) -> Tensor:
@@ -184,8 +172,8 @@ class Primitive(nn.Module):
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
-        found = self._changed(x, context, with_x) if self.any_dtype else self._in_fp32(x.float(), context, with_x)
-        return (found if found.shape == shape else found.reshape(shape)).to(dtype)
+        result = self._changed(x, context, with_x) if self.any_dtype else self._in_fp32(x.float(), context, with_x)
+        return (result if result.shape == shape else result.reshape(shape)).to(dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""
@@ -306,6 +294,30 @@ class Primitive(nn.Module):
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in self.declared_settings()]
         return ", ".join([f"{self.d_in} -> {self.d_out}", *values])
+
+
+class Scaled(Primitive):
+    """A primitive whose fused form takes its scale in: ``scaled_change(x, context, scale)``, as `scaled` without x.
+
+    `transform` is the formula beside it. Where the fused form alone can be written down, because its gradient is not
+    that of a formula (spikes, thresholds: see `surrogate`), `transform` is the fused form at a scale of one.
+    """
+
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        """``scale`` (d_out,) or (1,) times `transform`, in memory of its own."""
+        raise NotImplementedError(f"{type(self).__name__} must define scaled_change")
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        return self.scaled_change(x, context, x.new_ones(self.d_out))
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        # Taken before the mechanism begins: autograd runs a view's backward after that of everything later, so that
+        # the mechanism's gradient of x is there first and takes up this one's in place.
+        itself = x.view_as(x) if with_x else None
+        change = self.scaled_change(x, context, scale)
+        if itself is None:
+            return change
+        return change + itself if torch.compiler.is_compiling() or change._is_view() else change.add_(itself)
 
 
 class _Body(nn.Module):

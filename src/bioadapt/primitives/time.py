@@ -2,6 +2,7 @@
 
 All functions take (B, T, ...) tensors in fp32 and honour the context: padding is invisible (at a padded token the
 recurrence is the identity), a reset forgets everything before it, and decoding continues where the last step stopped.
+One file because all of them are forms of one recurrence, and are held against each other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     steps = drive.shape[1]
     if torch.compiler.is_compiling() and not _exporting():
         return _solved(decay, drive, initial, backwards)
-    if _is_symbol(steps):
+    if is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)
     if decay.numel() > 1 or not is_short(steps) or drive.is_complex():
         return _scan(decay, drive, initial, backwards)
@@ -57,10 +58,10 @@ def _exporting() -> bool:
 
 def is_short(steps: int) -> bool:
     """Whether a product with a matrix of powers is cheaper than the scan for so many tokens."""
-    return not _is_symbol(steps) and steps <= CHUNK
+    return not is_symbol(steps) and steps <= CHUNK
 
 
-def _is_symbol(steps: int) -> bool:
+def is_symbol(steps: int) -> bool:
     """Whether a length is left open, as in a model that is exported for sequences of any length."""
     return isinstance(steps, torch.SymInt)
 
@@ -129,7 +130,7 @@ def _lagged(h: Tensor, initial: Tensor) -> Tensor:
     steps = h.shape[1]
     if steps == 1:
         return initial
-    if _is_symbol(steps):  # a series that is one token shorter would rule out a length of two
+    if is_symbol(steps):  # a series that is one token shorter would rule out a length of two
         shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
         return torch.where(_first(h), initial, shifted)
     return torch.cat([initial, h[:, :-1]], 1)
@@ -347,8 +348,8 @@ def readings(
         sides = {name: (getattr(joint, name), getattr(back, name)) for name in ("mask", "resets")}
         joint = joint.replace(**{k: None if a is None else torch.cat([a, b]) for k, (a, b) in sides.items()})
     pair = torch.cat([series, (series if backwards is None else backwards).flip(1)])
-    onwards, reverse = read(pair, joint).chunk(2)
-    return torch.stack([onwards, reverse.flip(1)])
+    read_both, batch = read(pair, joint), series.shape[0]  # which may be left open: halves ask nothing of it
+    return torch.stack([read_both[:batch], read_both[batch:].flip(1)])
 
 
 class _Deviation(Fused):

@@ -99,7 +99,7 @@ class AdapterCircuit(nn.Module):
     def applied(self, y: Tensor, context: Context, state: Recollection | None = None) -> Tensor:
         """y plus its change, in the dtype of y."""
         if self.alone is None:
-            itself = y.view_as(y)  # see `added`; sums and products are nobody else's
+            itself = y.view_as(y)  # before the primitives read it: see `Scaled`
             return self(y, context, state).add_(itself).to(y.dtype)
         read = y.float() if self.in_fp32 else y
         return self[self.alone](read, self._own(self.alone, context, state), with_x=True).to(y.dtype)

@@ -65,7 +65,7 @@ def distill_to_lora(
         model: with active bio adapters, by whichever way they were added. Its weights stay as they are.
         batches: mappings that the model is called with. They are gone through more than once.
         rank: of the LoRA.
-        whole: distil what other adapters below do as well, so that the LoRA replaces the whole stack; else the LoRA
+        whole: distil what other adapters below do as well, so that the LoRA replaces all of them; else the LoRA
             stands for the bio adapter alone and is to be used over the same adapters.
         forward: how to call the model on a batch; ``model(**batch)`` if None.
 

@@ -1,4 +1,7 @@
-"""The one layer that carries bio adapters: all plumbing that PEFT expects of a tuner layer, written once."""
+"""The one layer that carries bio adapters: all plumbing that PEFT expects of a tuner layer, written once.
+
+One file because PEFT asks for all of it as methods of one class.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER
@@ -20,7 +23,7 @@ from ..registry import primitive_info
 from . import patches
 from .circuit import AdapterCircuit
 from .masks import NOTHING, Tokens, Unclear
-from .merging import MergeableLayer, Original
+from .merging import MergeableLayer, Original, quantization_backend_of
 from .scope import Scope, Surroundings
 from .sharding import check_whole, refusal_of_shards
 from .sites import Axes, Layout, Site, describe
@@ -68,7 +71,7 @@ class BioLayer(MergeableLayer):
         self._active_adapter: str | list[str] = []
         self._original: Original | None = None
         self.lost_in_rounding = 0.0  # share of the changed weights that the last merge left as they were
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.quantization_backend = quantization_backend_of(self.get_base_layer(), **kwargs)
         scope.layers.append(self)
 
     # -- adapters --

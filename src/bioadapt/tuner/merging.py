@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from .sites import Site, offloaded
@@ -77,6 +78,11 @@ class MergeableLayer(Transparent, BaseTunerLayer):
                 )
             if self.site.weight is None:
                 raise ValueError(f"adapter {name!r} cannot be merged: {self.path} ({self.site.layer}) has no matrix")
+            if self._not_written_back():
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {self.path} is quantised with "
+                    f"{self.quantization_backend.backend_name}, {self._not_written_back()}"
+                )
             if self.get_base_layer().weight.is_meta:
                 raise ValueError(
                     f"adapter {name!r} cannot be merged: the weight of {self.path} is offloaded, and what is written "
@@ -89,11 +95,19 @@ class MergeableLayer(Transparent, BaseTunerLayer):
                     "no effect. Make it an ordinary weight first (such as by torch.nn.utils.parametrize."
                     "remove_parametrizations, remove_weight_norm or prune.remove)"
                 )
-            if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-                raise ValueError(
-                    f"adapter {name!r} cannot be merged: {self.path} is quantised with "
-                    f"{self.quantization_backend.backend_name}, which cannot be written back"
-                )
+
+    def _not_written_back(self) -> str | None:
+        """Why a quantised weight cannot be changed, in words, or None if it can."""
+        backend = self.quantization_backend
+        if backend is None:
+            return None
+        if not backend.supports_merge:
+            return "which cannot be written back"
+        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_recipe:
+            return "by a recipe that the model does not keep: load it with transformers' TorchAoConfig to merge"
+        if not isinstance(getattr(self.get_base_layer(), "weight", None), Tensor):
+            return "whose layers would have to be made anew, without their bias"
+        return None
 
     def _weight_is_computed(self) -> str | None:
         """Why the layer does not compute with the weight or the bias that it shows, or None if it does."""
@@ -248,6 +262,18 @@ class MergeableLayer(Transparent, BaseTunerLayer):
         base = self.get_base_layer()
         if bias is not None and base.bias is not None:
             base.bias.data = bias.to(base.bias.dtype)
+
+
+def _unknown_recipe() -> None:
+    """Stands for the recipe by which torchao quantised a model, where that does not tell."""
+
+
+def quantization_backend_of(layer: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's way to read and write a quantised layer, None for an ordinary one.
+
+    PEFT refuses a layer that `torchao.quantize_` has quantised, since it cannot be quantised anew after a merge.
+    """
+    return resolve_quantization_backend(layer, **{"get_apply_tensor_subclass": _unknown_recipe, **kwargs})
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ def _signature(plain: nn.Module) -> dict[str, float]:
     found = {}
     for layer in bio_layers(plain):
         weight = getattr(layer.get_base_layer(), "weight", None)
-        whole = isinstance(weight, Tensor) and not weight.is_meta and not hasattr(weight, "full_tensor")
-        if whole and weight.is_floating_point():
+        ordinary = isinstance(weight, Tensor) and type(weight.data) is Tensor  # neither sharded nor quantised
+        if ordinary and not weight.is_meta and weight.is_floating_point():
             found[layer.path] = float(f"{weight.detach().float().square().mean().sqrt().item():.4g}")
     return found
 

@@ -58,7 +58,7 @@ class Site:
             return f"it reads the layer's input, and the input of {self.layer} is not made of features"
         matrix = self.weight is not None and self.pointwise_weight and self.reads_features
         if info.kind == "weight" and not matrix and not info.factory.per_channel:
-            return f"it acts on a weight matrix, and {self.layer} does not multiply its input by one"
+            return f"it acts on a weight matrix, and {self.layer} shows none that multiplies its input"
         return None
 
 
@@ -121,8 +121,11 @@ def describe(layer: nn.Module) -> Site:
         return Site(name, weight.shape[0], weight.shape[0])
     d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     if isinstance(d_in, int) and isinstance(d_out, int):
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"{name} packs its weight for inference, and no gradient flows back through it")
         plain = isinstance(weight, Tensor) and tuple(weight.shape) == (d_out, d_in) and weight.is_floating_point()
-        return Site(name, d_in, d_out, weight="rows" if plain else None)
+        readable = plain or callable(getattr(layer, "dequantize", None))
+        return Site(name, d_in, d_out, weight="rows" if readable else None)
     raise TypeError(
         f"{name} has no feature axis that bioadapt knows; accepted are Linear, Conv1D, Conv1d/2d/3d, Embedding, "
         "normalisations with a weight vector, and modules with integer in_features and out_features"

@@ -6,7 +6,8 @@ projection as well; in a convolutional block it is the last convolution. A popul
 is thus complete at the targets, which a query or a value is not.
 
 Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and the hidden units of the feed-forward
-block behind their activation, which are the input of its last projection.
+block behind their activation, which are the input of its last projection. On BERT and ViT that projection's name is that
+of the attention's as well, whose input is adapted with it, as by PEFT's IA3.
 
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
@@ -15,6 +16,7 @@ module on the way, both names are listed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,8 @@ from torch import nn
 
 from ..config import BioConfig
 from ..registry import primitive_info
+
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 _BERT = ["output.dense"]  # attention.output.dense, crossattention.output.dense and output.dense; not pooler.dense
 _BART = ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]  # not classification_head.out_proj
@@ -46,6 +50,7 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "deberta-v2": _BERT,
     "distilbert": ["attention.out_lin", "ffn.lin2"],
     "electra": _BERT,
+    "eurobert": _LLAMA,
     "layoutlm": _BERT,
     "modernbert": ["attn.Wo", "mlp.Wo"],
     "mpnet": ["attention.attn.o", "output.dense"],
@@ -71,6 +76,7 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "gemma4_text": _LLAMA,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
+    "gpt_oss": ["o_proj"],  # the experts are fused parameters, not modules
     "gpt_neo": ["attention.out_proj", "mlp.c_proj"],
     "gpt_neox": _NEOX,
     "gptj": _GPTJ,
@@ -80,19 +86,26 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "mixtral": ["o_proj"],  # the experts are fused parameters, not modules
     "mpt": ["attn.out_proj", "ffn.down_proj"],
     "nemotron_h": _LLAMA,  # not the Mamba mixers' out_proj: their kernel reads its weight past any adapter
+    "olmo2": _LLAMA,
     "opt": _BART,
     "phi": ["self_attn.dense", "mlp.fc2"],
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": ["o_proj", "mlp.down_proj"],  # of the MLPs, those that are no mixtures of experts
     "rwkv": ["attention.output", "feed_forward.value"],
     "rwkv7": ["o_proj", "ffn.value"],
+    "smollm3": _LLAMA,
     "stablelm": _LLAMA,
+    # sound
+    "wav2vec2": ["attention.out_proj", "feed_forward.output_dense"],
     # vision
+    "beit": _VIT,
     "convnext": ["pwconv2"],
     "convnextv2": ["pwconv2"],
     "deit": _VIT,
     "dinov2": ["attention.o_proj", "attention.output.dense", "mlp.fc2", "mlp.down_proj", "mlp.weights_out"],
+    "dinov3_vit": ["attention.o_proj", "mlp.down_proj"],
     "resnet": ["layer.2.convolution"],  # bottleneck blocks; see residual_writers
     "swin": _VIT,
     "vit": _VIT,
@@ -105,6 +118,8 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "gemma4": _LANGUAGE_MODEL,
     "llama4": _LANGUAGE_MODEL,
     "llava": _LANGUAGE_MODEL,
+    "qwen2_5_vl": _LANGUAGE_MODEL,
+    "qwen3_vl": _LANGUAGE_MODEL,
     "siglip": _CLIP,
     "siglip_text_model": _CLIP,
     "siglip_vision_model": _CLIP,
@@ -127,11 +142,12 @@ GAIN_SITES: dict[str, tuple[list[str], list[str]]] = {
     **dict.fromkeys(("bloom", "falcon", "gpt_neox", "RefinedWeb", "RefinedWebModel"), _GAINS_NEOX),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _GAINS_GPT2),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "stablelm"), _GAINS_LLAMA),
+    **dict.fromkeys(("eurobert", "olmo2", "smollm3"), _GAINS_LLAMA),
     "gpt_neo": (["k_proj", "v_proj", "mlp.c_proj"], ["mlp.c_proj"]),
     "gptj": (["k_proj", "v_proj", "fc_out"], ["fc_out"]),
     "phi": (["k_proj", "v_proj", "fc2"], ["fc2"]),
     "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
-    **dict.fromkeys(("deit", "vit"), _GAINS_VIT),
+    **dict.fromkeys(("beit", "deit", "vit"), _GAINS_VIT),
 }
 
 
@@ -153,6 +169,12 @@ def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:
     if model_type == "resnet" and model_config.get("layer_type") == "basic":
         return ["layer.1.convolution"]  # basic blocks end one convolution earlier, and names alone do not tell
     return RESIDUAL_WRITERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def block_of(path: str) -> tuple[int, str] | None:
+    """Number of the block that a module belongs to, and its name in there; None outside of numbered blocks."""
+    number = _NUMBER.search(path)
+    return None if number is None else (int(number[1]), path[number.end() :])
 
 
 def unmatched(targets: Any, model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""The tasks by name: ``api-search`` from installed libraries, the others from a folder or the Hugging Face hub."""
+"""The tasks: ``api-search`` from installed libraries, others by name from a folder or the hub, and one's own rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from ..._words import suggest
 from ...settings import DEFAULT_TASK
 from . import files
+from .cuts import in_three
 from .images import ImageTask, digits
 from .labelled import ClassificationTask, ClusteringTask
 from .language import LanguageModellingTask, MultipleChoiceTask
@@ -34,6 +35,7 @@ __all__ = [
     "RetrievalTask",
     "StsTask",
     "Task",
+    "is_name",
     "list_tasks",
     "load_task",
     "thinned",
@@ -57,13 +59,18 @@ FAMILIES: dict[str, type[TableTask]] = {
 
 
 def load_task(
-    name: str = DEFAULT_TASK, data_dir: str | Path | Mapping[str, Any] | None = None, *, limit: int | None = None
+    name: Any = DEFAULT_TASK, data_dir: str | Path | Mapping[str, Any] | None = None, *, limit: int | None = None
 ) -> Task:
-    """A task by name.
+    """A task by name, or of one's own rows.
+
+    What kind of task rows are is told by their columns. A single table is cut into training, validation and test rows
+    by what stands in it, so that it is cut alike in every process; equal rows stay together.
 
     Args:
         name: ``api-search``, ``digits``, or the name of a data set. ``NAME:FAMILY`` reads a set as another family than
-            its own, such as ``mr:language_modelling``: the perplexity of its texts.
+            its own, such as ``mr:language_modelling``: the perplexity of its texts. Or rows: a `Task`, a DataFrame, a
+            `datasets.Dataset` or ``DatasetDict``, a dict of columns or of such tables by split, the path of a .csv,
+            .tsv or .npz file, or of a folder that holds one for each split, or images in a folder for each class.
         data_dir: folder of ``NAME/{train,dev,test}.tsv.gz`` or ``.npz`` files, or a table for each split (see
             `TableTask`); the hub, if None.
         limit: about so many rows per split, for a quick look.
@@ -73,11 +80,24 @@ def load_task(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: at least 1 row is needed")
+    if isinstance(name, str) and name == DEFAULT_TASK:
+        return ApiSearchTask(limit)
+    task = _by_name(name, data_dir) if is_name(name) else _of_rows(name)
+    return task if limit is None else thinned(task, limit)
+
+
+def is_name(task: Any) -> bool:
+    """Whether this is the name of a task, rather than rows or where they are."""
+    if not isinstance(task, str):
+        return False
+    known = task.partition(":")[0] in (DEFAULT_TASK, DIGITS, *files.HUB)
+    return known or not (Path(task).is_file() or Path(task).is_dir() or "/" in task or task.endswith(files.TABLES))
+
+
+def _by_name(name: str, data_dir: str | Path | Mapping[str, Any] | None) -> Task:
     short, _, wanted = name.partition(":")
     if wanted and wanted not in FAMILIES:
         raise ValueError(f"task {name!r}: unknown family {wanted!r}; {suggest(wanted, FAMILIES)}")
-    if name == DEFAULT_TASK:
-        return ApiSearchTask(limit)
     declared: str | None
     if name == DIGITS:
         declared, splits = ImageTask.family, digits()
@@ -87,13 +107,31 @@ def load_task(
         declared, splits = files.read_hub(short)
     else:
         declared, splits = files.read_folder(short, Path(data_dir))
-    family = declared or _family_of(short, tuple(next(iter(splits.values()), ())))
+    return _task(name, splits, declared)
+
+
+def _of_rows(rows: Any) -> Task:
+    if isinstance(rows, Task):
+        return rows
+    if isinstance(rows, (str, Path)):
+        path = Path(rows)
+        name, splits = path.name.partition(".")[0] or path.name, files.read_path(path)
+    else:
+        tables = rows if isinstance(rows, Mapping) and set(rows) & set(files.SPLITS) else {"train": rows}
+        name, splits = "own", {split: files.as_columns(table) for split, table in tables.items()}
+    task = _task(name, splits)
+    return in_three(task) if set(task.sizes) == {"train"} else task
+
+
+def _task(name: str, splits: dict[str, files.Rows], family: str | None = None) -> TableTask:
+    """The task of these rows; if no family is given, the first one whose columns are there."""
+    short, _, wanted = name.partition(":")
+    family = family or _family_of(short, next(iter(splits.values()), {}))
     if family not in FAMILIES:
         raise ValueError(f"task {short!r} is of family {family!r}; accepted: {', '.join(FAMILIES)}")
     if wanted and wanted != family:
         splits = {split: _read_as(short, wanted, rows, splits) for split, rows in splits.items()}
-    task = FAMILIES[wanted or family](name, splits)
-    return task if limit is None else thinned(task, limit)
+    return FAMILIES[wanted or family](name, splits)
 
 
 def list_tasks(data_dir: str | Path | None = None) -> list[str]:
@@ -110,9 +148,9 @@ def thinned(task: Task, limit: int) -> Task:
     return task
 
 
-def _family_of(name: str, columns: tuple[str, ...]) -> str:
+def _family_of(name: str, columns: files.Rows) -> str:
     for family, task in FAMILIES.items():
-        if set(task.columns) <= set(columns):
+        if all(column in columns or task.also.get(column) in columns for column in task.columns):
             return family
     raise ValueError(
         f"task {name!r} has columns {', '.join(columns)}; accepted: "

@@ -127,7 +127,7 @@ def read_library(library: str) -> list[ApiEntry]:
     Public is what has a name without leading underscore in the package itself or in one of its direct submodules;
     what a library only imports from elsewhere is left out.
     """
-    found: dict[int, tuple[str, Any]] = {}  # the object is kept, so that no id is used twice
+    public: dict[int, tuple[str, Any]] = {}  # the object is kept, so that no id is used twice
     for module in _public_modules(library):
         for attribute in sorted(set(dir(module))):
             if attribute.startswith("_"):
@@ -137,8 +137,8 @@ def read_library(library: str) -> list[ApiEntry]:
             except Exception:  # a lazy name whose optional dependency is missing
                 continue
             if callable(value) and _belongs_to(value, library):
-                found.setdefault(id(value), (f"{module.__name__}.{attribute}", value))
-    return [ApiEntry(name, as_words(name), first_sentence(value)) for name, value in found.values()]
+                public.setdefault(id(value), (f"{module.__name__}.{attribute}", value))
+    return [ApiEntry(name, as_words(name), first_sentence(value)) for name, value in public.values()]
 
 
 def as_words(name: str) -> str:
@@ -188,9 +188,9 @@ def _public_modules(library: str) -> Iterator[ModuleType]:
         raise ValueError(f"library {library!r} of the API search is not installed")
     if library not in _NOT_READ:
         yield root
-    for found in sorted(pkgutil.iter_modules(root.__path__, f"{library}."), key=lambda found: found.name):
-        if not found.name.rpartition(".")[2].startswith(_PRIVATE) and found.name not in _NOT_READ:
-            module = _imported(found.name)
+    for entry in sorted(pkgutil.iter_modules(root.__path__, f"{library}."), key=lambda entry: entry.name):
+        if not entry.name.rpartition(".")[2].startswith(_PRIVATE) and entry.name not in _NOT_READ:
+            module = _imported(entry.name)
             if module is not None:
                 yield module
 

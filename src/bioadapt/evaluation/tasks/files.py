@@ -1,8 +1,9 @@
-"""Reading task files: a folder of ``NAME/{train,dev,test}.tsv.gz`` or ``.npz``, or the Hugging Face hub.
+"""Reading task files: a folder of ``NAME/{train,dev,test}.tsv.gz``, ``.csv`` or ``.npz``, or the Hugging Face hub.
 
-The text files are gzip, UTF-8, one header line, columns parted by one tab, and no quoting: a quotation mark is text.
-Images are arrays ``images`` and ``labels``. ``index.json`` may say the family of each set; ``overlap.tsv.gz`` beside
-the files lists rows that also stand in other sets.
+Text files are UTF-8 with one header line, gzipped or not. The columns of a .tsv are parted by one tab, without quoting:
+a quotation mark is text; a .csv is quoted as usual. Images are arrays ``images`` and ``labels``, or files in a folder
+for each class. ``index.json`` may say the family of each set; ``overlap.tsv.gz`` beside the files lists rows that also
+stand in other sets.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import numpy as np
 from ..._extras import only_errors_of, require
 from ..._words import suggest
 
-SPLITS = ("train", "dev", "test")
-TEXT, IMAGES = ".tsv.gz", ".npz"
+# What a split may be called, and what it is.
+SPLITS = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
+ARRAYS = ".npz"
+TABLES = (".tsv.gz", ".tsv", ".csv.gz", ".csv", ARRAYS)
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # name -> (repository, family); columns as in the folder format
 HUB = {"stsb": ("sentence-transformers/stsb", "sts")}
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -82,7 +86,7 @@ def as_columns(table: Any) -> Rows:
         return dict(table)
     if isinstance(table, (str, Path)):
         path = Path(table)
-        if path.suffix == IMAGES:
+        if path.suffix == ARRAYS:
             return dict(read_arrays(path))
         if path.name.removesuffix(".gz").endswith(".csv"):
             return dict(_table(path, "", csv.reader))
@@ -98,6 +102,13 @@ def as_columns(table: Any) -> Rows:
     return {str(name): list(table[name]) for name in names}
 
 
+def is_missing(value: Any) -> bool:
+    """Whether this is None, or what pandas puts where nothing is."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    )
+
+
 def names_in(folder: Path) -> list[str]:
     """The tasks of a data folder: its subfolders that hold a test split.
 
@@ -106,7 +117,65 @@ def names_in(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"--data-dir {folder} is not a folder")
-    return sorted({path.parent.name for kind in (TEXT, IMAGES) for path in folder.glob(f"*/test{kind}")})
+    return sorted({path.parent.name for kind in TABLES for path in folder.glob(f"*/test{kind}")})
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The table of each split that a folder holds.
+
+    Raises:
+        ValueError: two files of the same split.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        for name, split in SPLITS.items():
+            if path.name in [name + kind for kind in TABLES]:
+                if split in found:
+                    raise ValueError(f"{folder}: {found[split].name} and {path.name} are both the {split} rows")
+                found[split] = path
+    return {split: found[split] for split in SPLITS.values() if split in found}
+
+
+def read_pictures(folder: Path) -> Rows:
+    """Image files that lie in a folder for each class, as ``images`` (height, width[, channels]) and ``labels``.
+
+    Raises:
+        ValueError: there are none, or one cannot be read.
+    """
+    library = require("PIL.Image")
+    files = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in _PICTURES]
+    if not files:
+        raise ValueError(f"{folder} holds no folders of images")
+    try:
+        pictures = [library.open(file) for file in files]
+        grey = all(picture.mode in ("1", "L") for picture in pictures)
+        images = [np.asarray(picture.convert("L" if grey else "RGB")) for picture in pictures]
+    except OSError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return {"images": images, "labels": [file.parent.name for file in files]}
+
+
+def read_path(path: Path) -> dict[str, Rows]:
+    """The splits of a file, or of a folder with a table or a folder of images for each; a single table is ``train``.
+
+    Raises:
+        ValueError: nothing is there that can be read.
+    """
+    if path.is_file():
+        return {"train": as_columns(path)}
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
+    if tables := split_files(path):
+        return {split: as_columns(file) for split, file in tables.items()}
+    if parts := {split: path / name for name, split in SPLITS.items() if (path / name).is_dir()}:
+        return {split: read_pictures(part) for split, part in parts.items()}
+    try:
+        return {"train": read_pictures(path)}
+    except ValueError:
+        kinds = ", ".join(TABLES)
+        raise ValueError(
+            f"{path} holds neither train, dev and test as {kinds}, nor images in a folder for each class"
+        ) from None
 
 
 def read_folder(name: str, folder: Path) -> tuple[str | None, dict[str, Rows]]:
@@ -120,9 +189,7 @@ def read_folder(name: str, folder: Path) -> tuple[str | None, dict[str, Rows]]:
         hint = suggest(name, names)
         close = f"{hint} " if hint.startswith("did") else ""
         raise ValueError(f"task {name!r} is not in {folder}; {close}accepted: {', '.join(names) or 'there are none'}")
-    kind = TEXT if (folder / name / f"test{TEXT}").is_file() else IMAGES
-    files = {split: folder / name / f"{split}{kind}" for split in SPLITS}
-    return _declared_family(name, folder), {split: as_columns(file) for split, file in files.items() if file.is_file()}
+    return _declared_family(name, folder), read_path(folder / name)
 
 
 def read_overlap(name: str, folder: Path) -> dict[str, set[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,8 +39,9 @@ def digits() -> dict[str, Rows]:
 class ImageTask(TableTask):
     """Accuracy of a logistic regression on the standardised features of all training images.
 
-    Images are (n, height, width) or (n, height, width, channels) of uint8. The head that an adapter is trained with is
-    thrown away, so that every arm, the frozen model too, is scored alike.
+    Images are (height, width) or (height, width, channels) of uint8, or of Pillow; they may differ in size, since each
+    is brought to the model's. Classes are numbers or names. The head that an adapter is trained with is thrown away, so
+    that every arm, the frozen model too, is scored alike.
     """
 
     family = "image_classification"
@@ -48,49 +49,53 @@ class ImageTask(TableTask):
     reads = IMAGES
     columns = ("images", "labels")
     text_columns = ()
+    also: ClassVar[Mapping[str, str]] = {"images": "image", "labels": "label"}  # as `datasets` has them
 
     def __init__(self, name: str, splits: Mapping[str, Any]) -> None:
         super().__init__(name, splits)
-        classes = sorted({int(label) for rows in self._splits.values() for label in rows["labels"]})
+        classes = sorted({label for rows in self._splits.values() for label in rows["labels"]})
         self.classes = len(classes)
         self._number = {label: number for number, label in enumerate(classes)}
 
     def _checked(self, rows: Rows, where: str) -> Rows:
-        shapes = {np.shape(image) for image in rows["images"]}
-        if len(shapes) != 1 or len(next(iter(shapes))) not in (2, 3):
-            raise ValueError(
-                f"{where}: images of shapes {sorted(map(str, shapes))}; accepted is one shape, "
-                "(height, width) or (height, width, channels)"
-            )
-        if len(rows["images"]) != len(rows["labels"]):
-            raise ValueError(f"{where}: {len(rows['images'])} images, {len(rows['labels'])} labels")
+        rows["images"] = [np.asarray(image) for image in rows["images"]]
+        for place, image in enumerate(rows["images"]):
+            if image.ndim not in (2, 3) or image.dtype != np.uint8:
+                raise ValueError(
+                    f"{where}, row {place}: an image of shape {image.shape} and type {image.dtype}; accepted are "
+                    "(height, width) and (height, width, channels) of uint8"
+                )
+        if len({image.shape[2:] for image in rows["images"]}) > 1:
+            raise ValueError(f"{where}: some images have colours, others have none")
+        named = any(isinstance(label, str) for label in rows["labels"])
+        rows["labels"] = [str(label) if named else int(label) for label in rows["labels"]]
         return rows
 
     def texts(self, split: str) -> list[str]:
         return []
 
     def keys(self, split: str) -> list[Hashable]:
-        return [(np.asarray(image).tobytes(),) for image in self.rows(split)["images"]]
+        return [(image.tobytes(),) for image in self.rows(split)["images"]]
 
     def _content(self, split: str) -> Any:
         rows = self.rows(split)
-        return [np.asarray(image).tobytes() for image in rows["images"]], [int(label) for label in rows["labels"]]
+        return [image.tobytes() for image in rows["images"]], rows["labels"]
 
     def labels(self, split: str) -> np.ndarray:
         """Class numbers (n,)."""
-        return np.array([self._number[int(label)] for label in self.rows(split)["labels"]])
+        return np.array([self._number[label] for label in self.rows(split)["labels"]])
 
     def pixels(self, split: str, model: ImageModel) -> Tensor:
         """Images as the model reads them: (n, channels, height, width) in float32."""
-        return as_pixels(np.stack(self.rows(split)["images"]), model.channels, model.size)
+        return as_pixels(self.rows(split)["images"], model.channels, model.size)
 
     def evaluate(self, model: ImageModel, split: str = "test") -> Evaluation:
         gold = self.labels(split)
         known, asked = (features(model, self.pixels(part, model)) for part in ("train", split))
         # Features of an image model may hardly vary about a large mean, which a probe would not see.
         centre, spread = known.mean(0), known.std(0) + _LEAST_SPREAD
-        found = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
-        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+        predicted = probe((known - centre) / spread, self.labels("train"), (asked - centre) / spread)
+        return self._evaluation({"accuracy": (predicted == gold).astype(np.float64)}, gold)
 
     def trainer(self, model: ImageModel, arguments: Mapping[str, Any], callbacks: list[Any]) -> Trainer:
         library = require("transformers")
@@ -105,9 +110,15 @@ class ImageTask(TableTask):
         )
 
 
-def as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
-    """uint8 images (n, height, width[, channels]) as (n, channels, size, size) around zero."""
-    found = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+def as_pixels(images: Sequence[np.ndarray], channels: int, size: int) -> Tensor:
+    """uint8 images, each (height, width[, channels]), as (n, channels, size, size) around zero."""
+    alike = len({image.shape for image in images}) == 1
+    parts = [np.stack(images)] if alike else [image[None] for image in images]
+    return torch.cat([_as_pixels(part, channels, size) for part in parts])
+
+
+def _as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
+    found = torch.tensor(images).float() / 127.5 - 1
     found = found[:, None] if found.dim() == 3 else found.movedim(-1, 1)
     if found.shape[1] != channels:
         found = found.mean(1, keepdim=True).expand(-1, channels, -1, -1)
@@ -120,5 +131,5 @@ def as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
 def features(model: ImageModel, pixels: Tensor) -> np.ndarray:
     """What the head reads of each image, (n, d)."""
     model.model.eval()
-    found = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
-    return torch.cat(found).float().cpu().numpy()
+    parts = [model.features(part.to(model.device)) for part in pixels.split(_BATCH)]
+    return torch.cat(parts).float().cpu().numpy()

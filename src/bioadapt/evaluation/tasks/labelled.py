@@ -72,8 +72,8 @@ class ClassificationTask(LabelledTask):
         places = self._probe_rows(texts, len(np.unique(classes)))
         held_out, gold = self._of(split)
         known = embeddings(model, [texts[place] for place in places])
-        found = probe(known, classes[places], embeddings(model, held_out))
-        return self._evaluation({"accuracy": (found == gold).astype(np.float64)}, gold)
+        predicted = probe(known, classes[places], embeddings(model, held_out))
+        return self._evaluation({"accuracy": (predicted == gold).astype(np.float64)}, gold)
 
     @staticmethod
     def _probe_rows(texts: list[str], classes: int) -> list[int]:

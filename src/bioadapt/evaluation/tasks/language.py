@@ -62,7 +62,7 @@ class LanguageModellingTask(LanguageTask):
 
     def evaluate(self, model: LanguageModel, split: str = "test") -> Evaluation:
         sequences = [model.tokens(text) for text in self.rows(split)["text"]]
-        # A text of a single token foresees nothing: it adds neither loss nor tokens.
+        # A text of one token has no next token to predict: it adds neither loss nor tokens.
         rows = np.array([[loss.sum(), len(loss)] for loss in losses(model, [(ids, ids) for ids in sequences])])
         return self._evaluation({"perplexity": rows}, np.arange(len(rows)))
 
@@ -107,10 +107,10 @@ class MultipleChoiceTask(LanguageTask):
             for context, choices in zip(rows["context"], rows["choices"], strict=True)
             for choice in choices
         ]
-        found = [float(loss.sum()) for loss in losses(model, asked)]
+        summed = [float(loss.sum()) for loss in losses(model, asked)]
         gold, right, start = np.array(rows["label"]), [], 0
         for label, choices in zip(rows["label"], rows["choices"], strict=True):
-            own = found[start : start + len(choices)]
+            own = summed[start : start + len(choices)]
             right.append(float(int(np.argmin(own)) == label))
             start += len(choices)
         return self._evaluation({"accuracy": np.array(right)}, gold)
@@ -127,7 +127,7 @@ def losses(model: LanguageModel, examples: Sequence[tuple[list[int], list[int]]]
     """The loss of every asked token of each example, in nats; batches are of like lengths, whatever the order."""
     model.model.eval()
     order = sorted(range(len(examples)), key=lambda place: len(examples[place][0]))
-    found: dict[int, np.ndarray] = {}
+    by_place: dict[int, np.ndarray] = {}
     for start in range(0, len(order), _BATCH):
         places = order[start : start + _BATCH]
         batch = {name: values.to(model.device) for name, values in padded([examples[p] for p in places]).items()}
@@ -137,8 +137,8 @@ def losses(model: LanguageModel, examples: Sequence[tuple[list[int], list[int]]]
             logits.transpose(1, 2), labels[:, 1:], ignore_index=_IGNORED, reduction="none"
         )
         for place, row, label in zip(places, lost.cpu(), labels[:, 1:].cpu(), strict=True):
-            found[place] = row[label != _IGNORED].double().numpy()
-    return [found[place] for place in range(len(examples))]
+            by_place[place] = row[label != _IGNORED].double().numpy()
+    return [by_place[place] for place in range(len(examples))]
 
 
 def padded(examples: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:

@@ -30,10 +30,10 @@ class Overlap:
 
     @classmethod
     def of(cls, tasks: Iterable[Task]) -> Overlap:
-        found = cls()
+        overlap = cls()
         for task in tasks:
-            found.add(task)
-        return found
+            overlap.add(task)
+        return overlap
 
     def add(self, task: Task) -> None:
         """Take up all rows of a set, unless one of its name is known."""

@@ -94,7 +94,7 @@ class RetrievalTask(TableTask, RankingTask):
         answers: dict[str, set[int]] = {}
         for query, document in zip(rows["query"], rows["document"], strict=True):
             answers.setdefault(query, set()).add(place[document])
-        return RankingProblem(tuple(answers), tuple(frozenset(found) for found in answers.values()), documents)
+        return RankingProblem(tuple(answers), tuple(frozenset(right) for right in answers.values()), documents)
 
 
 class ApiSearchTask(RankingTask):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..._extras import require
 from ..statistics import STATISTICS, Evaluation
-from .files import Rows, as_columns
+from .files import SPLITS, Rows, as_columns, is_missing
 from .overlap import normal_form
 
 if TYPE_CHECKING:  # heavy, and optional: imported where used
@@ -118,6 +118,10 @@ class Task(ABC):
         """SHA-256 of a split: two processes that agree in it score the same rows."""
         return hashlib.sha256(repr(self._content(split)).encode()).hexdigest()
 
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each split that has rows."""
+        return {split: self.fingerprint(split) for split, count in self.sizes.items() if count}
+
     def describe(self) -> dict[str, Any]:
         """What results must say about their task."""
         return {"name": self.name, "family": self.family, "rows": self.sizes, "metrics": list(self.metrics)}
@@ -138,17 +142,28 @@ class TableTask(Task):
 
     columns: ClassVar[tuple[str, ...]]
     text_columns: ClassVar[tuple[str, ...]]
+    also: ClassVar[Mapping[str, str]] = {}  # other names that columns may have
 
     def __init__(self, name: str, splits: Mapping[str, Any]) -> None:
         super().__init__(name)
         self._splits: dict[str, Rows] = {}
         for split, table in splits.items():
+            if split not in SPLITS:
+                raise ValueError(f"task {name!r}: split {split!r} is not understood; accepted: {', '.join(SPLITS)}")
             rows, where = as_columns(table), f"task {name!r}, {split}"
             for column in self.columns:
+                if column not in rows and self.also.get(column) in rows:
+                    rows[column] = rows[self.also[column]]
                 if column not in rows:
                     raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(str, rows))}")
             rows = {column: list(rows[column]) for column in self.columns}
-            self._splits["validation" if split == "dev" else split] = self._checked(rows, where)
+            if len(set(map(len, rows.values()))) > 1:
+                counts = ", ".join(f"{len(values)} {column}" for column, values in rows.items())
+                raise ValueError(f"{where}: columns of different lengths: {counts}")
+            for column, values in rows.items():
+                if (place := next((i for i, value in enumerate(values) if is_missing(value)), None)) is not None:
+                    raise ValueError(f"{where}, row {place}: {column} is missing ({values[place]!r})")
+            self._splits["validation" if SPLITS[split] == "dev" else split] = self._checked(rows, where)
 
     def _checked(self, rows: Rows, where: str) -> Rows:
         """The rows with their texts as strings and their labels in the type that the family has."""

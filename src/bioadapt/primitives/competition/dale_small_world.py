@@ -67,7 +67,7 @@ def small_world(units: int, neighbours: int, rewiring: float, generator: torch.G
     own = torch.arange(units)[:, None]
     senders = (own + offsets) % units
     if neighbours == units - 1:
-        return senders  # everybody already, there is nobody else to draw
+        return senders  # all units send already
     loose = torch.rand(units, neighbours, generator=generator) < rewiring
     while loose.any():
         drawn = torch.randint(units, senders.shape, generator=generator)

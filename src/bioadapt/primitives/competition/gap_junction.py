@@ -46,9 +46,9 @@ def _ring(x: Tensor, order: Tensor, reach: int) -> Tensor:
 
 def _channels(places: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `_ring` with nothing repeated: (N, d) -> ``shape``."""
-    found = places.new_empty(shape)
-    torch.index_select(places, -1, order.argsort(), out=found.view(places.shape))
-    return found
+    channels = places.new_empty(shape)
+    torch.index_select(places, -1, order.argsort(), out=channels.view(places.shape))
+    return channels
 
 
 def _flows(ring: Tensor, conductance: Tensor, with_x: bool) -> Tensor:
@@ -72,7 +72,7 @@ def diffusion(x: Tensor, conductance: Tensor, order: Tensor, with_x: bool = Fals
 
 
 @register_primitive(
-    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=256.0, merge="left"
+    "gap_junction", stage="competition", kind="pointwise", zero_at="scalar_gate", zero_scale=64.0, merge="left"
 )
 class GapJunction(Primitive):
     """Every unit moves towards its neighbours, who move towards it by the same amount.
@@ -93,7 +93,7 @@ class GapJunction(Primitive):
     reach: int = setting(2, low=1, high=64, meaning="number k of neighbours on either side")
 
     def build(self, host: Host) -> None:
-        self.reach = min(self.reach, max(1, (self.d_out - 1) // 2))  # nobody is a neighbour from both sides
+        self.reach = min(self.reach, max(1, (self.d_out - 1) // 2))  # so that no unit is a neighbour on both sides
         self.conductance = nn.Parameter(torch.zeros(self.reach, self.d_out))
         self.register_buffer("order", host.normal("order of the ring", self.d_out).argsort())
 

@@ -24,7 +24,7 @@ class _Suppression(Fused):
         rate = x.abs()
         lost = _inhibition(rate, rate @ sources.mT, pools, own)
         torch.minimum(rate, lost, out=lost)
-        lost.mul_(torch.sign(x, out=rate))  # tensors of this width cost more than what fills them
+        lost.mul_(torch.sign(x, out=rate))  # to allocate a tensor this wide costs more than to fill it
         return torch.addcmul(x, lost, scale, value=-1, out=lost) if with_x else lost.mul_(-scale)
 
     @staticmethod

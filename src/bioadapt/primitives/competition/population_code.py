@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
@@ -81,7 +81,7 @@ def voted(x: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
 
 
 @register_primitive("population_code", stage="competition", kind="pointwise", zero_at="readout", zero_scale=4.0)
-class PopulationCode(Primitive):
+class PopulationCode(Scaled):
     """Each unit's value is read by cells with overlapping preferences, whose weighted vote is added to it.
 
     Biology: motor and sensory cortex represent one quantity by many broadly tuned cells; the quantity is read out as
@@ -111,6 +111,5 @@ class PopulationCode(Primitive):
         tuning = torch.softmax(-(distance**2) / (2 * width**2), dim=-1)
         return scale * (tuning * self.votes.T).sum(-1)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(voted(x, token_scale(x), context.once(torch.mul, scale, self.votes)), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return voted(x, token_scale(x), context.once(torch.mul, scale, self.votes))

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_magnitude,
     pooling_matrix,
     positive,
     read_in,
-    rectified,
     token_scale,
-    with_slope,
 )
+from bioadapt.primitives.surrogate import rectified, with_slope
 from bioadapt.registry import register_primitive
 
 
@@ -58,8 +57,10 @@ def microcircuit(x: Tensor, subtracted: Tensor, gain: Tensor, scale: Tensor, mem
     return _Microcircuit.apply(x, subtracted, gain, scale, membership)
 
 
-@register_primitive("vip_disinhibition", stage="competition", kind="pointwise", zero_at="gate", needs_input=True)
-class VipDisinhibition(Primitive):
+@register_primitive(
+    "vip_disinhibition", stage="competition", kind="pointwise", zero_at="gate", zero_scale=8.0, needs_input=True
+)
+class VipDisinhibition(Scaled):
     """Local activity recruits subtractive and divisive inhibition; the layer's input can call off the subtractive.
 
     Biology: in cortex, SST cells inhibit the dendrites of pyramidal cells and PV cells their bodies. VIP cells, driven
@@ -91,9 +92,8 @@ class VipDisinhibition(Primitive):
         subtracted, gain = (each @ self.membership.T for each in self.interneurons(x, context))
         return gain * x.sign() * torch.relu(x.abs() - subtracted) - x
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(microcircuit(x, *self.interneurons(x, context), scale, self.membership), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return microcircuit(x, *self.interneurons(x, context), scale, self.membership)
 
     def interneurons(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What SST cells subtract, in units of x, and the gain that PV cells leave: each (B, T, groups)."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, added
+from bioadapt.primitives.base import Context, Host, Scaled
 from bioadapt.primitives.frames import token_scale
 
 CELLS = 2048  # of the table of slopes
 BLOCK = 32768  # units at a time, so that a CPU finds all that belongs to them in its cache
 
 
-class SpikingNeuron(Primitive):
+class SpikingNeuron(Scaled):
     """delta = s rate(gamma u + b), with an odd ``rate`` between -1 and 1. A subclass defines `fired`.
 
     Spikes are counted over a few micro-steps within a token, hence nothing is carried from token to token.
@@ -28,14 +28,9 @@ class SpikingNeuron(Primitive):
         """``scale`` (d,) times the change, for x (N, d) and frame s (N, 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define fired")
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         flat, frame = x.flatten(0, -2), token_scale(x).flatten(0, -2)
-        return self.fired(flat, frame, x.new_ones(self.d_out), context).view(x.shape)
-
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        flat, frame = x.flatten(0, -2), token_scale(x).flatten(0, -2)
-        return added(self.fired(flat, frame, scale, context).view(x.shape), itself)
+        return self.fired(flat, frame, scale, context).view(x.shape)
 
 
 def fire(
@@ -101,8 +96,3 @@ def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
         return [tensors]
     rows = max(1, BLOCK // first.shape[1])
     return list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
-
-
-def pseudo_slope(excess: Tensor) -> Tensor:
-    """1 / (1 + 5 |excess|)^2, which stands for the slope of a spike by what the membrane has above threshold."""
-    return (5 * excess.abs() + 1).square().reciprocal()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, read_in, read_out, token_scale
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -63,13 +63,13 @@ def _beyond(x: Tensor, frame: Tensor, basal: Tensor) -> Tensor:
 def _bursts(past: Tensor, weights: Tensor, rest: Tensor) -> list[Tensor]:
     """sigmoid(W h + rest) - sigmoid(rest), for each reading h of the past."""
     resting = rest.sigmoid()
-    found = []
+    bursts = []
     for latents in past:
         # Written so that no drive gives exactly zero: a difference of two sigmoids may leave a rounding error.
         growth = (latents @ weights.mT).clamp_(max=STRONGEST).exp_().sub_(1)
         divisor = torch.mul(growth, resting).add_(1)
-        found.append(growth.mul_(resting * (1 - resting)).div_(divisor))
-    return found
+        bursts.append(growth.mul_(resting * (1 - resting)).div_(divisor))
+    return bursts
 
 
 def _total(bursts: list[Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ def coincidence(
 
 
 @register_primitive("apical_basal", stage="dendritic", kind="causal", zero_at="readout", zero_scale=4.0)
-class ApicalBasal(Primitive):
+class ApicalBasal(Scaled):
     """A unit bursts if its own drive of now and a prediction from the past are both above threshold.
 
     Biology: pyramidal cells of layer 5 receive feed-forward input at their basal and context at their apical dendrites;
@@ -126,12 +126,7 @@ class ApicalBasal(Primitive):
         apical = torch.sigmoid(steepness * (prediction - threshold)) - torch.sigmoid(-steepness * threshold)
         return basal * apical.mean(0)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.burst(x, context, scale), itself)
-
-    def burst(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` times the change."""
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         frame = token_scale(x)
         past = readings(self.past, (x @ self.reader.T) / frame, context)
         basal, weights, rest = context.once(self.constants)

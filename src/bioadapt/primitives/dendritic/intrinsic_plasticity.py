@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
@@ -42,9 +42,9 @@ def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, 
 
 
 @register_primitive(
-    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=32.0, learns=True
+    "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True
 )
-class IntrinsicPlasticity(LocalRule, Primitive):
+class IntrinsicPlasticity(LocalRule, Scaled):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
     Biology: neurons change their ion channels until their rates over days have a mean they can afford; of all
@@ -72,13 +72,13 @@ class IntrinsicPlasticity(LocalRule, Primitive):
         self.watch(x / frame, rate, context)
         return frame * (rate - self.target)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself, frame = x.view_as(x) if with_x else None, token_scale(x)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        frame = token_scale(x)
         with torch.no_grad():
             u = x / frame
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
         self.watch(u, rate, context)
-        return added(excess(x, frame, rate, self.slope.clone(), scale, self.target), itself)
+        return excess(x, frame, rate, self.slope.clone(), scale, self.target)
 
     @torch.no_grad()
     def watch(self, u: Tensor, rate: Tensor, context: Context) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bioadapt.primitives.base import Context, Fused, Host, setting
-from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, pseudo_slope, trace_back
+from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, trace_back
 from bioadapt.primitives.frames import positive
+from bioadapt.primitives.surrogate import spike_slope
 from bioadapt.registry import register_primitive
 
 REVERSAL = -0.5  # E_K
@@ -31,8 +32,8 @@ class _KvLifFiring(Fused):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (constants, rates, *inputs), steps = ctx.saved_tensors, ctx.steps
-        found = trace_back(lambda drive, weight: _slopes(drive, weight, constants, steps), grad, rates, *inputs)
-        return found[-1], None, None, *found[:-1]
+        gradients = trace_back(lambda drive, weight: _slopes(drive, weight, constants, steps), grad, rates, *inputs)
+        return gradients[-1], None, None, *gradients[:-1]
 
 
 def _factors(constants: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +114,7 @@ def _slopes(drive: Tensor, weight: Tensor, constants: Tensor, steps: int) -> tup
         on_reset = -on_voltage * step.spikes
         on_reopened = on_opened + deepening * on_reset
         on_spikes = 1 / steps - on_voltage * (theta + deepening * step.reopened) + by_spike * on_reopened
-        on_excess = pseudo_slope(step.excess) * on_spikes
+        on_excess = spike_slope(step.excess) * on_spikes
         on_opening = STEEPNESS * (1 - memory) * on_reopened * step.opening * (1 - step.opening)
         on_reached = on_voltage + on_excess + on_opening
         on_target = on_reached * (1 - step.kept) / step.conductance
@@ -128,7 +129,7 @@ def _slopes(drive: Tensor, weight: Tensor, constants: Tensor, steps: int) -> tup
     return on_drive, on_constants
 
 
-@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0)
+@register_primitive("kv_lif", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=8.0)
 class KvLif(SpikingNeuron):
     """A spiking unit that the more it fires, and the higher its voltage, the harder it is to drive further.
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from bioadapt.primitives.base import Context, Fused, Host, setting
-from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, pseudo_slope, trace_back
+from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, trace_back
 from bioadapt.primitives.frames import positive
+from bioadapt.primitives.surrogate import spike_slope
 from bioadapt.registry import register_primitive
 
 
@@ -27,8 +28,8 @@ class _LifFiring(Fused):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (decay, rates, *inputs), steps, beta = ctx.saved_tensors, ctx.steps, ctx.beta
-        found = trace_back(lambda drive, weight: _slopes(drive, weight, decay, steps, beta), grad, rates, *inputs)
-        return found[-1], None, None, *found[:-1]
+        gradients = trace_back(lambda drive, weight: _slopes(drive, weight, decay, steps, beta), grad, rates, *inputs)
+        return gradients[-1], None, None, *gradients[:-1]
 
 
 def _rate(drive: Tensor, decay: Tensor, steps: int, beta: float) -> Tensor:
@@ -57,7 +58,7 @@ def _slopes(drive: Tensor, weight: Tensor, decay: Tensor, steps: int, beta: floa
     on_membrane, on_drive, on_decay = torch.zeros_like(drive), torch.zeros_like(drive), torch.zeros_like(decay)
     on_count = torch.full_like(drive, 1 / steps)
     for before, excess, spikes, threshold in reversed(tape):
-        on_excess = pseudo_slope(excess) * (on_count - on_membrane * threshold)
+        on_excess = spike_slope(excess) * (on_count - on_membrane * threshold)
         on_count = on_count - beta * (on_excess + on_membrane * spikes)
         on_membrane = on_membrane + on_excess
         on_drive += on_membrane

@@ -59,7 +59,7 @@ def shunted(
 
 
 @register_primitive(
-    "shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0, needs_input=True
+    "shunting_inhibition", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=8.0, needs_input=True
 )
 class ShuntingInhibition(Primitive):
     """Each unit saturates with its own drive, and the layer's input divides it further.

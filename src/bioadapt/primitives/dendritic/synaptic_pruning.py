@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, OnWeight, Scaled, setting
 from bioadapt.primitives.frames import base_weight, positive
 from bioadapt.registry import register_primitive
 
@@ -47,11 +47,11 @@ def _change(weight: Tensor, left: Tensor, factor: Tensor, scale: Tensor) -> Tens
     stage="dendritic",
     kind="weight",
     zero_at="gate",
-    zero_scale=128.0,
+    zero_scale=32.0,
     merge="weight",
     needs_input=True,
 )
-class SynapticPruning(OnWeight):
+class SynapticPruning(Scaled, OnWeight):
     """The layer's weak weights are set to zero, its strong ones shrunk and scaled, neuron by neuron.
 
     Biology: during development and sleep weak spines are lost while strong ones stay or grow, at rates that differ from
@@ -83,10 +83,9 @@ class SynapticPruning(OnWeight):
         left = weight.sign() * torch.relu(weight.abs() - self.thresholds()[:, None])
         return context.x_in @ (self.log_factor.exp()[:, None] * left - weight).T
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         thresholds, factor = context.once(self.thresholds), context.once(torch.exp, self.log_factor)
-        return added(_Pruning.apply(context.x_in, self.synapses, thresholds, factor, scale), itself)
+        return _Pruning.apply(context.x_in, self.synapses, thresholds, factor, scale)
 
     def thresholds(self) -> Tensor:
         """t, (d,)."""

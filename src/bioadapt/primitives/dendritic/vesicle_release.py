@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, token_scale, unit
 from bioadapt.registry import register_primitive
 
@@ -76,7 +76,7 @@ def transmitted(x: Tensor, frame: Tensor, rest: Tensor, drive: Tensor, scale: Te
 
 
 @register_primitive("vesicle_release", stage="dendritic", kind="pointwise", zero_at="gate", stochastic=True)
-class VesicleRelease(Primitive):
+class VesicleRelease(Scaled):
     """Transmission is the outcome of a few unreliable release sites, whose mean is used at evaluation.
 
     Biology: a synapse releases an integer number of vesicles from its sites; each site fails often at rest and rarely
@@ -103,8 +103,6 @@ class VesicleRelease(Primitive):
             return x * p
         return x * (p + (released_share(p.detach(), self.sites) - p).detach())  # the gradient passes straight through
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         drive, frame = context.once(nn.functional.softplus, self.drive), token_scale(x)
-        change = transmitted(x, frame, self.rest, drive, scale, self.sites if self.training else 0)
-        return added(change, itself)
+        return transmitted(x, frame, self.rest, drive, scale, self.sites if self.training else 0)

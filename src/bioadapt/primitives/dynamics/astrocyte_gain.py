@@ -21,7 +21,7 @@ def exchange_matrix(domains: int) -> Tensor:
     return chain - torch.diag(chain.sum(0))
 
 
-@register_primitive("astrocyte_gain", stage="dynamics", kind="causal", zero_at="gate", zero_scale=32.0)
+@register_primitive("astrocyte_gain", stage="dynamics", kind="causal", zero_at="gate", zero_scale=16.0)
 class AstrocyteGain(Modulation):
     """Activity summed over a territory and many tokens raises or lowers the gain of everything in it.
 

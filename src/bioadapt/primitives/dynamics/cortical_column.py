@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -70,8 +70,8 @@ class _Columns(Fused):
     def forward(ctx: Any, x: Tensor, s: Tensor, scale: Tensor, *wiring: Tensor) -> Tensor:
         ctx.save_for_backward(x, s, scale, *wiring)
         shared = Wiring(*wiring)
-        found = sweeps(_rows(x / s, shared), shared)
-        response = found.second5.div_(found.gain.add_(1)).mT @ shared.output.mT
+        swept = sweeps(_rows(x / s, shared), shared)
+        response = swept.second5.div_(swept.gain.add_(1)).mT @ shared.output.mT
         return response.view(x.shape).mul_(s).mul_(scale)
 
     @staticmethod
@@ -79,44 +79,44 @@ class _Columns(Fused):
         x, s, scale, *wiring = ctx.saved_tensors
         shared = Wiring(*wiring)
         u = _rows(x / s, shared)
-        found = sweeps(u, shared)
-        divided = found.gain.add(1).reciprocal_()  # 1 / (1 + g)
-        layer5 = found.second5 * divided
+        swept = sweeps(u, shared)
+        divided = swept.gain.add(1).reciprocal_()  # 1 / (1 + g)
+        layer5 = swept.second5 * divided
         product = (layer5.mT @ shared.output.mT).view(x.shape).mul_(grad)
         on_scale, on_s = s.flatten() @ product.flatten(0, -2), (product @ scale)[..., None]
         on_response = _rows((grad * scale).mul_(s), shared)
-        on_u, *on_wiring = _backward(on_response, u, layer5, divided, found, shared)
+        on_u, *on_wiring = _backward(on_response, u, layer5, divided, swept, shared)
         on_x = on_u.view(x.shape).div_(s)
         on_s -= u.view(x.shape).mul_(on_x).sum(-1, keepdim=True)
         return on_x, on_s, on_scale, *on_wiring
 
 
 def _backward(
-    on_response: Tensor, u: Tensor, layer5: Tensor, divided: Tensor, found: Sweeps, wiring: Wiring
+    on_response: Tensor, u: Tensor, layer5: Tensor, divided: Tensor, swept: Sweeps, wiring: Wiring
 ) -> tuple[Tensor, ...]:
-    """Gradients of the input, (N, w), and of the wiring. Overwrites what was found."""
+    """Gradients of the input, (N, w), and of the wiring. Overwrites what was swept."""
     share = 2 / u.shape[1]
     on_output, on_layer5 = on_response.mT @ layer5.mT, wiring.output.mT @ on_response.mT
     on_gain = layer5.mul_(on_layer5).sum(0).mul_(divided).neg_()
     # Second sweep, backwards. The sign of rectified activity is its slope; a comparison costs a CPU several times more.
-    on_second5 = found.second5.sign_().mul_(on_layer5.mul_(divided))
-    on_excitation = (wiring.layer5.mT @ on_second5).div_(found.second_divisor)
-    against = on_excitation * found.second23  # minus the gradient of the divisor
+    on_second5 = swept.second5.sign_().mul_(on_layer5.mul_(divided))
+    on_excitation = (wiring.layer5.mT @ on_second5).div_(swept.second_divisor)
+    against = on_excitation * swept.second23  # minus the gradient of the divisor
     on_gain.sub_(against.sum(0), alpha=FLOOR)
     # First sweep, backwards.
-    on_feedback = found.first5 @ on_gain
-    on_first5 = found.first5.sign_().mul_(on_gain).mul_(wiring.feedback[:, None])
-    on_through = (wiring.layer5.mT @ on_first5).div_(found.first_divisor)
-    against.addcmul_(on_through, found.first23)
+    on_feedback = swept.first5 @ on_gain
+    on_first5 = swept.first5.sign_().mul_(on_gain).mul_(wiring.feedback[:, None])
+    on_through = (wiring.layer5.mT @ on_first5).div_(swept.first_divisor)
+    against.addcmul_(on_through, swept.first23)
     pooled = against.sum(0).mul_(share)
-    on_kappa = -(pooled @ found.excitation.sum(0)).view(1)
-    on_excitation.add_(on_through).mul_(found.excitation).mul_(2).sub_(against).sub_(pooled.mul_(wiring.kappa))
-    on_excitation.mul_(found.excitation.sign_())
-    on_weights5 = on_second5 @ found.second23.mT + on_first5 @ found.first23.mT
+    on_kappa = -(pooled @ swept.excitation.sum(0)).view(1)
+    on_excitation.add_(on_through).mul_(swept.excitation).mul_(2).sub_(against).sub_(pooled.mul_(wiring.kappa))
+    on_excitation.mul_(swept.excitation.sign_())
+    on_weights5 = on_second5 @ swept.second23.mT + on_first5 @ swept.first23.mT
     on_both5 = on_second5.add_(on_first5)
-    on_bypass = (on_both5.flatten() @ found.drive.flatten()).view(1)
-    on_weights23 = on_excitation @ found.drive.mT
-    on_drive = (wiring.layer23.mT @ on_excitation).addcmul_(on_both5, wiring.bypass).mul_(found.drive.sign_())
+    on_bypass = (on_both5.flatten() @ swept.drive.flatten()).view(1)
+    on_weights23 = on_excitation @ swept.drive.mT
+    on_drive = (wiring.layer23.mT @ on_excitation).addcmul_(on_both5, wiring.bypass).mul_(swept.drive.sign_())
     on_u = on_drive.mT @ wiring.layer4
     return on_u, on_drive @ u, on_weights23, on_weights5, on_output, on_feedback, on_kappa, on_bypass
 
@@ -127,7 +127,7 @@ def _rows(x: Tensor, wiring: Wiring) -> Tensor:
 
 
 @register_primitive("cortical_column", stage="dynamics", kind="pointwise", zero_at="gate")
-class CorticalColumn(Primitive):
+class CorticalColumn(Scaled):
     """Channels are cut into columns, and one small recurrent circuit with shared weights runs in each of them.
 
     Biology: cortex repeats one circuit: layer 4 takes input in, cells of layer 2/3 compete, layer 5 sends the result
@@ -170,16 +170,11 @@ class CorticalColumn(Primitive):
             gain = (layer5 @ wiring.feedback)[..., None]
         return scale * (layer5 @ wiring.output.T).flatten(-2)[..., : self.d_out]
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.response(x, scale, context.once(self.wiring)), itself)
-
-    def response(self, x: Tensor, scale: Tensor, wiring: Wiring) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         missing = -self.d_out % self.width
         filled, scales = (nn.functional.pad(z, (0, missing)) if missing else z for z in (x, scale))
-        found = _Columns.apply(filled, token_scale(x), scales, *wiring)
-        return found[..., : self.d_out] if missing else found
+        responses = _Columns.apply(filled, token_scale(x), scales, *context.once(self.wiring))
+        return responses[..., : self.d_out] if missing else responses
 
     def wiring(self) -> Wiring:
         """The weights that all columns share."""

@@ -23,7 +23,7 @@ def clock(frequency: Tensor, positions: Tensor) -> Tensor:
     return angle + (frequency - frequency.detach()) * positions[..., None]
 
 
-@register_primitive("phase_coding", stage="dynamics", kind="pointwise", zero_at="readout", zero_scale=2.0)
+@register_primitive("phase_coding", stage="dynamics", kind="pointwise", zero_at="readout")
 class PhaseCoding(Latent):
     """What drives a latent moves its phase against a clock; its amplitude never changes.
 

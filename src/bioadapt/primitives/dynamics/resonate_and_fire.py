@@ -12,9 +12,8 @@ from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
 from bioadapt.primitives.rotation import rotation
+from bioadapt.primitives.surrogate import step_slope
 from bioadapt.registry import register_primitive
-
-SHARPNESS = 4.0  # of the sigmoid whose slope stands in for that of the threshold
 
 
 class _Threshold(Fused):
@@ -29,8 +28,7 @@ class _Threshold(Fused):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         potential, threshold = ctx.saved_tensors
         excess = potential.abs() - threshold
-        soft = torch.sigmoid(SHARPNESS * excess)
-        on_excess = grad * potential * (SHARPNESS * soft * (1 - soft))
+        on_excess = grad * potential * step_slope(excess)
         on_potential = torch.where(excess > 0, grad, 0.0) + on_excess * potential.sign()
         return on_potential, -on_excess.flatten(0, -2).sum(0)
 

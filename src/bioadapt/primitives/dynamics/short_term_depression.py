@@ -12,7 +12,7 @@ from bioadapt.primitives.time import mean_reading, past_recurrence
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("short_term_depression", stage="dynamics", kind="causal", zero_at="gate", zero_scale=16.0)
+@register_primitive("short_term_depression", stage="dynamics", kind="causal", zero_at="gate", zero_scale=8.0)
 class ShortTermDepression(Modulation):
     """A synapse answers less and less while it is used, and recovers in silence.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, products_pay
 from bioadapt.primitives.time import decay_of, front_aligned, is_short, mean_reading, past_trace
 from bioadapt.registry import register_primitive
@@ -99,8 +99,8 @@ def _kernels(decay: Tensor, steps: int, both_ways: bool) -> list[Tensor]:
     return [kernel, kernel.mT] if both_ways else [kernel]
 
 
-@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate", zero_scale=32.0)
-class SpikeFrequencyAdaptation(Primitive):
+@register_primitive("spike_frequency_adaptation", stage="dynamics", kind="causal", zero_at="gate", zero_scale=16.0)
+class SpikeFrequencyAdaptation(Scaled):
     """Each channel answers fully to what is new and less to what lasts, and is silent, not reversed, afterwards.
 
     Biology: calcium-driven and slow potassium currents grow with a cell's own firing and subtract from its drive, so
@@ -133,22 +133,17 @@ class SpikeFrequencyAdaptation(Primitive):
 
         return mean_reading(one_way, x, context)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.adapted(x, context, scale), itself)
-
-    def adapted(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         if self.products and context.resets is None and context.state is None and is_short(x.shape[1]):
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
         return mean_reading(lambda series, around: self.by_scan(series, around, scale), x, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """`adapted` where padding is zero and at the end."""
+        """`scaled_change` where padding is zero and at the end."""
         return _Adaptation.apply(x, torch.sigmoid(self.strength), scale, decay_of(self.log_tau), context.bidirectional)
 
     def by_scan(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """`adapted` for one reading of time, in any context."""
+        """`scaled_change` for one reading of time, in any context."""
         strength, decay = context.once(self.constants)
         return Subtraction.apply(x, past_trace("current", strength * x.abs(), decay, context), scale)
 

@@ -19,12 +19,12 @@ def lags(name: str, z: Tensor, sites: int, context: Context) -> Tensor:
     before = None if context.state is None else context.state.latest(name)
     past = z.new_zeros(z.shape[0], z.shape[2], sites) if before is None else before[:, -1]
     if context.mask is None and context.resets is None:
-        found = _windows(past, z)[:, 1:]
+        lagged = _windows(past, z)[:, 1:]
     else:
-        found = _lags_of_real(past, z, context)
+        lagged = _lags_of_real(past, z, context)
     if context.state is not None:
-        context.state.append(name, found)
-    return found
+        context.state.append(name, lagged)
+    return lagged
 
 
 def _windows(past: Tensor, z: Tensor) -> Tensor:
@@ -36,14 +36,14 @@ def _lags_of_real(past: Tensor, z: Tensor, context: Context) -> Tensor:
     real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if context.mask is None else context.mask
     seen = real.cumsum(1)  # real tokens up to each
     aligned = _chosen(z, torch.argsort(~real, dim=1, stable=True))
-    found = _chosen(_windows(past, aligned).flatten(2), seen).unflatten(2, past.shape[1:])
+    lagged = _chosen(_windows(past, aligned).flatten(2), seen).unflatten(2, past.shape[1:])
     if context.resets is not None:
         sites = past.shape[-1]
         # Real tokens before the document; without a reset in sight all that is carried belongs to it.
         earlier = torch.where(context.resets, seen - real.long(), -sites).cummax(1).values
         inside = torch.arange(sites, device=z.device) < (seen - earlier)[..., None]
-        found = torch.where(inside[:, :, None], found, 0.0)
-    return found
+        lagged = torch.where(inside[:, :, None], lagged, 0.0)
+    return lagged
 
 
 def _chosen(series: Tensor, places: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _chosen(series: Tensor, places: Tensor) -> Tensor:
     return series.gather(1, places[..., None].expand(-1, -1, series.shape[2]))
 
 
-@register_primitive("travelling_wave", stage="dynamics", kind="causal", zero_at="readout")
+@register_primitive("travelling_wave", stage="dynamics", kind="causal", zero_at="readout", zero_scale=0.5)
 class TravellingWave(Latent):
     """Each latent runs along a row of sites, so that where something is tells when it came.
 

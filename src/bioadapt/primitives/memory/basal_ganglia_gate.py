@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, setting
-from bioadapt.primitives.frames import group_matrix, read_in, read_out, rectified, with_slope
+from bioadapt.primitives.frames import group_matrix, read_in, read_out
 from bioadapt.primitives.latent import Latent
+from bioadapt.primitives.surrogate import rectified, with_slope
 from bioadapt.primitives.time import recurrence
 from bioadapt.registry import register_primitive
 

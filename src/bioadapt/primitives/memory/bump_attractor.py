@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 SILENCE = 0.03  # root mean square of u below which nothing is heard
 
 
-@register_primitive("bump_attractor", stage="memory", kind="causal", zero_at="readout")
+@register_primitive("bump_attractor", stage="memory", kind="causal", zero_at="readout", zero_scale=0.5)
 class BumpAttractor(Latent):
     """A vector in the plane is moved by what comes in, and a ring of cells shows its direction, not its length.
 

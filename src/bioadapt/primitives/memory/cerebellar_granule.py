@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -73,8 +73,10 @@ class _GranuleLayer(Fused):
         return on_v, on_threshold, on_purkinje, None
 
 
-@register_primitive("cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", needs_input=True)
-class CerebellarGranule(Primitive):
+@register_primitive(
+    "cerebellar_granule", stage="memory", kind="pointwise", zero_at="readout", zero_scale=0.5, needs_input=True
+)
+class CerebellarGranule(Scaled):
     """Many cells that each sample a few inputs, few of them active, and a read-out that learns from coarse errors.
 
     Biology: a granule cell has four claws, each on one mossy fibre; Golgi cells keep all but the most driven ones
@@ -109,9 +111,8 @@ class CerebellarGranule(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return -token_scale(x) * (self.purkinje_cells(context) @ self.writer.T)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added((-scale * token_scale(x) * self.purkinje_cells(context)) @ self.writer.mT, itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return (-scale * token_scale(x) * self.purkinje_cells(context)) @ self.writer.mT
 
     def purkinje_cells(self, context: Context) -> Tensor:
         """P gamma, (B, T, rank), whose error comes back by climbing fibres."""

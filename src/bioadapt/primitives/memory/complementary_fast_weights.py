@@ -15,7 +15,9 @@ from bioadapt.primitives.time import decay_of
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("complementary_fast_weights", stage="memory", kind="causal", zero_at="readout", learns=True)
+@register_primitive(
+    "complementary_fast_weights", stage="memory", kind="causal", zero_at="readout", zero_scale=2.0, learns=True
+)
 class ComplementaryFastWeights(LocalRule, Latent):
     """Content is bound to a key within the sequence at once, and what recurs is kept in a slow store.
 

@@ -19,7 +19,7 @@ FIELDS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))  # centres, in steps o
 
 @register_primitive("grid_cell_code", stage="memory", kind="causal", zero_at="readout")
 class GridCellCode(Latent):
-    """Features are steps on a plane; where their sum has led is told by grids of several scales.
+    """Features are steps on a plane; grids of several scales read where their sum has led.
 
     Biology: entorhinal grid cells add up self-motion and fire at the corners of a hexagonal lattice; neighbouring cells
     share the lattice and differ in its offset, modules differ in its scale by about 1.4.

@@ -16,7 +16,7 @@ COLDEST, HOTTEST = 16.0, 0.5  # what the inverse temperature may become
 SWEEPS = 2
 
 
-@register_primitive("hopfield_completion", stage="memory", kind="pointwise", zero_at="readout")
+@register_primitive("hopfield_completion", stage="memory", kind="pointwise", zero_at="readout", zero_scale=0.5)
 class HopfieldCompletion(Latent):
     """A latent state falls into the nearest of a set of learned attractors.
 

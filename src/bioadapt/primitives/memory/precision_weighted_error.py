@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_square,
@@ -51,7 +51,7 @@ class _Weighting(Fused):
     zero_at="gate",
     aliases=("precision_weighted_prediction_error",),
 )
-class PrecisionWeightedError(Primitive):
+class PrecisionWeightedError(Scaled):
     """The deviation from each channel's own past is divided by how much its group has been deviating.
 
     Biology: cortical error units are under neuromodulatory gain control, so that errors from a reliable channel weigh
@@ -88,9 +88,8 @@ class PrecisionWeightedError(Primitive):
 
         return mean_reading(one_way, x, context)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.weighted(x, context, context.once(per_channel, scale, self.membership)), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.weighted(x, context, context.once(per_channel, scale, self.membership))
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
 from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -65,7 +65,7 @@ def _spread(share: Tensor, width: int) -> Tensor:
 
 
 @register_primitive("acetylcholine_balance", stage="plasticity", kind="causal", zero_at="gate", zero_scale=16.0)
-class AcetylcholineBalance(Primitive):
+class AcetylcholineBalance(Scaled):
     """Features move towards their own recent past as far as that has been predicting them well.
 
     Biology: acetylcholine is high where an animal knows that it cannot predict, and then strengthens input from the
@@ -95,19 +95,14 @@ class AcetylcholineBalance(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return token_scale(x) * mean_reading(self.by_scan, unit(x), context)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.balanced(x, context, scale), itself)
-
-    def balanced(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
         size = token_scale(x)
         return scale * size * mean_reading(self.by_scan, x / size, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """`balanced` where padding is zero and at the end."""
+        """`scaled_change` where padding is zero and at the end."""
         # The products leave (groups, T, B, c) in memory; all that is wide stays in that order up to the result.
         size = token_scale(x)
         z = (x * size.reciprocal()).unflatten(-1, (self.groups, -1))

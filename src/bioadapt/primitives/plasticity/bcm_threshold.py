@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
@@ -33,8 +33,8 @@ def _share(x: Tensor, turn: Tensor, level: Tensor) -> Tensor:
     return x.abs().add_(level).reciprocal_().mul_(-turn).add_(1)
 
 
-@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True)
-class BcmThreshold(LocalRule, Primitive):
+@register_primitive("bcm_threshold", stage="plasticity", kind="pointwise", zero_at="gate", zero_scale=8.0, learns=True)
+class BcmThreshold(LocalRule, Scaled):
     """Each channel has a threshold that follows its mean power; activity below it is reversed, above it amplified.
 
     Biology: whether the synapses of a visual neuron strengthen or weaken depends on whether its activity lies above or
@@ -63,11 +63,10 @@ class BcmThreshold(LocalRule, Primitive):
         activity = x.abs() / self.level
         return self.level * x.sign() * activity * (activity - self.threshold) / (1 + activity)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
-        return added(_Sliding.apply(x, context.once(self.excess), self.level, scale), itself)
+        return _Sliding.apply(x, context.once(self.excess), self.level, scale)
 
     def excess(self) -> Tensor:
         """(1 + theta) rho, (d,)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, OnWeight, Scaled, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -29,12 +29,11 @@ class _Binary(Fused):
     stage="plasticity",
     kind="weight",
     zero_at="readout",
-    zero_scale=2.0,
     merge="weight",
     learns=True,
     needs_input=True,
 )
-class Metaplasticity(LocalRule, OnWeight):
+class Metaplasticity(LocalRule, Scaled, OnWeight):
     """A low-rank path with binary input synapses, whose hidden strengths resist what would weaken them.
 
     Biology: how easily a synapse changes depends on its own history; one that has been potentiated again and again
@@ -63,9 +62,8 @@ class Metaplasticity(LocalRule, OnWeight):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(context, self.writer)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.written(context, context.once(torch.mul, scale, self.writer)), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.written(context, context.once(torch.mul, scale, self.writer))
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""

@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 FLOOR = 0.05  # added to the variance, so that a calm past does not make everything a surprise
 
 
-@register_primitive("noradrenaline_reset", stage="plasticity", kind="causal", zero_at="readout")
+@register_primitive("noradrenaline_reset", stage="plasticity", kind="causal", zero_at="readout", zero_scale=2.0)
 class NoradrenalineReset(Latent):
     """A slow memory of latents that a surprise clears, so that it starts again from what is new.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import mean_square, read_out, token_count
 from bioadapt.registry import register_primitive
 
 
 @register_primitive(
-    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=32.0, merge="left", learns=True
+    "oja_subspace", stage="plasticity", kind="pointwise", zero_at="readout", zero_scale=8.0, merge="left", learns=True
 )
-class OjaSubspace(LocalRule, Primitive):
+class OjaSubspace(LocalRule, Scaled):
     """A local rule finds the principal components of the features; each gets one learned gain.
 
     Biology: Hebbian growth alone would run away; where every synapse also decays with the square of its neuron's
@@ -42,9 +42,8 @@ class OjaSubspace(LocalRule, Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.amplified(x, context, self.gains)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.amplified(x, context, scale * self.gains), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.amplified(x, context, scale * self.gains)
 
     def amplified(self, x: Tensor, context: Context, gains: Tensor) -> Tensor:
         """What ``gains`` (1, rank) make of the components of x."""

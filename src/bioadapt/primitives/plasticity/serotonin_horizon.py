@@ -17,7 +17,7 @@ TAUS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # of the bank, in tokens
 SENSITIVITY = 3.0  # of the level; more or less of it is the size of its weights
 
 
-@register_primitive("serotonin_horizon", stage="plasticity", kind="causal", zero_at="readout")
+@register_primitive("serotonin_horizon", stage="plasticity", kind="causal", zero_at="readout", zero_scale=4.0)
 class SerotoninHorizon(Latent):
     """A bank of traces from fast to slow is read at the time constant that a slow level of the features points to.
 

@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 STRENGTH = 4.0
 
 
-@register_primitive("stdp_trace", stage="plasticity", kind="causal", zero_at="readout", zero_scale=2.0)
+@register_primitive("stdp_trace", stage="plasticity", kind="causal", zero_at="readout", zero_scale=4.0)
 class StdpTrace(Latent):
     """An antisymmetric memory of which latent followed which, read by the latents of the present.
 

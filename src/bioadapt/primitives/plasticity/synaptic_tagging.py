@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, added, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, Scaled, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
@@ -27,7 +27,7 @@ STRONG = 0.2  # share of tagged synapses that sets off the synthesis of proteins
     learns=True,
     needs_input=True,
 )
-class SynapticTagging(LocalRule, OnWeight):
+class SynapticTagging(LocalRule, Scaled, OnWeight):
     """Changes of the weights fade back to a late phase, which follows them only where tag and protein meet.
 
     Biology: a brief stimulus leaves a change that fades within hours, and a tag at the synapse; plasticity-related
@@ -61,9 +61,8 @@ class SynapticTagging(LocalRule, OnWeight):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.written(context, self.early)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.written(context, scale * self.early), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.written(context, scale * self.early)
 
     def written(self, context: Context, early: Tensor) -> Tensor:
         """What ``early`` (d, rank) makes of the latents."""

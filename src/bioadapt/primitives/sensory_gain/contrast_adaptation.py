@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 FASTEST, SLOWEST = 4.0, 64.0  # time constants at birth, in tokens
 
 
-@register_primitive("contrast_adaptation", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
+@register_primitive("contrast_adaptation", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=8.0)
 class ContrastAdaptation(Modulation):
     """Each group of channels is divided by how much it has been varying.
 

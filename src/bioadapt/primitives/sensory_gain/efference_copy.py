@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, added, setting
+from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import token_count, token_scale
 from bioadapt.primitives.time import held, previous, readings
 from bioadapt.registry import register_primitive
@@ -19,7 +19,7 @@ from bioadapt.registry import register_primitive
     learns=True,
     needs_input=True,
 )
-class EfferenceCopy(LocalRule, Primitive):
+class EfferenceCopy(LocalRule, Scaled):
     """A local rule learns which features follow from the layer's previous input, and takes them away.
 
     Biology: motor centres send a copy of each command to sensory ones; in electric fish, granule cells carry it, and
@@ -47,9 +47,8 @@ class EfferenceCopy(LocalRule, Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return self.cancelled(x, context, -self.image)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.cancelled(x, context, context.once(self.written, scale)), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.cancelled(x, context, context.once(self.written, scale))
 
     def written(self, scale: Tensor) -> Tensor:
         """What is taken away of each copy, times ``scale``: (d, rank)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import read_in, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -38,7 +38,7 @@ def bounded_gain(x: Tensor, latent: Tensor, writer: Tensor, scale: Tensor) -> Te
 
 
 @register_primitive("gain_field", stage="sensory_gain", kind="pointwise", zero_at="readout", needs_input=True)
-class GainField(Primitive):
+class GainField(Scaled):
     """The layer's input sets a bounded gain for each feature of its output.
 
     Biology: a parietal neuron keeps its visual receptive field while the position of the eyes scales how strongly it
@@ -62,9 +62,8 @@ class GainField(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         return x * torch.tanh(self.latent(context) @ self.writer.T)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(bounded_gain(x, self.latent(context), self.writer, scale), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return bounded_gain(x, self.latent(context), self.writer, scale)
 
     def latent(self, context: Context) -> Tensor:
         """V v / rms(v), (B, T, rank)."""

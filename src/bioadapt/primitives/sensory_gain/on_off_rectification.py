@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added
+from bioadapt.primitives.base import Context, Fused, Host, Scaled
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -50,7 +50,7 @@ def half_waves(x: Tensor, on: Tensor, off: Tensor, high: Tensor, low: Tensor) ->
 
 
 @register_primitive("on_off_rectification", stage="sensory_gain", kind="pointwise", zero_at="gate")
-class OnOffRectification(Primitive):
+class OnOffRectification(Scaled):
     """Each feature is split at two thresholds into an ON and an OFF half with separate gains.
 
     Biology: from the first synapse of the retina on, bright and dark are signalled by different cells, each silent for
@@ -75,9 +75,8 @@ class OnOffRectification(Primitive):
         u = x / scale
         return scale * (self.on_gain * torch.relu(u - high) - self.off_gain * torch.relu(-u - low))
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(half_waves(x, *context.once(self.halves, scale)), itself)
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return half_waves(x, *context.once(self.halves, scale))
 
     def halves(self, scale: Tensor) -> tuple[Tensor, ...]:
         """``scale`` times the gains of both halves, and their thresholds: (d,) each."""

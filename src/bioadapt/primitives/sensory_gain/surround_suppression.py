@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_index, positive
 from bioadapt.registry import register_primitive
 
@@ -79,8 +79,8 @@ def _windows(series: Tensor, first: Tensor | None, blocks: int, ahead: int, noth
     return torch.cat(parts, 2) if len(parts) > 1 else inner
 
 
-@register_primitive("surround_suppression", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
-class SurroundSuppression(Primitive):
+@register_primitive("surround_suppression", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=8.0)
+class SurroundSuppression(Scaled):
     """A difference of Gaussians over neighbouring positions: a narrow centre minus a broad surround.
 
     Biology: ganglion cells of the retina compare a small centre with its surround, and cortical neurons are suppressed
@@ -121,9 +121,8 @@ class SurroundSuppression(Primitive):
         change = (self.over_grid(z, grid) if over_grid else self.over_time(z, context)).flatten(-2)
         return change if even else change.index_select(-1, self.place)
 
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.transform(scale * x, context), itself)  # channels do not mix
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+        return self.transform(scale * x, context)  # channels do not mix
 
     def widths(self) -> tuple[Tensor, Tensor]:
         """sigma of the centre and of the surround, (groups,) each."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Fused, Host, Primitive, added, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
@@ -56,8 +56,8 @@ def _change(x: Tensor, below: Tensor, scale: Tensor, amplification: Tensor) -> T
     return below.mul_(-burst).addcmul_(x, burst - scale)
 
 
-@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=16.0)
-class ThalamicRelay(Primitive):
+@register_primitive("thalamic_relay", stage="sensory_gain", kind="causal", zero_at="gate", zero_scale=8.0)
+class ThalamicRelay(Scaled):
     """Past silence switches a group of channels from relaying to answering strong inputs in bursts.
 
     Biology: a depolarised thalamic cell passes its input on spike by spike; after a while of hyperpolarisation its
@@ -86,15 +86,7 @@ class ThalamicRelay(Primitive):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
-        return self.relayed(x, context, x.new_ones(self.d_out))
-
-    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.view_as(x) if with_x else None
-        return added(self.relayed(x, context, scale), itself)
-
-    def relayed(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        """``scale`` (d,) times the change."""
+    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         level, amplification, threshold = context.once(self.constants)
         mode = mean_reading(self.mode, group_mean_magnitude(x, self.pooling) / level, context)
         return _Bursting.apply(x, mode, self.membership, scale, amplification, threshold)

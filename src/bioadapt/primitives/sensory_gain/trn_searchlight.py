@@ -11,7 +11,7 @@ from bioadapt.primitives.modulation import Modulation
 from bioadapt.registry import register_primitive
 
 
-@register_primitive("trn_searchlight", stage="sensory_gain", kind="pointwise", zero_at="gate", zero_scale=16.0)
+@register_primitive("trn_searchlight", stage="sensory_gain", kind="pointwise", zero_at="gate", zero_scale=8.0)
 class TrnSearchlight(Modulation):
     """Groups of channels compete, and what one of them gains in amplification the others lose.
 

@@ -1,4 +1,7 @@
-"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report."""
+"""The whole of a search: tune the LoRA, search bio adapters over it, confirm the best, test once, report.
+
+One file because the phases hand on what one study records of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import torch
@@ -26,13 +29,18 @@ from rich.progress import Progress
 from ..._extras import require
 from ..._words import suggest
 from ...evaluation import Task, load_task
-from ...evaluation.training import adapt, load_encoder, load_stack, transformer_of
+from ...evaluation.tasks import is_name
+from ...evaluation.training import adapt, load_stack, transformer_of
+from ...settings import DEFAULT_MODEL, DEFAULT_TASK, check_names
 from ..report import write_report
+from ..report.wording import count
 from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, Report, open_storage, prepare, run_study
-from ..study.tickets import count_tickets, runs_here, this_worker
+from ..study.tickets import count_tickets, count_used, runs_here, this_worker
+from .cost import Pace, told, trainings
 from .finale import (
+    WINNER,
     Confirmation,
     Final,
     best_trials,
@@ -45,13 +53,12 @@ from .finale import (
     summary,
     verdict,
 )
-from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
-from .objective import Bench, BioObjective, without_test
-from .own import Training, first_trials, search_with
+from .lora import USUAL, LoraObjective, targets_of, train_lora
+from .objective import Bench, BioObjective, searchable, without_test
+from .own import Training, first_trials, in_words, search_with
+from .script import winner_script
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
+_TUNING = "tuning the LoRA"
 # Seconds between two looks at what another machine has done.
 _PATIENCE = 5.0
 
@@ -67,12 +74,20 @@ class Search:
         OSError: the output folder cannot be made, or nothing answers at the storage's address.
     """
 
-    def __init__(self, settings: SearchSettings, console: Console | None = None) -> None:
+    def __init__(self, settings: SearchSettings, console: Console | None = None, *, task: Task | None = None) -> None:
         self.settings, self.console = settings, console or Console()
         check(settings)
-        for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
-            require(module)
-        self.task: Task = load_task(settings.task, settings.data_dir, limit=settings.limit)
+        for extra, modules in (
+            ("search", ("jinja2", "scipy", "matplotlib")),
+            ("demo", ("sentence_transformers", "datasets", "sklearn")),
+        ):
+            for module in modules:
+                require(module, extra)
+        given = settings.task if task is None else task
+        self.task: Task = searchable(load_task(given, settings.data_dir, limit=settings.limit))
+        # The rows of a name are known by it.
+        self._rows = {} if is_name(given) else {"rows": self.task.fingerprints()}
+        self._in_memory = task is not None
         self.output = Path(settings.output)
         self._bench = Bench(
             settings.model,
@@ -83,10 +98,11 @@ class Search:
             settings.device,
             settings.max_step_time,
             str(self.output / "prefix"),
+            str(self.output / "models"),
         )
-        encoder = load_encoder(settings.model, settings.device)
+        encoder = self._bench.encoder(settings.seed)
         plain = transformer_of(encoder)
-        self._lora_targets = tuple(targets_of(plain)) if settings.lora == AUTO else TARGETS
+        self._lora_targets = targets_of(plain)
         host = SearchedModel.of(plain, settings.primitives)
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
         if settings.lora not in (AUTO, NO_LORA):
@@ -109,8 +125,8 @@ class Search:
         lora = f"{self.name}-lora"
         while self.settings.lora != NO_LORA and "lora" not in study.user_attrs:
             if self.settings.lora == AUTO and self._has_tickets(lora):
-                objective = LoraObjective(self._bench, self._lora_targets, self._start(study), self.settings.seed)
-                run_study(self._job(lora, objective), self.settings.workers, self.console, "tuning the LoRA")
+                job = self._job(lora, self._lora_objective(self._start(study)))
+                run_study(job, self.settings.workers, self.console, _TUNING)
             time.sleep(_PATIENCE)
         while not self._has_tickets(self.name):
             time.sleep(_PATIENCE)
@@ -141,7 +157,7 @@ class Search:
             return self._lead(study)
 
     def _lead(self, study: Study) -> dict[str, Any]:
-        self._announce()
+        self._announce(study)
         start = self._start(study)
         lora = self._lora(study, start)
         self._search(study, lora)
@@ -153,8 +169,8 @@ class Search:
         self._say(f"Report: {report}")
         return final
 
-    def winner(self, final: Mapping[str, Any]) -> SentenceTransformer:
-        """The encoder with the LoRA and the bio adapter that were tested on the first seed, loaded from disk, frozen.
+    def winner(self, final: Mapping[str, Any]) -> Any:
+        """The model with the LoRA and the bio adapter that were tested on the first seed, loaded from disk, frozen.
 
         Args:
             final: what `run` has returned.
@@ -206,7 +222,7 @@ class Search:
 
     def _fixed(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings | self._rows))
 
     def _begin(self) -> Study:
         if self.name in optuna.get_all_study_names(open_storage(self.storage)):
@@ -217,30 +233,25 @@ class Search:
         study.set_user_attr("space", self.space.record())
         return study
 
-    def _announce(self) -> None:
-        space = self.space
-        budget = "no budget" if space.budget is None else f"budget {space.budget:,} parameters"
-        self._say(
-            f"Space: {space.size():,} (about {float(space.size()):.1e}) configurations of {len(space.primitives)} "
-            f"primitives, {len(space.places)} places, up to {space.slots} slots; {budget}."
-        )
-        for names, why in ((space.host.refused, "this model refuses"), (space.too_large, "larger than the budget")):
-            if names:
-                self._say(f"Left out, {why}: {', '.join(names)}.")
-        self._say(f"Trainings: {self._cost()}.")
+    def _announce(self, study: Study) -> None:
+        for line in in_words(self.space):
+            self._say(line)
+        rows = ", ".join(f"{count:,} {split}" for split, count in self.task.sizes.items())
+        self._say(f"Rows of {self.task.name}: {rows}.")
+        tuned = self.settings.trials if "lora" in study.user_attrs else self._used(f"{self.name}-lora")
+        phases = trainings(self.settings, tuned, self._used(self.name), confirmed="final" in study.user_attrs)
+        if not phases:
+            return
+        if "pace" not in study.user_attrs:
+            with Child(Pace(self._bench, self.space)) as child:
+                study.set_user_attr("pace", child.call(None))
+        self._say(told(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
 
-    def _cost(self) -> str:
-        """How many trainings each phase takes at most, before anything is trained."""
-        settings = self.settings
-        # LoRA, LoRA + bio, and the LoRA of their size; where the LoRA is given, or there is none, LoRA + bio alone.
-        contenders = {AUTO: 3}.get(settings.lora, 1)
-        phases = {
-            "of the LoRA": settings.trials if settings.lora == AUTO else 0,
-            "of bio adapters": settings.trials,
-            "to confirm the best": settings.confirm * settings.confirm_seeds,
-            "to test": contenders * settings.test_seeds,
-        }
-        return ", ".join(f"{count} {what}" for what, count in phases.items() if count)
+    def _used(self, name: str) -> int:
+        """How many trials of a study have ended."""
+        if not self._has_tickets(name):
+            return 0
+        return count_used(optuna.load_study(study_name=name, storage=open_storage(self.storage)))
 
     def _start(self, study: Study) -> float:
         """Validation score of the model as it comes."""
@@ -256,9 +267,9 @@ class Search:
             return study.user_attrs["lora"]
         if settings.lora == AUTO:
             name = f"{self.name}-lora"
-            objective = LoraObjective(self._bench, self._lora_targets, start, settings.seed)
-            prepare(self.storage, name, settings.trials, [USUAL])
-            tuned = run_study(self._job(name, objective), settings.workers, self.console, "tuning the LoRA")
+            first = next(iter(self._lora_targets))
+            prepare(self.storage, name, settings.trials, [{**USUAL, "targets": first}])
+            tuned = run_study(self._job(name, self._lora_objective(start)), settings.workers, self.console, _TUNING)
             best = _best(tuned)
             folder = str((self.output / "lora").absolute())
             with Child(SavedLora(self._bench, settings.seed, folder)) as child:
@@ -271,6 +282,9 @@ class Search:
             record = {"study": None, "trials": 0, "params": None, "folder": settings.lora}
         study.set_user_attr("lora", {**record, "validation": validation, "parameters": size})
         return study.user_attrs["lora"]
+
+    def _lora_objective(self, start: float) -> LoraObjective:
+        return LoraObjective(self._bench, tuple(self._lora_targets), start, self.settings.seed)
 
     def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         settings = self.settings
@@ -290,7 +304,7 @@ class Search:
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
         if "confirmation" not in study.user_attrs:
-            self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
+            self._say(f"Confirming the best {settings.confirm} on {count(settings.confirm_seeds, 'fresh seed')} each.")
         with (
             Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
             self._bar() as bar,
@@ -311,7 +325,7 @@ class Search:
         given = lora["folder"] if lora and params is None else None
         folder = self._tested(number)
         final = Final(self.space, replace(self._bench, task=self.task, prefix=None), winner, params, given, str(folder))
-        self._say(f"Testing the winner and its rivals on {len(self._test_seeds)} seeds each.")
+        self._say(f"Testing the winner and its rivals on {count(len(self._test_seeds), 'seed')} each.")
         with Child(final) as child, self._bar() as bar:
             follow = partial(bar.track, description="testing")
             results = open_test(contenders(params, given), self._test_seeds, folder, child.call, follow)
@@ -329,7 +343,18 @@ class Search:
             "configurations_tried": tried,
             "test_accesses": sum(tested.values()),
             "verdict": " ".join([verdict(record["differences"], record["metric"]), *notes]),
+            "script": winner_script(
+                self.settings,
+                in_memory=self._in_memory,
+                lora=lora,
+                lora_targets=self._lora_targets,
+                configs=trial.user_attrs["configs"],
+                learning_rate=winner.learning_rate,
+                reported={result["seed"]: result["score"] for result in results if result["name"] == WINNER},
+                metric=record["metric"],
+            ),
         }
+        (self.output / "winner.py").write_text(record["script"], encoding="utf-8")
         study.set_user_attr("final", record)
         return record
 
@@ -371,25 +396,49 @@ class SavedLora:
         return history.validation[-1][1], lora_size(model)
 
 
-def search(console: Console | None = None, *, objective: Training | None = None, **settings: Any) -> dict[str, Any]:
-    """Search a bio adapter for a sentence encoder, over a LoRA that is tuned as long, and test the winner once.
+def search(
+    task: Any = DEFAULT_TASK,
+    *,
+    objective: Training | None = None,
+    model: Any = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Search a bio adapter for a model and a task, over a LoRA that is tuned as long, and test the winner once.
 
     With an ``objective`` it is searched for any model, by a training and a score of one's own; see `search_with`.
 
     Args:
+        task: as `load_task` takes it: a name, or rows of one's own as a `Task`, a DataFrame, a `datasets.Dataset` or
+            ``DatasetDict``, a dict, a file or a folder.
+        objective: ``objective(model, learning_rate, report) -> score`` in the place of a task.
+        model: name or path of the model that the task is for, all-MiniLM-L6-v2 if None; with an objective, the torch
+            module.
         console: where progress is shown; the terminal if None.
-        objective: ``objective(model, learning_rate, report) -> score`` for the module that is given as ``model``.
-        settings: the fields of `SearchSettings`, such as ``task="stsb", data_dir="data", trials=40``.
+        settings: the fields of `SearchSettings`, such as ``data_dir="data", trials=40``.
 
     Returns:
-        What the study records as ``final``: contenders, differences with intervals, the winner's configuration.
+        What the study records as ``final``: contenders, differences with intervals, the winner's configuration; with an
+        objective, what `search_with` does.
+
+    Raises:
+        TypeError: no such setting.
+        ValueError: see `Search` and `search_with`.
     """
     if objective is not None:
-        model = settings.pop("model", None)
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"model={model!r}: an objective needs the model that it trains, a torch module")
-        return search_with(objective, model, console, **settings)
-    return Search(SearchSettings(**settings), console).run()
+        given = {} if isinstance(task, str) and task == DEFAULT_TASK else {"task": task}
+        return search_with(objective, model, console, **given, **settings)
+    if not isinstance(model, (str, Path, type(None))):
+        raise ValueError(
+            f"model is a {type(model).__name__}: for a task the name or the path of a model is needed; "
+            "a module is searched by a function of your own, given as objective="
+        )
+    check_names("search", settings, SearchSettings)
+    own = None if isinstance(task, (str, Path)) else load_task(task)
+    chosen = SearchSettings(task=str(task) if own is None else own.name, model=str(model or DEFAULT_MODEL), **settings)
+    return Search(chosen, console, task=own).run()
 
 
 def _load_given(encoder: Any, folder: str) -> None:

@@ -13,42 +13,37 @@ from torch import nn
 
 from ...evaluation import arms
 from ...evaluation.training import History, adapt, transformer_of
-from ..space.model import block_of
+from ...tuner.targets import block_of
 from ..study import Report
 from .objective import Bench
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel
 
 RANKS = (2, 4, 8, 16, 32)
 ALPHAS_PER_RANK = (1, 2, 4)
 DROPOUTS = (0.0, 0.05, 0.1)
 QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR = "query + value", "query + key + value", "all linear"
-TARGETS = (QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR)
 LEARNING_RATES = (1e-4, 1e-2)
 
-# The settings that most people start from. The tuning starts from them, too.
-USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "targets": QUERY_VALUE, "learning_rate": 1e-3}
+# The settings that most people start from. The tuning starts from them, too, at the model's first choice of targets.
+USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "learning_rate": 1e-3}
 
 
 def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """The modules of each choice of targets on a model, as ends of their names.
 
-    Raises:
-        ValueError: PEFT knows no default targets for the model's type.
+    Where PEFT knows no default targets for the model's type, there is one choice, all linear layers.
     """
-    kind = model.config.model_type
-    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if usual is None:
-        raise ValueError(f"no LoRA targets are known for model type {kind!r}: give a trained LoRA, or none")
+    usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
     keys = [name.replace("query", "key").replace("q_", "k_") if name != "q" else "k" for name in usual]
     blocks = [block_of(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {
+    choices = {
         QUERY_VALUE: sorted(usual),
         QUERY_KEY_VALUE: sorted({*usual, *keys}),
         ALL_LINEAR: sorted({block[1] for block in blocks if block is not None}),
     }
+    return {choice: ends for choice, ends in choices.items() if ends}
 
 
 def lora_config(model: PreTrainedModel, params: Mapping[str, Any]) -> LoraConfig:
@@ -117,7 +112,7 @@ class LoraObjective:
 
 def train_lora(
     bench: Bench,
-    encoder: SentenceTransformer,
+    encoder: Any,
     params: Mapping[str, Any],
     seed: int,
     start: float | None = 0.0,

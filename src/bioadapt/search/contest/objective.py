@@ -1,4 +1,4 @@
-"""Training and validating one configuration on a sentence encoder."""
+"""Training and validating one configuration on the model of a task."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from ... import BioConfig
 from ...evaluation import Evaluation, Task
-from ...evaluation.training import History, Schedule, adapt, fit, load_encoder, load_stack, trainable_parameters
+from ...evaluation.models import load_model
+from ...evaluation.prefix import cached_prefix
+from ...evaluation.statistics import better
+from ...evaluation.tasks.cuts import with_validation
+from ...evaluation.tasks.task import SENTENCES
+from ...evaluation.training import History, Schedule, adapt, fit, load_stack, trainable_parameters
 from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
-from .prefix import cached_prefix
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 _FIRST_STEPS = 6
 
@@ -30,15 +31,26 @@ class TooSlow(RuntimeError):
 
 
 def without_test(task: Task) -> Task:
-    """The same task without its test rows: what a search is given cannot look at them.
+    """The same task without its test rows: what a search is given cannot look at them."""
+    return task.without_test()
+
+
+def searchable(task: Task) -> Task:
+    """The task with all that a search needs; where it has no validation rows, some of the training rows serve.
 
     Raises:
-        ValueError: there is nothing to train on, or nothing to validate on.
+        ValueError: there is nothing to train or to test on, or a lower score is the better one.
     """
-    for split in ("train", "validation"):
+    task = with_validation(task)
+    for split in ("train", "validation", "test"):
         if not task.sizes.get(split):
             raise ValueError(f"task {task.name!r} has no {split} rows, which a search needs; take one that has")
-    return task.without_test()
+    if better(task.metrics[0]) < 0:
+        raise ValueError(
+            f"task {task.name!r} is scored by {task.metrics[0]}, of which a search cannot make less: "
+            "give a function that returns its negative as objective="
+        )
+    return task
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,15 @@ class Bench:
     """What all trainings of a search have in common.
 
     Attributes:
-        model: a name or path, as for `load_encoder`.
-        task: to train, validate and, where it has its test rows, test on.
+        model: a name or path, as for `load_model`.
+        task: to train, validate and, where it has its test rows, test on. It says which kind of model it is.
         epochs: of each stage.
         batch_size: rows per training step.
         rungs: how often the validation split is scored on the way, the end included.
         device: where to train; the fastest there is if None.
         max_step_time: seconds that a training step may take, by the median of the first ones; no limit if None.
         prefix: folder in which trials share what frozen lower blocks compute, see `cached_prefix`; none if None.
+        models: folder of small models that are made for the task.
     """
 
     model: str
@@ -64,24 +77,25 @@ class Bench:
     device: str | None = None
     max_step_time: float | None = None
     prefix: str | None = None
+    models: str | None = None
 
-    def encoder(self, seed: int, below: str | Path | None = None) -> SentenceTransformer:
+    def encoder(self, seed: int, below: str | Path | None = None) -> Any:
         """The model as it comes, over a saved LoRA if ``below`` names one, which is frozen then."""
         torch.manual_seed(seed)
-        encoder = load_encoder(self.model, self.device)
+        encoder = load_model(self.model, self.task, self.device, self.models)
         return encoder if below is None else load_stack(encoder, [below])
 
-    def validate(self, encoder: SentenceTransformer) -> float:
+    def validate(self, encoder: Any) -> float:
         """Score on the validation split, in percent."""
         return self.task.evaluate(encoder, "validation").scores[self.task.metrics[0]]
 
-    def test(self, encoder: SentenceTransformer) -> Evaluation:
+    def test(self, encoder: Any) -> Evaluation:
         """Scores on the test split, and the rows that they are made of."""
         return self.task.evaluate(encoder, "test")
 
     def train(
         self,
-        encoder: SentenceTransformer,
+        encoder: Any,
         learning_rate: float,
         seed: int,
         *,
@@ -107,7 +121,7 @@ class Bench:
         """
         epochs = self.epochs if epochs is None else epochs
         rungs = self.rungs if rungs is None else rungs
-        with cached_prefix(encoder, self.task, self.prefix):
+        with cached_prefix(encoder, self.task, self.prefix if self.task.reads == SENTENCES else None):
             return fit(
                 encoder,
                 self.task,
@@ -118,7 +132,7 @@ class Bench:
                 report=_all_but_last(report, rungs),
             )
 
-    def bio(self, encoder: SentenceTransformer, configs: list[BioConfig]) -> PeftModel:
+    def bio(self, encoder: Any, configs: list[BioConfig]) -> PeftModel:
         """Put adapters over what the encoder has."""
         return adapt(encoder, lambda below: add_adapters(below, configs))
 
@@ -182,7 +196,7 @@ class BioObjective(SpaceObjective):
 
 def train_bio(
     bench: Bench,
-    encoder: SentenceTransformer,
+    encoder: Any,
     space: SearchSpace,
     configuration: Configuration,
     seed: int,

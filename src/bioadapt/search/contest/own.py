@@ -6,17 +6,22 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
+from ...settings import check_names
 from ..report import write_report
 from ..settings import NO_LORA, SearchSettings, budget, check
 from ..space import SearchedModel, SearchSpace, SpaceObjective, add_adapters
 from ..study import Job, Report, prepare, run_study
+from ..study.progress import in_words as time_in_words
 from ..thompson import ThompsonSampler
+from .script import best_script
 
 # The fields of `SearchSettings` that mean something without a task.
 ACCEPTED = frozenset(
@@ -37,7 +42,7 @@ class ModelObjective(SpaceObjective):
         model: goes into the process of the trials once; every trial has a copy of it.
         train: ``train(model, learning_rate, report) -> score``, higher being better. The model has its adapters, which
             alone require a gradient; ``report(step, score)`` may end the call.
-        seed: of the adapters.
+        seed: of the adapters, and of what the training draws.
     """
 
     model: nn.Module = field(repr=False)
@@ -54,6 +59,9 @@ class ModelObjective(SpaceObjective):
             model = add_adapters(model, configs)
         else:
             model.requires_grad_(False)
+        torch.manual_seed(
+            self.seed
+        )  # the same dropout and order of rows for all trials, unless the training seeds anew
         return self.train(model, configuration.learning_rate, report)
 
 
@@ -81,6 +89,7 @@ def search_with(
             an objective or a model that cannot be sent to another process.
         RuntimeError: no trial has succeeded, or all workers have died.
     """
+    check_names("search", settings, SearchSettings)
     for name in settings.keys() - ACCEPTED:
         raise ValueError(
             f"{name}={settings[name]!r} means nothing with an objective; accepted: {', '.join(sorted(ACCEPTED))}"
@@ -98,6 +107,11 @@ def search_with(
     if study.user_attrs.setdefault("space", record) != record:
         raise ValueError(f"study {name!r} was begun with another model or other settings: give another name as study=")
     study.set_user_attr("space", record)
+    say = partial((console or Console()).print, highlight=False, markup=False, soft_wrap=True)
+    for line in in_words(space):
+        say(line)
+    most = f", none longer than {time_in_words(chosen.timeout)}" if chosen.timeout else ""
+    say(f"Trainings: {chosen.trials}{most}. How long they take together is told once the first one has ended.")
     prepare(storage, name, chosen.trials, first_trials(space, chosen.trials))
     job = Job(storage, name, ModelObjective(space, model, objective, chosen.seed), chosen.seed, chosen.timeout)
     study = run_study(job, chosen.workers, console or Console(), "searching bio adapters")
@@ -106,14 +120,30 @@ def search_with(
     except ValueError:
         reason = study.trials[-1].user_attrs.get("failure", "pruned")
         raise RuntimeError(f"study {name!r}: no trial has succeeded; the last one: {reason}") from None
+    configs, rate = best.user_attrs["configs"], best.user_attrs["configuration"]["learning_rate"]
+    script = best_script(configs, rate, chosen.seed, best.value)
+    study.set_user_attr("best", {"number": best.number, "script": script})
     return {
         "number": best.number,
         "score": best.value,
         "configuration": best.user_attrs["configuration"],
-        "configs": best.user_attrs["configs"],
-        "learning_rate": best.user_attrs["configuration"]["learning_rate"],
+        "configs": configs,
+        "learning_rate": rate,
         "report": str(write_report(name, storage, output / "report.html")),
     }
+
+
+def in_words(space: SearchSpace) -> list[str]:
+    """What is searched, and what is left out: a sentence each."""
+    budget = "no budget" if space.budget is None else f"budget {space.budget:,} parameters"
+    lines = [
+        f"Space: {space.size():,} (about {float(space.size()):.1e}) configurations of {len(space.primitives)} "
+        f"primitives, {len(space.places)} places, up to {space.slots} slots; {budget}."
+    ]
+    for names, why in ((space.host.refused, "this model refuses"), (space.too_large, "larger than the budget")):
+        if names:
+            lines.append(f"Left out, {why}: {', '.join(names)}.")
+    return lines
 
 
 def first_trials(space: SearchSpace, trials: int) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ... import primitive_info
+
 if TYPE_CHECKING:
     from ...config import Composition
 
@@ -29,6 +31,17 @@ class Slot:
     @property
     def place(self) -> str:
         return f"{self.layers} {self.modules}"
+
+    def entry(self, rank: int | None) -> str | dict[str, Any]:
+        """As a `BioConfig` lists it. What is zero at birth takes the strength as a factor.
+
+        A change ``s * gate * f(x)`` whose gate starts at zero and is trained by Adam with rate r is the same as
+        ``gate * f(x)`` with the rate s * r, since Adam's steps do not depend on the size of a gradient.
+        """
+        if self.strength == 1:
+            return self.primitive
+        usual = 1.0 if rank is not None else primitive_info(self.primitive).fresh_zero_scale
+        return {"name": self.primitive, "zero_scale": usual * self.strength}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,9 +11,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ... import BioConfig, list_primitives, primitive_info
+from ...tuner.targets import block_of
 
 _PROBE = "probe"
-_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,6 @@ class SearchedModel:
     def from_record(cls, record: dict[str, Any]) -> SearchedModel:
         sites = tuple(SearchedModule(**site) for site in record["sites"])
         return cls(sites, record["parameters"], tuple(record["primitives"]), dict(record["refused"]))
-
-
-def block_of(path: str) -> tuple[int, str] | None:
-    """Number of the block that a module belongs to, and its name in there; None outside of numbered blocks."""
-    number = _NUMBER.search(path)
-    return None if number is None else (int(number[1]), path[number.end() :])
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -232,26 +232,25 @@ class SearchSpace:
 
     def configs(self, configuration: Configuration) -> list[BioConfig]:
         """The adapters, to be active together: modules with equal lists share one; none for an empty configuration."""
-        lists: dict[tuple[tuple[str, ...], int | None], list[str]] = {}
+        lists: dict[tuple[tuple[Slot, ...], int | None], list[str]] = {}
         for i, site in enumerate(self.host.sites):
-            here = [slot.primitive for slot in configuration.slots if i in self.places[slot.layers, slot.modules]]
-            on_weight = tuple(name for name in here if self._kinds[name] == "weight")
-            others = tuple(name for name in here if self._kinds[name] != "weight")
+            here = [slot for slot in configuration.slots if i in self.places[slot.layers, slot.modules]]
+            on_weight = tuple(slot for slot in here if self._kinds[slot.primitive] == "weight")
+            others = tuple(slot for slot in here if slot not in on_weight)
             groups = [(on_weight + others, None)] if configuration.rank is None else [
                 (on_weight, None), (others, configuration.rank)
             ]  # fmt: skip
-            for names, rank in groups:
-                if names:
-                    lists.setdefault((names, rank), []).append(site.path)
-        strengths = {slot.primitive: slot.strength for slot in configuration.slots}
+            for slots, rank in groups:
+                if slots:
+                    lists.setdefault((slots, rank), []).append(site.path)
         return [
             BioConfig(
-                primitives=[_entry(name, strengths[name], rank) for name in names],
+                primitives=[slot.entry(rank) for slot in slots],
                 target_modules=_exactly(paths),
                 rank=rank,
                 composition=cast(Any, configuration.composition),
             )
-            for (names, rank), paths in lists.items()
+            for (slots, rank), paths in lists.items()
         ]
 
     # -- what the sampler's model sees --
@@ -339,18 +338,6 @@ class SearchSpace:
 
 def _number(rank: int | str) -> int | None:
     return None if rank == FULL else int(rank)
-
-
-def _entry(name: str, strength: float, rank: int | None) -> str | dict[str, Any]:
-    """A primitive as a configuration lists it. What is zero at birth takes the strength as a factor.
-
-    A change ``s * gate * f(x)`` whose gate starts at zero and is trained by Adam with rate r is the same as ``gate *
-    f(x)`` with the rate s * r, since Adam's steps do not depend on the size of a gradient.
-    """
-    if strength == 1:
-        return name
-    usual = 1.0 if rank is not None else primitive_info(name).fresh_zero_scale
-    return {"name": name, "zero_scale": usual * strength}
 
 
 def _exactly(paths: Sequence[str]) -> list[str] | str:

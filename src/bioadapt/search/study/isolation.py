@@ -42,8 +42,9 @@ def processes(target: Any = None) -> Any:
 
     context = multiprocessing.get_context("forkserver")
     home = getattr(target, "__module__", None) or ""
-    context.set_forkserver_preload([__name__, *([home] if home.partition(".")[0] == _OURS else [])])
-    # Ctrl-C while it imports would end it, and with it the news of how its copies are.
+    preloaded = [f"{_OURS}._quiet", __name__, *([home] if home.partition(".")[0] == _OURS else [])]
+    context.set_forkserver_preload(preloaded)
+    # Ctrl-C during its imports would end the server, and nobody would then report how its copies ended.
     with handled(FROM_TERMINAL, signal.SIG_IGN):
         forkserver.ensure_running()
     return context
@@ -122,7 +123,7 @@ class Child:
     ) -> None:
         if kind is None and self._process is not None and self._connection is not None:
             with suppress(ConnectionError):
-                self._connection.send(())  # it is idle: what it holds of the system, it gives back itself
+                self._connection.send(())  # it is idle, and ends in an orderly way
             self._process.join(_GRACE)
         self.end()
 

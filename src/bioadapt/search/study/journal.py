@@ -25,8 +25,8 @@ class Journal(JournalFileBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        # The lock is a link to the file: with a relative path it leads nowhere, and one that a killed process has left
-        # behind is waited for in vain.
+        # The lock is a link to the file. With a relative path it would lead nowhere, and one that a killed process has
+        # left behind would never be released.
         self._path = path.absolute()
         self._writing = JournalFileSymlinkLock(str(self._path))
         super().__init__(str(self._path), self._writing)

@@ -43,7 +43,7 @@ def watched(study: Study, console: Console, title: str) -> Iterator[None]:
             show()
 
     with ExitStack() as shown:
-        # What is called first is entered last: the line of the spinner is gone before the one that stays is written.
+        # Callbacks run in reverse order: the spinner's line is removed before the line that stays is written.
         shown.callback(say if console.is_terminal else say_news)
         show = say_news
         if console.is_terminal:

@@ -203,7 +203,7 @@ def _proposed(trial: optuna.Trial, objective: Objective) -> dict[str, Any]:
         described = objective.describe(params)
         json.dumps(described)
     except (StorageInternalError, OSError):
-        raise  # the storage's fault
+        raise  # the storage failed, and not the configuration
     except Exception as error:
         raise Failed(f"{type(error).__name__}: {error}") from error
     for name, value in described.items():

@@ -34,7 +34,7 @@ class Memo(Generic[T]):
         self._known: dict[int, tuple[Params, T]] = {}
 
     def __call__(self, observed: Sequence[Params]) -> list[T]:
-        # An object that is held here keeps its id to itself.
+        # As long as the object is held here, no other object gets its id.
         known = self._known
         now = {id(params): known.get(id(params)) or (params, self._function(params)) for params in observed}
         self._known = now

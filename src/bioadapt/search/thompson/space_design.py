@@ -58,7 +58,7 @@ def _categorical(name: str, distribution: CategoricalDistribution) -> _Factor:
     count = len(distribution.choices)
     first = 1 if count == 2 else 0
     width = count - first if count > 1 else 0
-    # The last row is for what is not there.
+    # The last row is for a parameter that a trial lacks.
     table = np.vstack([np.eye(count)[:, count - width :] - 1 / count, np.zeros((1, width))])
 
     def encode(codes: Array) -> Array:
@@ -189,7 +189,7 @@ class SpaceDesign:
             zip(zip(left[kept].tolist(), right[kept].tolist(), strict=True), together[kept].tolist(), strict=True)
         )
         self.keys = self._keys(table)
-        # Where nothing is outside, all parameters of a trial have codes.
+        # A trial has no parameters outside of the space where all of its parameters have codes.
         inside = (~np.isnan(table)).sum(1)
         self.repetitions: list[Hashable] = [
             (key, None if len(params) == count else self._outside(params))

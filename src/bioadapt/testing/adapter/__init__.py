@@ -5,6 +5,7 @@ from .decoding import AdapterDecoding
 from .leaks import Leaks
 from .merging import AdapterMerging
 from .precision import Checkpointing, Precision
+from .rate import LearningRate
 from .saving import Saving
 from .switching import Stacking, Switching
 
@@ -12,6 +13,7 @@ from .switching import Stacking, Switching
 class AdapterConformance(
     AdapterBirth,
     Refusals,
+    LearningRate,
     Leaks,
     AdapterDecoding,
     Precision,

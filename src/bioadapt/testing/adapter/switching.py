@@ -68,7 +68,7 @@ class Stacking(Inside):
         assert not torch.equal(adapted.output(model), expected)
         with model.disable_adapter():
             assert_identical(adapted.output(model), expected, "disabled over a LoRA")
-        assert_equal_tensors(get_peft_model_state_dict(lora), tensors, "the LoRA's checkpoint within the stack")
+        assert_equal_tensors(get_peft_model_state_dict(lora), tensors, "the LoRA's checkpoint below an adapter")
         returned = model.unload()
         assert returned is lora
         assert_identical(adapted.output(returned), expected, "unloaded over a LoRA")

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ... import BioConfig
-from ...evaluation import Task
-from ...tuner.layer import BioLayer
-from ..space.model import block_of
+from .. import BioConfig
+from ..tuner.layer import BioLayer
+from ..tuner.targets import block_of
+from .tasks.task import Task
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -46,7 +46,7 @@ _MASK = "attention_mask"
 def cached_prefix(
     encoder: SentenceTransformer, task: Task, folder: str | Path | None, limit: int = LIMIT
 ) -> Iterator[None]:
-    """Train and validate within: results are those without, to float rounding.
+    """Train, validate and test within: results are those without, to float rounding.
 
     Does nothing where the lowest block is adapted or trained, or where the states of all texts of a split do not fit
     into what other prefixes have left of the limit. Batches that are padded on the left, have other inputs than token
@@ -54,13 +54,16 @@ def cached_prefix(
 
     Args:
         encoder: with its adapters. What calls the model in it directly is not answered from the cache.
-        task: its training and validation texts are those to come.
+        task: its texts are those to come.
         folder: of the cache, the same for all trials of a study; no cache if None.
         limit: bytes that the folder may take.
     """
+    if folder is None:
+        yield
+        return
     model = next(module for module in encoder[0].modules() if isinstance(module, PreTrainedModel))
     path, count = frozen_blocks(model)
-    if folder is None or not count:
+    if not count:
         yield
         return
     store = _Store(Path(folder, _fingerprint(model, path, count)))
@@ -126,7 +129,7 @@ def _fits(
     encoder: SentenceTransformer, task: Task, store: _Store, limit: int, splits: Sequence[str], size: int
 ) -> bool:
     """Whether there is room for the states, of so many bytes per token, of all texts of the splits."""
-    texts = [text for split in splits for text in task.texts(split)]
+    texts = [text for split in splits if task.sizes.get(split) for text in task.texts(split)]
     parts = (texts[start : start + 1000] for start in range(0, len(texts), 1000))
     tokens = sum(int(encoder.preprocess(part)[_MASK].sum()) for part in parts)
     return store.elsewhere() + tokens * size <= limit
@@ -237,7 +240,7 @@ class _Prefix:
     def _has_room(self, batch: _Batch, states: Tensor) -> bool:
         if self._store.rows.keys() >= set(batch.rows):
             return True  # an earlier trial has counted
-        splits = ("validation", "train") if self._training else ("validation",)
+        splits = ("validation", "test", "train") if self._training else ("validation", "test")
         return self._fits(splits, states.shape[-1] * states.element_size())
 
 
@@ -276,7 +279,7 @@ class _Store:
         """Bytes of what is in the folders beside this one."""
         total = 0
         for file in self.folder.parent.glob("*/*"):
-            with suppress(FileNotFoundError):  # it has its name only now
+            with suppress(FileNotFoundError):  # another process has just renamed it
                 total += file.stat().st_size if file.parent != self.folder else 0
         return total
 
@@ -302,7 +305,7 @@ class _Store:
     def _read(self) -> None:
         for file in set(self.folder.glob(f"*{_FILE}")) - self._files:
             self._files.add(file)
-            with suppress(OSError, SafetensorError):  # removed, or lost its end with a machine's power
+            with suppress(OSError, SafetensorError):  # removed meanwhile, or cut short by a power failure
                 held = load_file(file)
                 rows = [bytes(row) for row in held["rows"].numpy()]
                 self.rows |= zip(rows, held["states"].split(held["lengths"].tolist()), strict=True)
