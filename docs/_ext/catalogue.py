@@ -11,12 +11,12 @@ import csv
 import inspect
 import io
 import shutil
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from capabilities import COLUMNS, Capabilities, probe
+from equations import as_html
 
 from bioadapt import list_primitives, primitive_info
 from bioadapt.portrait import portrait
@@ -146,7 +146,7 @@ def page(info: PrimitiveInfo, capabilities: Capabilities, cost: dict[str, str] |
         "## Biology",
         info.biology[0].upper() + info.biology[1:],
         "## Equation",
-        f"```text\n{textwrap.fill(info.equation, 88)}\n```",
+        f'<p class="equation">{as_html(info.equation)}</p>',
         "\n\n".join(remarks(info)),
         "## Settings",
         settings(info),
@@ -199,7 +199,7 @@ def learning(name: str) -> str:
     reason = "" if share >= LEAST else f": {SLOW[name]}"
     return (
         f"In 30 steps of AdamW at 1e-3 its training loss falls {share:.2f} times as far as that of a LoRA r=8{reason}; "
-        f"it  moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
+        f"it moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
     )
 
 
