@@ -8,6 +8,7 @@ from typing import Any
 
 from ..report.wording import config_call
 from ..settings import AUTO, NO_LORA, SearchSettings
+from .lora import USUAL
 
 
 def winner_script(
@@ -37,7 +38,9 @@ def winner_script(
     train = f"fit(model, task, Schedule({schedule}))\n"
     body = f"torch.manual_seed(seed)\nmodel = load_model({settings.model!r}, task)\n"
     if settings.lora == AUTO and lora is not None:
-        chosen, targets = lora["params"], lora_targets[lora["params"]["targets"]]
+        # What a record of another version lacks has its usual value.
+        chosen = {**USUAL, "targets": next(iter(lora_targets)), **lora["params"]}
+        targets = lora_targets[chosen["targets"]]
         body += (
             "lora = LoraConfig(\n"
             f"    r={chosen['rank']}, lora_alpha={chosen['rank'] * chosen['alpha_per_rank']}, "
