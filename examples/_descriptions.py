@@ -19,7 +19,7 @@ def descriptions(library: str, count: int) -> list[tuple[str, str]]:
 
 
 def small_language_model(quick: bool) -> LanguageModel:
-    """A causal language model of a million parameters, made of the sentences of numpy, scipy and torch."""
+    """A causal language model of a million parameters that has read what numpy, scipy and torch say."""
     texts = [
         f"{name}: {sentence}"
         for library in ("numpy", "scipy", "torch")
@@ -27,4 +27,4 @@ def small_language_model(quick: bool) -> LanguageModel:
     ]
     task = LanguageModellingTask("descriptions", {"train": {"text": texts}})
     with tempfile.TemporaryDirectory() as folder:
-        return load_model("small-lm", task, "cpu", folder, steps=3 if quick else None)
+        return load_model("small-lm", task, "cpu", folder, steps=3 if quick else 400)

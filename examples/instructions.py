@@ -19,7 +19,7 @@ from bioadapt import BioConfig, BioTrainerCallback
 quick = "--quick" in sys.argv
 
 # %%
-pairs = descriptions("sklearn", 24 if quick else 400)
+pairs = descriptions("sklearn", 24 if quick else 200)
 rows = [
     {"prompt": f"What is {name}?", "completion": f" {sentence}", "other": f" {pairs[(place + 1) % len(pairs)][1]}"}
     for place, (name, sentence) in enumerate(pairs)
@@ -37,7 +37,7 @@ preferences = {
 }
 language = small_language_model(quick)
 common = dict(
-    num_train_epochs=1 if quick else 5,
+    num_train_epochs=1 if quick else 3,
     per_device_train_batch_size=8,
     learning_rate=2e-3,
     report_to="none",

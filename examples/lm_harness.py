@@ -27,7 +27,7 @@ from bioadapt.evaluation.training import Schedule, fit
 quick = "--quick" in sys.argv
 
 # %%
-names = descriptions("sklearn", 24 if quick else 400)
+names = descriptions("sklearn", 24 if quick else 200)
 draw = random.Random(0)
 rows = []
 for name, sentence in names:
@@ -52,7 +52,7 @@ language.model.save_pretrained(here / "base")
 language.tokenizer.save_pretrained(here / "base")
 model = get_peft_model(language.model, BioConfig(["divisive_normalization", "lateral_inhibition"]))
 adapted = LanguageModel(model, language.tokenizer)
-fit(adapted, task, Schedule(epochs=1 if quick else 5, learning_rate=2e-3, batch_size=8))
+fit(adapted, task, Schedule(epochs=1 if quick else 3, learning_rate=2e-3, batch_size=8))
 model.save_pretrained(here / "adapter")
 scores["by bioadapt"] = task.evaluate(adapted).scores["accuracy"]
 

@@ -244,8 +244,8 @@ def test_one_graph_serves_any_number_of_tokens(k):
 
     compiled = torch.compile(lambda v, values: sparse_product(v, index, values), backend=counting, fullgraph=True)
     torch._dynamo.reset()
-    for count in (3, 5, 2, 11):
-        v, values = torch.randn(2, count, 256), torch.randn(M, k, requires_grad=True)
+    for length in (3, 5, 2, 11):
+        v, values = torch.randn(2, length, 256), torch.randn(M, k, requires_grad=True)
         torch.testing.assert_close(compiled(v, values), dense(v, index, values), rtol=1e-4, atol=1e-4)
     assert len(graphs) == 2
 

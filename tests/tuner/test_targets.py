@@ -29,7 +29,9 @@ OTHER_WRITERS = {
     "gemma4_text": "every block also adds its per-layer embedding",
     "llama4": "the routed experts are fused parameters, not modules",
     "llama4_text": "the routed experts are fused parameters, not modules",
+    "gpt_oss": "the experts are fused parameters, not modules",
     "mixtral": "the experts are fused parameters, not modules",
+    "qwen3_moe": "the experts are fused parameters, not modules",
     "nemotron_h": "Mamba mixers and routed experts write as well",
 }
 
@@ -80,6 +82,10 @@ VIT = dict(
     hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=WIDE, image_size=16, patch_size=8
 )
 VISION_HOST = VIT | dict(hidden_size=40)
+QWEN_VL_TEXT = TEXT | dict(
+    num_key_value_heads=2, rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)
+)
+QWEN_VL_VISION = dict(depth=2, hidden_size=40, num_heads=4, intermediate_size=WIDE, out_hidden_size=D, patch_size=4)
 GEMMA4_TEXT = LLAMA | dict(
     global_head_dim=12, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
     num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"],
@@ -144,6 +150,7 @@ CASES = {
         dict(vocab_size=VOCAB, dim=D, n_layers=LAYERS, n_heads=4, hidden_dim=WIDE),
     ),
     "electra": Case(BERT_BLOCKS, TEXT | dict(embedding_size=16)),
+    "eurobert": Case(LLAMA_BLOCKS, TEXT | dict(num_key_value_heads=4)),
     "layoutlm": Case(BERT_BLOCKS, TEXT),
     "modernbert": Case([Blocks("layers.{}", ["attn.Wo", "mlp.Wo"])], TEXT),
     "mpnet": Case([Blocks("encoder.layer.{}", ["attention.attn.o", "output.dense"])], TEXT),
@@ -180,6 +187,9 @@ CASES = {
         | dict(attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2),
     ),
     "gpt_neox": Case([Blocks("layers.{}", ["attention.dense", "mlp.dense_4h_to_h"])], TEXT),
+    "gpt_oss": Case(
+        [Blocks("layers.{}", ["self_attn.o_proj"])], LLAMA | dict(num_local_experts=2, num_experts_per_tok=1)
+    ),
     "gptj": Case(GPTJ_BLOCKS, GPT2 | dict(rotary_dim=4)),
     "llama": Case(LLAMA_BLOCKS, LLAMA),
     "llama4_text": Case(
@@ -206,15 +216,21 @@ CASES = {
         | dict(layers_block_type=["mamba", "attention", "mlp", "moe"], mamba_num_heads=4, mamba_head_dim=12)
         | dict(n_groups=2, ssm_state_size=8, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=20),
     ),
+    "olmo2": Case(LLAMA_BLOCKS, TEXT | dict(num_key_value_heads=2)),
     "opt": Case([Blocks("decoder.layers.{}", ["self_attn.out_proj", "fc2"])], OPT),
     "phi": Case([Blocks("layers.{}", ["self_attn.dense", "mlp.fc2"])], TEXT),
     "phi3": Case(LLAMA_BLOCKS, LLAMA | dict(head_dim=8)),
     "qwen2": Case(LLAMA_BLOCKS, TEXT | dict(num_key_value_heads=2)),
     "qwen3": Case(LLAMA_BLOCKS, LLAMA),
+    "qwen3_moe": Case(
+        [Blocks("layers.{}", ["self_attn.o_proj"]), Blocks("layers.{}", ["mlp.down_proj"], which=(0,))],
+        LLAMA | dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=20, mlp_only_layers=[0]),
+    ),
     "rwkv": Case(
         [Blocks("blocks.{}", ["attention.output", "feed_forward.value"])],
         TEXT | dict(attention_hidden_size=D, context_length=16),
     ),
+    "smollm3": Case(LLAMA_BLOCKS, TEXT | dict(num_key_value_heads=2)),
     "stablelm": Case(LLAMA_BLOCKS, TEXT | dict(num_key_value_heads=2)),
     "convnext": Case(CONVNEXT_BLOCKS, CONVNEXT),
     "convnextv2": Case(CONVNEXT_BLOCKS, CONVNEXT),
@@ -235,6 +251,14 @@ CASES = {
         dict(embed_dim=D, depths=[2, 2], num_heads=[2, 4], window_size=2, image_size=16, patch_size=2),
     ),
     "vit": Case(VIT_BLOCKS, VIT),
+    "beit": Case(VIT_BLOCKS, VIT),
+    "dinov3_vit": Case([Blocks("model.layer.{}", ["attention.o_proj", "mlp.down_proj"])], VIT),
+    "wav2vec2": Case(
+        [Blocks("encoder.layers.{}", ["attention.out_proj", "feed_forward.output_dense"])],
+        TEXT
+        | dict(conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2)
+        | dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2),
+    ),
     "blip-2": Case(
         [Blocks("language_model.model.decoder.layers.{}", ["self_attn.out_proj", "fc2"])],
         dict(vision_config=VISION_HOST, qformer_config=TEXT | dict(encoder_hidden_size=40))
@@ -263,6 +287,17 @@ CASES = {
         dict(
             text_config=LLAMA | dict(model_type="llama"),
             vision_config=VISION_HOST | dict(model_type="clip_vision_model"),
+        ),
+    ),
+    "qwen2_5_vl": Case(
+        LANGUAGE_BLOCKS,
+        dict(text_config=QWEN_VL_TEXT, vision_config=QWEN_VL_VISION | dict(fullatt_block_indexes=[1])),
+    ),
+    "qwen3_vl": Case(
+        LANGUAGE_BLOCKS,
+        dict(
+            text_config=QWEN_VL_TEXT | dict(head_dim=8),
+            vision_config=QWEN_VL_VISION | dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
         ),
     ),
     "siglip": Case(TWO_TOWERS, dict(text_config=TEXT | dict(projection_size=40), vision_config=VISION_HOST)),
@@ -372,6 +407,8 @@ def model_output(model: nn.Module) -> torch.Tensor:
     tokens = torch.randint(3, VOCAB - 1, (2, 6), generator=generator)
     tokens[:, -1] = 2  # CLIP reads its text at the end-of-sequence token
     inputs = {}
+    if config.model_type == "wav2vec2":
+        return model(torch.randn(2, 800, generator=generator))[0]
     if config.model_type == "whisper":
         inputs = {"input_features": torch.randn(2, 8, 16, generator=generator)}
     elif model.main_input_name == "pixel_values" or hasattr(config, "vision_config"):
@@ -379,7 +416,7 @@ def model_output(model: nn.Module) -> torch.Tensor:
         inputs = {"pixel_values": torch.randn(2, 3, image_size, image_size, generator=generator)}
     if model.main_input_name == "input_ids" or hasattr(config, "text_config"):
         inputs["input_ids"] = tokens
-    if hasattr(config, "text_config") and config.model_type in ("gemma3", "llava", "blip-2"):
+    if hasattr(config, "text_config") and config.model_type in ("gemma3", "llava", "blip-2", "qwen2_5_vl", "qwen3_vl"):
         del inputs["pixel_values"]  # the language model alone
         model = model.language_model
     if getattr(model.config, "is_encoder_decoder", False):

@@ -96,7 +96,8 @@ def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module,
             if not is_somebodys(Path(stage, CARD)):
                 Path(stage, CARD).unlink(missing_ok=True)
                 # The file is read as ``default``, whatever the adapter is called in this model.
-                write_card(Path(stage, CARD), {"default": self.peft_config[name]}, self, _with_places(record, along))
+                configs: Any = self.peft_config
+                write_card(Path(stage, CARD), {"default": configs[name]}, self, _with_places(record, along))
     if upload:
         hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
         self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)

@@ -6,7 +6,8 @@ projection as well; in a convolutional block it is the last convolution. A popul
 is thus complete at the targets, which a query or a value is not.
 
 Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and the hidden units of the feed-forward
-block behind their activation, which are the input of its last projection.
+block behind their activation, which are the input of its last projection. On BERT and ViT the attention's projection
+has the same name, so that its input is adapted too, as by PEFT's IA3.
 
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
@@ -49,6 +50,7 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "deberta-v2": _BERT,
     "distilbert": ["attention.out_lin", "ffn.lin2"],
     "electra": _BERT,
+    "eurobert": _LLAMA,
     "layoutlm": _BERT,
     "modernbert": ["attn.Wo", "mlp.Wo"],
     "mpnet": ["attention.attn.o", "output.dense"],
@@ -74,6 +76,7 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "gemma4_text": _LLAMA,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
+    "gpt_oss": ["o_proj"],  # the experts are fused parameters, not modules
     "gpt_neo": ["attention.out_proj", "mlp.c_proj"],
     "gpt_neox": _NEOX,
     "gptj": _GPTJ,
@@ -83,19 +86,26 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "mixtral": ["o_proj"],  # the experts are fused parameters, not modules
     "mpt": ["attn.out_proj", "ffn.down_proj"],
     "nemotron_h": _LLAMA,  # not the Mamba mixers' out_proj: their kernel reads its weight past any adapter
+    "olmo2": _LLAMA,
     "opt": _BART,
     "phi": ["self_attn.dense", "mlp.fc2"],
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": ["o_proj", "mlp.down_proj"],  # of the MLPs, those that are no mixtures of experts
     "rwkv": ["attention.output", "feed_forward.value"],
     "rwkv7": ["o_proj", "ffn.value"],
+    "smollm3": _LLAMA,
     "stablelm": _LLAMA,
+    # sound
+    "wav2vec2": ["attention.out_proj", "feed_forward.output_dense"],
     # vision
+    "beit": _VIT,
     "convnext": ["pwconv2"],
     "convnextv2": ["pwconv2"],
     "deit": _VIT,
     "dinov2": ["attention.o_proj", "attention.output.dense", "mlp.fc2", "mlp.down_proj", "mlp.weights_out"],
+    "dinov3_vit": ["attention.o_proj", "mlp.down_proj"],
     "resnet": ["layer.2.convolution"],  # bottleneck blocks; see residual_writers
     "swin": _VIT,
     "vit": _VIT,
@@ -108,6 +118,8 @@ RESIDUAL_WRITERS: dict[str, list[str] | str] = {
     "gemma4": _LANGUAGE_MODEL,
     "llama4": _LANGUAGE_MODEL,
     "llava": _LANGUAGE_MODEL,
+    "qwen2_5_vl": _LANGUAGE_MODEL,
+    "qwen3_vl": _LANGUAGE_MODEL,
     "siglip": _CLIP,
     "siglip_text_model": _CLIP,
     "siglip_vision_model": _CLIP,
@@ -130,11 +142,12 @@ GAIN_SITES: dict[str, tuple[list[str], list[str]]] = {
     **dict.fromkeys(("bloom", "falcon", "gpt_neox", "RefinedWeb", "RefinedWebModel"), _GAINS_NEOX),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _GAINS_GPT2),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "stablelm"), _GAINS_LLAMA),
+    **dict.fromkeys(("eurobert", "olmo2", "smollm3"), _GAINS_LLAMA),
     "gpt_neo": (["k_proj", "v_proj", "mlp.c_proj"], ["mlp.c_proj"]),
     "gptj": (["k_proj", "v_proj", "fc_out"], ["fc_out"]),
     "phi": (["k_proj", "v_proj", "fc2"], ["fc2"]),
     "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
-    **dict.fromkeys(("deit", "vit"), _GAINS_VIT),
+    **dict.fromkeys(("beit", "deit", "vit"), _GAINS_VIT),
 }
 
 

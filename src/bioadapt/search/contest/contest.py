@@ -32,6 +32,7 @@ from ...evaluation.tasks import is_name
 from ...evaluation.training import adapt, load_adapted, transformer_of
 from ...settings import DEFAULT_MODEL, DEFAULT_TASK, check_names
 from ..report import write_report
+from ..report.wording import count
 from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, open_storage, prepare, run_study
@@ -273,7 +274,6 @@ class Search:
             with Child(SavedLora(self._bench, settings.seed, folder)) as child:
                 validation, size = child.call(best.params)
             record = {"study": name, "trials": count_tickets(tuned), "params": best.params, "folder": folder}
-            record["target_modules"] = self._lora_targets[best.params["targets"]]
         else:
             encoder = self._bench.encoder(settings.seed, settings.lora)
             validation = self._bench.validate(encoder)
@@ -303,7 +303,7 @@ class Search:
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
         if "confirmation" not in study.user_attrs:
-            self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
+            self._say(f"Confirming the best {settings.confirm} on {count(settings.confirm_seeds, 'fresh seed')} each.")
         with (
             Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
             self._bar() as bar,
@@ -324,7 +324,7 @@ class Search:
         given = lora["folder"] if lora and params is None else None
         folder = self._tested(number)
         final = Final(self.space, replace(self._bench, task=self.task, prefix=None), winner, params, given, str(folder))
-        self._say(f"Testing the winner and its rivals on {len(self._test_seeds)} seeds each.")
+        self._say(f"Testing the winner and its rivals on {count(len(self._test_seeds), 'seed')} each.")
         with Child(final) as child, self._bar() as bar:
             follow = partial(bar.track, description="testing")
             results = open_test(contenders(params, given), self._test_seeds, folder, child.call, follow)
@@ -345,7 +345,8 @@ class Search:
             "script": winner_script(
                 self.settings,
                 in_memory=self._in_memory,
-                lora=lora and {"target_modules": self._lora_targets.get((params or {}).get("targets")), **lora},
+                lora=lora,
+                lora_targets=self._lora_targets,
                 configs=trial.user_attrs["configs"],
                 learning_rate=winner.learning_rate,
                 reported={result["seed"]: result["score"] for result in results if result["name"] == WINNER},

@@ -1,4 +1,4 @@
-"""What comes after a search: confirm the best on fresh seeds, then open the test split once."""
+"""What comes after a search: confirm the best on fresh seeds, then test each contender once for each seed."""
 
 from __future__ import annotations
 

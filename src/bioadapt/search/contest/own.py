@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -41,7 +42,7 @@ class ModelObjective(SpaceObjective):
         model: goes into the process of the trials once; every trial has a copy of it.
         train: ``train(model, learning_rate, report) -> score``, higher being better. The model has its adapters, which
             alone require a gradient; ``report(step, score)`` may end the call.
-        seed: of the adapters.
+        seed: of the adapters, and of what the training draws.
     """
 
     model: nn.Module = field(repr=False)
@@ -58,6 +59,9 @@ class ModelObjective(SpaceObjective):
             model = add_adapters(model, configs)
         else:
             model.requires_grad_(False)
+        torch.manual_seed(
+            self.seed
+        )  # the same dropout and order of rows for all trials, unless the training seeds anew
         return self.train(model, configuration.learning_rate, report)
 
 

@@ -15,6 +15,7 @@ def winner_script(
     *,
     in_memory: bool,
     lora: Mapping[str, Any] | None,
+    lora_targets: Mapping[str, list[str]],
     configs: Sequence[Mapping[str, Any]],
     learning_rate: float,
     reported: Mapping[int, float],
@@ -26,6 +27,7 @@ def winner_script(
         settings: of the search.
         in_memory: whether the rows lie in no file, and so have to be given.
         lora: what the study records of the LoRA below.
+        lora_targets: the modules of each choice of a LoRA's targets.
         configs: records of the winner's adapters; empty if nothing over the LoRA was best.
         learning_rate: of the winner.
         reported: by seed, the score on the test rows.
@@ -35,7 +37,7 @@ def winner_script(
     train = f"fit(model, task, Schedule({schedule}))\n"
     body = f"torch.manual_seed(seed)\nmodel = load_model({settings.model!r}, task)\n"
     if settings.lora == AUTO and lora is not None:
-        chosen, targets = lora["params"], lora["target_modules"]
+        chosen, targets = lora["params"], lora_targets[lora["params"]["targets"]]
         body += (
             "lora = LoraConfig(\n"
             f"    r={chosen['rank']}, lora_alpha={chosen['rank'] * chosen['alpha_per_rank']}, "
@@ -74,16 +76,18 @@ def best_script(configs: Sequence[Mapping[str, Any]], learning_rate: float, seed
     Args:
         configs: records of its adapters.
         learning_rate: of the trial.
-        seed: of its adapters.
+        seed: of its adapters, and of what the objective draws.
         score: what the objective has returned.
     """
     calls = ",\n".join(config_call(config, seed=str(seed)) for config in configs)
     adapted = f"add_adapters(model, [\n{indent(calls, '    ')},\n])" if configs else "model.requires_grad_(False)"
     return (
+        "import torch\n\n"
         "from bioadapt import BioConfig\n"
         "from bioadapt.search import add_adapters\n\n"
         "# objective and model: what was given to search(objective=objective, model=model)\n"
         f"adapted = {adapted}\n"
+        f"torch.manual_seed({seed})\n"
         f"score = objective(adapted, {learning_rate:g}, lambda step, score: None)\n"
         f'print(f"{{score:.4f}}, reported {score:.4f}")\n'
     )
