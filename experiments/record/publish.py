@@ -80,7 +80,7 @@ def confirmed(folder: Path) -> list[Finding]:
         if not {LORA_BIO, "lora", *EQUAL, "lora+placebo"} <= arms.keys() or task not in FAMILIES:
             continue
         over_equal = differences(arms[LORA_BIO], [arms[arm] for arm in EQUAL])
-        low, high = interval(over_equal)
+        low, high = bounds(over_equal)
         found.append(
             Finding(
                 primitive=entry["name"],
