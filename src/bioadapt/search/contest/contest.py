@@ -37,7 +37,7 @@ from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, open_storage, prepare, run_study
 from ..study.tickets import count_tickets, count_used, runs_here, this_worker
-from .cost import Pace, told, trainings
+from .cost import Pace, cost_in_words, trainings
 from .finale import (
     WINNER,
     Confirmation,
@@ -244,7 +244,7 @@ class Search:
         if "pace" not in study.user_attrs:
             with Child(Pace(self._bench, self.space)) as child:
                 study.set_user_attr("pace", child.call(None))
-        self._say(told(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
+        self._say(cost_in_words(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
 
     def _used(self, name: str) -> int:
         """How many trials of a study have ended."""
