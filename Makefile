@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 EXTRAS := dev,demo,st
 ARGS ?=
 
-.PHONY: demo test test-portable test-floor test-newest test-wheel lint docs bench bench-methods readme stubs notebooks examples clean
+.PHONY: demo test test-portable test-floor test-newest test-wheel test-tools lint docs bench bench-methods readme stubs notebooks examples clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -33,6 +33,11 @@ test-newest:
 # The wheel in empty environments, without extras and with each of them; ARGS="none search" takes some.
 test-wheel:
 	$(PYTHON) scripts/check_wheel.py $(ARGS)
+
+# The examples that other people's tools take part in, which are installed for it.
+test-tools: $(READY)
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) "lm-eval[hf]" mteb onnx onnxruntime onnxscript
+	$(PY) -m pytest -q tests/test_examples.py -k "lm_harness or text_benchmark or merge_convert_distil" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

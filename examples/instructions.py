@@ -20,20 +20,24 @@ quick = "--quick" in sys.argv
 
 # %%
 pairs = descriptions("sklearn", 24 if quick else 200)
-rows = [
-    {"prompt": f"What is {name}?", "completion": f" {sentence}", "other": f" {pairs[(place + 1) % len(pairs)][1]}"}
-    for place, (name, sentence) in enumerate(pairs)
-]
-parts = {"train": [row for i, row in enumerate(rows) if i % 4], "test": rows[::4]}
+parts = {"train": [pair for i, pair in enumerate(pairs) if i % 4], "test": pairs[::4]}
+rows = {
+    name: [
+        # The other answer is from the same part: what is preferred in training would else be rejected in the test.
+        {"prompt": f"What is {named}?", "completion": f" {sentence}", "other": f" {part[i - 1][1]}"}
+        for i, (named, sentence) in enumerate(part)
+    ]
+    for name, part in parts.items()
+}
 answers = {
     name: Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in part])
-    for name, part in parts.items()
+    for name, part in rows.items()
 }
 preferences = {
     name: Dataset.from_list(
         [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["other"]} for row in part]
     )
-    for name, part in parts.items()
+    for name, part in rows.items()
 }
 language = small_language_model(quick)
 common = dict(

@@ -14,7 +14,7 @@ pytest.importorskip("sentence_transformers")
 
 from bioadapt.evaluation import ClassificationTask, list_tasks, load_task
 from bioadapt.evaluation.statistics import STATISTICS
-from bioadapt.evaluation.tasks import thinned
+from bioadapt.evaluation.tasks import is_name, thinned
 from bioadapt.evaluation.tasks.api_search import (
     MAX_WORDS,
     MIN_WORDS,
@@ -457,6 +457,24 @@ def test_rows_of_one_s_own_in_splits(tmp_path):
             load_task(path)
     with pytest.raises(ValueError, match="holds neither train, dev and test as .tsv.gz, .* nor images"):
         load_task(tmp_path)
+
+
+def test_a_word_is_a_name_of_the_data_folder_before_it_is_a_path(tmp_path, monkeypatch):
+    import pandas
+
+    for folder, count in (("here", 30), ("data", 12)):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+        for split in ("train", "test"):
+            pandas.DataFrame(own_rows(count)).to_csv(tmp_path / folder / "mine" / f"{split}.csv", index=False)
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_task("mine").sizes["train"] == 30 and load_task("mine", tmp_path / "data").sizes["train"] == 12
+    assert is_name("mine", tmp_path / "data") and not is_name("mine") and not is_name("./mine", tmp_path)
+    for path in ("mine/train.csv:clustering", tmp_path / "data" / "mine"):
+        assert load_task(path).sizes["train"] > 0
+    task = load_task("mine/train.csv:clustering")
+    assert (task.name, task.family, task.source) == ("train:clustering", "clustering", "train")
+    with pytest.raises(ValueError, match="unknown family 'clusterin'; did you mean 'clustering'"):
+        load_task("mine/train.csv:clusterin")
 
 
 def test_what_is_missing_in_rows_of_one_s_own_is_named(tmp_path):

@@ -98,7 +98,9 @@ class Evaluate:
         self.names = tuple(task.name for task in loaded)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"task: {', '.join(self.names)}: of several with one name nobody could tell the cells")
-        self._own = {task.name: task for one, task in zip(given, loaded, strict=True) if not is_name(one)}
+        self._own = {
+            task.name: task for one, task in zip(given, loaded, strict=True) if not is_name(one, settings.data_dir)
+        }
         self.cells = Cells(settings.output)
         self._check_folder()
 
@@ -401,7 +403,7 @@ def evaluate(
     """
     given = list(task) if isinstance(task, (list, tuple)) else [task]
     check_names("evaluate", settings, EvaluationSettings)
-    tasks = [one if is_name(one) else load_task(one) for one in given]
+    tasks = [one if is_name(one, settings.get("data_dir")) else load_task(one) for one in given]
     names = tuple(one if isinstance(one, str) else one.name for one in tasks)
     chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()

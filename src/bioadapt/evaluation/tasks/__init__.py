@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,21 +83,34 @@ def load_task(
         raise ValueError(f"limit={limit}: at least 1 row is needed")
     if isinstance(name, str) and name == DEFAULT_TASK:
         return ApiSearchTask(limit)
-    task = _by_name(name, data_dir) if is_name(name) else _of_rows(name)
+    task = _by_name(name, data_dir) if is_name(name, data_dir) else _of_rows(name)
     return task if limit is None else thinned(task, limit)
 
 
-def is_name(task: Any) -> bool:
-    """Whether this is the name of a task, rather than rows or where they are."""
+def is_name(task: Any, data_dir: Any = None) -> bool:
+    """Whether this is the name of a task, rather than rows or where they are.
+
+    With a data folder a word is a name of it, even if there is a file or a folder of that name here as well.
+    """
     if not isinstance(task, str):
         return False
-    known = task.partition(":")[0] in (DEFAULT_TASK, DIGITS, *files.HUB)
-    return known or not (Path(task).is_file() or Path(task).is_dir() or "/" in task or task.endswith(files.TABLES))
+    place, _ = _parted(task)
+    if place in (DEFAULT_TASK, DIGITS, *files.HUB):
+        return True
+    if "/" in place or os.sep in place or place.endswith(files.TABLES):
+        return False
+    return data_dir is not None or not Path(place).exists()
+
+
+def _parted(task: str) -> tuple[str, str]:
+    """``mr:sts`` is ``mr`` and the family ``sts``; without a colon there is no family."""
+    place, _, family = task.rpartition(":")
+    return (place, family) if place and "/" not in family else (task, "")
 
 
 def _by_name(name: str, data_dir: str | Path | Mapping[str, Any] | None) -> Task:
-    short, _, wanted = name.partition(":")
-    if wanted and wanted not in FAMILIES:
+    short, wanted = _parted(name)
+    if wanted and wanted not in FAMILIES:  # before anything is looked for
         raise ValueError(f"task {name!r}: unknown family {wanted!r}; {suggest(wanted, FAMILIES)}")
     declared: str | None
     if name == DIGITS:
@@ -114,8 +128,10 @@ def _of_rows(rows: Any) -> Task:
     if isinstance(rows, Task):
         return rows
     if isinstance(rows, (str, Path)):
-        path = Path(rows)
+        place, family = _parted(str(rows))
+        path = Path(place)
         name, splits = path.name.partition(".")[0] or path.name, files.read_path(path)
+        name += f":{family}" if family else ""
     else:
         tables = rows if isinstance(rows, Mapping) and set(rows) & set(files.SPLITS) else {"train": rows}
         name, splits = "own", {split: files.as_columns(table) for split, table in tables.items()}
@@ -125,7 +141,9 @@ def _of_rows(rows: Any) -> Task:
 
 def _task(name: str, splits: dict[str, files.Rows], family: str | None = None) -> TableTask:
     """The task of these rows; if no family is given, the first one whose columns are there."""
-    short, _, wanted = name.partition(":")
+    short, wanted = _parted(name)
+    if wanted and wanted not in FAMILIES:
+        raise ValueError(f"task {name!r}: unknown family {wanted!r}; {suggest(wanted, FAMILIES)}")
     family = family or _family_of(short, next(iter(splits.values()), {}))
     if family not in FAMILIES:
         raise ValueError(f"task {short!r} is of family {family!r}; accepted: {', '.join(FAMILIES)}")

@@ -84,7 +84,7 @@ class Search:
         given = settings.task if task is None else task
         self.task: Task = searchable(load_task(given, settings.data_dir, limit=settings.limit))
         # The rows of a name are known by it.
-        self._rows = {} if is_name(given) else {"rows": self.task.fingerprints()}
+        self._rows = {} if is_name(given, settings.data_dir) else {"rows": self.task.fingerprints()}
         self._in_memory = task is not None
         self.output = Path(settings.output)
         self._bench = Bench(
