@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 EXTRAS := dev,demo,st
 ARGS ?=
 
-.PHONY: demo test test-portable test-floor test-newest lint docs bench bench-methods readme stubs clean
+.PHONY: demo test test-portable test-floor test-newest compatibility page-of-compatibility lint docs bench bench-methods readme stubs clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -29,6 +29,13 @@ test-floor:
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=circuits,search,suite ARGS="$(LEANING) $(ARGS)"
+
+# The page of what works with what, from a run of the tests behind it, in an environment that has the quantisers too.
+compatibility:
+	$(MAKE) page-of-compatibility VENV=.venv-compatibility EXTRAS=dev,demo,st,tools
+
+page-of-compatibility: $(READY)
+	$(PY) scripts/compatibility.py $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -52,7 +59,7 @@ stubs: $(READY)
 	$(PY) scripts/stubs.py
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest
+	rm -rf .venv .venv-floor .venv-newest .venv-compatibility
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -73,14 +73,14 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
     return "".join(parts)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], path: Path = PAGE) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(arguments[0]) if arguments else Path(folder, "report.xml")
         if not arguments:
             command = [sys.executable, "-m", "pytest", "-q", "-m", "compatible", f"--junitxml={report}"]
             subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
         written = page(cells(report))
-    PAGE.write_text(written)
+    path.write_text(written)
     return int(RED in written)
 
 
