@@ -7,7 +7,7 @@ CONSTRAINTS := constraints.txt
 EXTRAS := dev,demo,st
 ARGS ?=
 
-.PHONY: demo test test-portable test-floor test-newest compatibility page-of-compatibility lint docs bench bench-methods readme stubs clean
+.PHONY: demo test test-portable test-floor test-newest test-wheel compatibility page-of-compatibility lint docs bench bench-methods readme stubs notebooks examples clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -37,6 +37,10 @@ compatibility:
 page-of-compatibility: $(READY)
 	$(PY) scripts/compatibility.py $(ARGS)
 
+# The wheel in empty environments, without extras and with each of them; ARGS="none search" takes some.
+test-wheel:
+	$(PYTHON) scripts/check_wheel.py $(ARGS)
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -57,6 +61,13 @@ readme: $(READY)
 # What editors and type checkers read of functions that are made from the registry.
 stubs: $(READY)
 	$(PY) scripts/stubs.py
+
+notebooks: $(READY)
+	$(PY) scripts/notebooks.py
+
+# All examples in full, which takes an hour or so; ARGS="retrieval images" takes some.
+examples: $(READY)
+	$(PY) scripts/run_examples.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-floor .venv-newest .venv-compatibility

@@ -17,11 +17,19 @@ is what is counted. Two set-ups:
 
 `decode_time` is the processor time of 24 decoding steps at batch 1 as a ratio to LoRA's in the same round, the median
 over the rounds, one thread.
+
+`kernels` is what inductor makes of one adapted layer's part of a training step, compiled by `compile_adapters`: the
+kernels that it writes for this processor, and the calls of operations that it leaves as they are, of which a recurrence
+is one. The code is written and counted, not built. `graph_breaks` are those in it; `fullgraph` says whether the whole
+model's training step is one graph, where the adapter is part of it. PEFT's own methods have no part to be compiled by
+itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import random
 import statistics
 import sys
@@ -34,14 +42,21 @@ from typing import Any
 import peft
 import torch
 from _measure import RESULTS, machine_name, render, write_csv
+from functorch.compile import make_boxed_func
 from peft import IA3Config, LoraConfig, get_peft_model
 from primitives import TARGETS, batch, encoder, forward
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor import metrics
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bioadapt import BioConfig, list_primitives, primitive_info
+from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_info
 from bioadapt.primitives.dendritic import _spiking
 
 LORA = "lora_r8"
@@ -67,6 +82,9 @@ class Row:
     decode_operations_batch8: float
     decode_kib: float
     decode_time: float
+    kernels: int | None
+    graph_breaks: int | None
+    fullgraph: bool
 
 
 class Traffic(TorchDispatchMode):
@@ -92,6 +110,36 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
     with Traffic() as traffic:
         run()
     return traffic.operations, traffic.bytes
+
+
+class _Written(BaseException):
+    """Ends inductor's work once the code of a graph is written."""
+
+
+class Kernels:
+    """Compiles as inductor does up to the written code, counts its kernels, and runs the graph as it came."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        with inductor_config.patch(fx_graph_cache=False):
+            return compile_fx(graph, inputs, inner_compile=self.count_written)
+
+    def count_written(self, graph: fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        def write(lowering: GraphLowering) -> None:
+            before = metrics.generated_kernel_count
+            lowering.codegen()
+            called = [node for node in lowering.scheduler.nodes if isinstance(node, ExternKernelSchedulerNode)]
+            self.count += metrics.generated_kernel_count - before + len(called)
+            raise _Written
+
+        try:
+            with unittest.mock.patch.object(GraphLowering, "compile_to_module", write):
+                compile_fx_inner(copy.deepcopy(graph), inputs, **options)
+        except _Written:
+            pass
+        return make_boxed_func(graph.forward)
 
 
 def methods() -> dict[str, Callable[[list[str]], peft.PeftConfig | None]]:
@@ -142,6 +190,28 @@ def training_step(config: peft.PeftConfig | None) -> tuple[int, int]:
         return counted(step)
 
 
+def compiled(name: str) -> tuple[int | None, int | None, bool]:
+    """Kernels and graph breaks of an adapted layer in a training step, and whether the model's is one graph."""
+    base, inputs = encoder(), batch(padded=False)
+    base.encoder.layer = base.encoder.layer[:2]
+    model = adapted(base, methods()[name](["1.attention.self.value"])).train()
+    kernels, breaks = None, None
+    if name in list_primitives():
+        torch._dynamo.reset()
+        counters.clear()
+        counter = Kernels()
+        compile_adapters(model, backend=counter)
+        forward(model, inputs).backward()
+        kernels, breaks = counter.count, sum(counters["graph_break"].values())
+        compile_adapters(model, disable=True)
+    torch._dynamo.reset()
+    try:
+        forward(torch.compile(model, backend="eager", fullgraph=True), inputs).backward()
+    except torch._dynamo.exc.Unsupported:
+        return kernels, breaks, False
+    return kernels, breaks, True
+
+
 def prefilled(model: nn.Module, rows: int) -> Any:
     ids = torch.randint(0, 1000, (rows, CACHED), generator=torch.Generator().manual_seed(0))
     return model(input_ids=ids, use_cache=True).past_key_values
@@ -167,12 +237,16 @@ def decoding_times(models: dict[str, nn.Module], rounds: int) -> dict[str, float
     """Ratios to LoRA's, whose turn comes before and after each other one's."""
     found: dict[str, list[float]] = {name: [] for name in models}
     names = [name for name in models if name != LORA]
-    decoding_time(models[LORA])
+    gc.collect()
+    gc.freeze()  # who serves one model has no others that the collector goes through
+    before = decoding_time(models[LORA])
     for turn in range(rounds):
         random.Random(turn).shuffle(names)
         for name in names:
-            before, own, after = (decoding_time(models[each]) for each in (LORA, name, LORA))
+            own, after = (decoding_time(models[each]) for each in (name, LORA))
             found[name].append(2 * own / (before + after))
+            before = after
+    gc.unfreeze()
     return {name: statistics.median(ratios) if ratios else 1.0 for name, ratios in found.items()}
 
 
@@ -187,8 +261,23 @@ def main() -> None:
     models = {name: adapted(decoder(), make(DECODER_TARGETS)).eval() for name, make in chosen.items()}
     decodes = {name: (decoding_step(model, 1), decoding_step(model, 8)) for name, model in models.items()}
     times = decoding_times(models, options.rounds)
+    graphs = {name: compiled(name) for name in chosen if name != "base"}
+    rows = table(steps, decodes, times, graphs)
+    print(render(rows))
+    print(report([row for row in rows if row.method in list_primitives()]))
+    if not options.only:
+        write_csv(RESULTS / f"launches-{machine_name()}.csv", rows, {"rounds": options.rounds})
+
+
+def table(
+    steps: dict[str, tuple[int, int]],
+    decodes: dict[str, tuple[tuple[int, int], tuple[int, int]]],
+    times: dict[str, float],
+    graphs: dict[str, tuple[int | None, int | None, bool]],
+) -> list[Row]:
+    """One row for each method, from what has been counted and timed of all; the fewest operations first."""
     rows = []
-    for name in chosen:
+    for name in graphs:
         kind = primitive_info(name).kind if name in list_primitives() else ""
 
         def more(found: dict, part: Callable[[Any], float], name: str = name) -> tuple[float, float]:
@@ -211,18 +300,16 @@ def main() -> None:
                 round(eight[0], 1),
                 round(traffic[0] / 2**10, 1),
                 round(times[name], 2),
+                *graphs[name],
             )
         )
-    rows.sort(key=lambda row: row.step_operations)
-    print(render(rows))
-    print(report([row for row in rows if row.method in list_primitives()]))
-    if not options.only:
-        write_csv(RESULTS / "launches.csv", rows, {"machine": machine_name()})
+    return sorted(rows, key=lambda row: row.step_operations)
 
 
 def report(rows: list[Row]) -> str:
     median = {
-        name: statistics.median(getattr(row, name) for row in rows) for name in Row.__annotations__ if "_" in name
+        name: statistics.median(getattr(row, name) for row in rows)
+        for name in ("step_operations_ratio", "step_mib_ratio", "kernels")
     }
     many = [
         f"{row.method} ({row.step_operations_ratio:g})" for row in rows if row.step_operations_ratio > MOST_OPERATIONS
@@ -234,6 +321,8 @@ def report(rows: list[Row]) -> str:
     return (
         f"Medians to LoRA r=8: operations of a step {median['step_operations_ratio']:.2f} (bar {OPERATIONS_BAR}), "
         f"bytes {median['step_mib_ratio']:.2f} (bar {BYTES_BAR}); decoding time: {decoding}.\n"
+        f"Compiled: {median['kernels']:g} kernels in the median, {sum(row.graph_breaks or 0 for row in rows)} graph "
+        f"breaks, {sum(row.fullgraph for row in rows)} of {len(rows)} whole models in one graph.\n"
         f"More than {MOST_OPERATIONS:g} times LoRA's operations: {', '.join(many) or 'none'}."
     )
 

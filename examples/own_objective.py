@@ -6,6 +6,7 @@ The number here: how well MiniLM's features tell which of scipy's subpackages a 
 mean of each class. ``--quick`` trains one adapter without the search.
 """
 
+# %%
 import sys
 from collections import defaultdict
 
@@ -16,7 +17,11 @@ from transformers import AutoModel, AutoTokenizer
 from bioadapt import BioConfig
 from bioadapt.evaluation.tasks.api_search import quiet, read_library
 from bioadapt.evaluation.training import model_path
+from bioadapt.search import search
 
+quick = "--quick" in sys.argv
+
+# %%
 CLASSES = ("linalg", "optimize", "signal", "stats")
 
 
@@ -68,23 +73,17 @@ def objective_of(count: int, steps: int):
     return train_and_score, score
 
 
-def main(quick: bool = False) -> dict[str, float]:
-    torch.manual_seed(0)
-    train_and_score, score = objective_of(4 if quick else 40, 2 if quick else 15)
-    model = AutoModel.from_pretrained(model_path())
-    found = {"before": score(model)}
+# %%
+torch.manual_seed(0)
+train_and_score, score = objective_of(4 if quick else 40, 2 if quick else 15)
+model = AutoModel.from_pretrained(model_path())
+if __name__ == "__main__":  # trials have processes of their own, which read a script again, though not a notebook
+    scores = {"before": score(model)}
     if quick:
         adapted = get_peft_model(model, BioConfig("lateral_inhibition"))
-        found["after"] = train_and_score(adapted, 4e-3, lambda step, value: None)
+        scores["after"] = train_and_score(adapted, 4e-3, lambda step, value: None)
     else:
-        from bioadapt.search import search
-
         best = search(objective=train_and_score, model=model, trials=6, slots=2, output="own_objective_output")
         print("configuration:", best["configs"], "rate:", best["learning_rate"], "report:", best["report"])
-        found["after"] = best["score"]
-    print(f"accuracy on held-out sentences, %: {found['before']:.1f} -> {found['after']:.1f} (the best, chosen by it)")
-    return found
-
-
-if __name__ == "__main__":
-    main("--quick" in sys.argv)
+        scores["after"] = best["score"]
+    print(f"accuracy on held-out sentences, %: {scores['before']:.1f} -> {scores['after']:.1f} (the best by it)")

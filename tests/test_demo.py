@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     """One tiny run: the job, its results, and what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "output"
     console = Console(width=200, record=True, file=io.StringIO())
-    job = Demo(DemoSettings(output=str(folder), limit=24, epochs=1, batch_size=8, device="cpu", seed=3), console)
+    job = Demo(DemoSettings(output=str(folder), limit=12, epochs=1, batch_size=4, device="cpu", seed=3), console)
     return job, job.run(), console.export_text()
 
 
@@ -104,7 +104,7 @@ def test_the_text_says_what_came_out_and_how_it_was_chosen(run):
     assert results["verdict"] in printed
     assert "not the seed of training" in printed
     assert "learning rate is the best of 0.001, 0.003 on the validation rows" in printed
-    assert "24 train, 24 validation, 24 test" in printed
+    assert "12 train, 12 validation, 12 test" in printed
 
 
 def test_each_difference_has_an_interval(run):

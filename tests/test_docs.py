@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,6 +18,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 import capabilities  # noqa: E402
 import catalogue  # noqa: E402
+import equations  # noqa: E402
 
 KEPT = {"causal": "yes", "cache": "yes", "compiles": "yes", "half": "yes", "quantised": "yes"}
 
@@ -47,6 +49,20 @@ def test_a_page_holds_all_that_is_known():
     for part in (info.summary, info.reference, "## Settings", "pictures/predictive_coding.png", "(1, 4, 32)"):
         assert part in page
     assert all(f"`{name}`" in page for name in info.settings)
+
+
+@pytest.mark.parametrize("name", list_primitives())
+def test_equations_are_set_as_mathml(name):
+    equation = primitive_info(name).equation
+    page = ElementTree.fromstring(f"<p>{equations.as_html(equation)}</p>")
+    assert page.find(".//math") is not None and not [tag for tag in page.iter() if tag.text and "_{" in tag.text]
+    assert re.findall(r"\d", "".join(page.itertext())) == re.findall(r"\d", equation)
+
+
+def test_letters_signs_and_scripts_are_set_and_words_are_left():
+    tree = ElementTree.fromstring(f"<p>{equations.as_html('delta_i = [x - theta]_+ a^2 where a cell rests')}</p>")
+    assert "".join(tree.itertext()) == "δi=[x−θ]+a2 where a cell rests"
+    assert [tag.tag for tag in tree.iter() if tag.tag in ("msub", "msup")] == ["msub", "msub", "msup"]
 
 
 def test_what_is_dear_says_why():

@@ -60,7 +60,7 @@ def test_every_loader_works_under_run(saved):
     pytest.importorskip("sentence_transformers")
     done = run(sys.executable, "-m", "bioadapt", "run", LOADERS, saved)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[::2] == ["auto_peft", "peft_model", "auto_model", "pipeline", "sentence_transformer"]
+    assert done.stdout.split()[::2] == ["auto_peft", "peft_model", "auto_model", "of_pipeline", "sentence_transformer"]
 
 
 def test_an_environment_is_enabled_and_disabled_again(fresh):

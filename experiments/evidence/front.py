@@ -186,7 +186,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for arm in options.arm:
             for task in options.task or FAMILIES:
                 front_of(front, arm, task, options.seed)
-    print(table(list(read(options.output))))
+    lines = table(list(read(options.output)))
+    print(lines)
+    if options.output.parent == HERE:
+        page = HERE / "README.md"
+        before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- front -->\n")
+        page.write_text(
+            f"{before}{mark}{lines}\n<!-- /front -->{rest.partition('<!-- /front -->')[2]}", encoding="utf-8"
+        )
 
 
 def front_of(front: Front, arm: str, task: str, seed: int) -> None:

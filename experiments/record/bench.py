@@ -29,6 +29,7 @@ from bioadapt.evaluation.training import load_encoder
 FAMILIES = {
     "stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification",
     "sickr": "sts", "mrpc": "pairs", "searchsnippets": "clustering", "mpqa": "classification",
+    "mr": "classification", "subj": "classification",
 }  # fmt: skip
 FROZEN_BLOCKS, LONGEST = 4, 32
 BATCH, WARM_UP = 32, 0.1

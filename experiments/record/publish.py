@@ -1,6 +1,6 @@
-"""From the cells of the screen to the record that the package carries and the page that shows it.
+"""From the cells of the screen, and of what was confirmed, to the record of the package and the page that shows it.
 
-python -m experiments.record.publish     # reads cells.csv; writes the record and both READMEs
+python -m experiments.record.publish     # reads cells.csv and ../evidence/*/cells.csv; writes the record and READMEs
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from bioadapt import list_primitives
+from bioadapt import BioConfig, list_primitives
 from bioadapt.record import Finding
 from experiments.record.bench import FAMILIES
-from experiments.record.run import HERE, PLACEBOS, Result, identity, read
+from experiments.record.run import HERE, PLACEBOS, TASKS, Result, identity, read
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
+EVIDENCE = HERE.parent / "evidence"
+LORA_BIO, EQUAL = "lora+bio", ("lora-equal@lora-sites", "lora-equal@bio-sites")
 LORA, TABLE = "lora-r8", ("<!-- table -->", "<!-- end of table -->")
 Scores = Mapping[int, float]  # by seed
 
@@ -29,7 +31,7 @@ Scores = Mapping[int, float]  # by seed
 def findings(results: Sequence[Result]) -> list[Finding]:
     """One for every mechanism and task that has a cell."""
     found = []
-    for task, family in FAMILIES.items():
+    for task in TASKS:
         own = [result for result in results if result.task == task]
         loras = {arm: at_best(own, arm) for arm in {result.arm for result in own if result.arm.startswith("lora-")}}
         placebos = [at_best(own, arm)[1] for arm in PLACEBOS if any(result.arm == arm for result in own)]
@@ -43,7 +45,7 @@ def findings(results: Sequence[Result]) -> list[Finding]:
             found.append(
                 Finding(
                     primitive=name,
-                    family=family,
+                    family=FAMILIES[task],
                     task=task,
                     over_lora=mean(differences(scores, [loras[LORA][1]])),
                     over_equal=mean(over_equal),
@@ -52,11 +54,52 @@ def findings(results: Sequence[Result]) -> list[Finding]:
                     high=high,
                     seeds=len(over_equal),
                     factor=best.factor,
+                    zero_scale=best.zero_scale,
                     params=best.params,
                     stage="screen",
                 )
             )
     return sorted(found, key=lambda finding: (finding.primitive, finding.task))
+
+
+def confirmed(folder: Path) -> list[Finding]:
+    """Of the cells of `bioadapt evaluate` for one mechanism: one for every task that has all its arms.
+
+    Args:
+        folder: with ``cells.csv``, and with ``adapter_config.json`` that names the mechanism.
+    """
+    (entry,) = BioConfig.from_pretrained(str(folder)).primitives
+    with (folder / "cells.csv").open(newline="", encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    found = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        arms: dict[str, dict[int, float]] = {}
+        own = {cell["arm"]: cell for cell in cells if cell["task"] == task}
+        for cell in cells:
+            if cell["task"] == task:
+                arms.setdefault(cell["arm"], {})[int(cell["seed"])] = float(cell["test_clean"])
+        if not {LORA_BIO, "lora", *EQUAL, "lora+placebo"} <= arms.keys() or task not in FAMILIES:
+            continue
+        over_equal = differences(arms[LORA_BIO], [arms[arm] for arm in EQUAL])
+        low, high = interval(over_equal)
+        found.append(
+            Finding(
+                primitive=entry["name"],
+                family=FAMILIES[task],
+                task=task,
+                over_lora=mean(differences(arms[LORA_BIO], [arms["lora"]])),
+                over_equal=mean(over_equal),
+                over_placebo=mean(differences(arms[LORA_BIO], [arms["lora+placebo"]])),
+                low=low,
+                high=high,
+                seeds=len(over_equal),
+                factor=float(own[LORA_BIO]["rate"]) / float(own["lora"]["rate"]),
+                zero_scale=entry["zero_scale"],
+                params=int(own[LORA_BIO]["params"]),
+                stage="confirmed",
+            )
+        )
+    return found
 
 
 def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
@@ -103,14 +146,18 @@ def table(found: Sequence[Finding]) -> str:
     for name, own in by_name.items():
         over_equal = statistics.fmean(finding.over_equal for finding in own.values())
         over_placebo = statistics.fmean(finding.over_placebo for finding in own.values())
-        cells = " | ".join(f"{own[task].over_equal:+.2f}" if task in own else "" for task in FAMILIES)
+        cells = " | ".join(f"{own[task].over_equal:+.2f}" if task in own else "" for task in TASKS)
         lines.append((over_equal, f"| {name} | {cells} | {over_equal:+.2f} | {over_placebo:+.2f} |"))
-    head = f"| mechanism | {' | '.join(FAMILIES)} | mean | over the placebo |"
-    return "\n".join([head, "|---" * (len(FAMILIES) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
+    head = f"| mechanism | {' | '.join(TASKS)} | mean | over the placebo |"
+    return "\n".join([head, "|---" * (len(TASKS) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
 
 
 def main() -> None:
-    found = findings(list(read(HERE / "cells.csv")))
+    sure = [finding for cells in sorted(EVIDENCE.glob("*/cells.csv")) for finding in confirmed(cells.parent)]
+    known = {(finding.primitive, finding.task) for finding in sure}
+    screened = findings(list(read(HERE / "cells.csv")))
+    found = [*(finding for finding in screened if (finding.primitive, finding.task) not in known), *sure]
+    found.sort(key=lambda finding: (finding.primitive, finding.task))
     with RECORD.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Finding)], lineterminator="\n")
         writer.writeheader()
@@ -120,7 +167,7 @@ def main() -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
-    page.write_text(f"{before}{TABLE[0]}\n{table(found)}\n{TABLE[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{TABLE[0]}\n{table(screened)}\n{TABLE[1]}{after}", encoding="utf-8")
     runpy.run_path(str(README_TABLE))["update"]()
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .registry import primitive_info as primitive_info
     from .registry import register_primitive as register_primitive
     from .tuner.callback import BioTrainerCallback as BioTrainerCallback
+    from .tuner.card import add_scores as add_scores
     from .tuner.compilation import compile_adapters as compile_adapters
     from .tuner.distillation import DistilledLora as DistilledLora
     from .tuner.distillation import conversion_residuals as conversion_residuals
@@ -42,6 +43,7 @@ _HOMES = {
     "NeuroAdaConfig": "ready",
     "NeuroLoraConfig": "ready",
     "SanConfig": "ready",
+    "add_scores": "tuner.card",
     "auxiliary_loss": "tuner.learning",
     "build_primitive": "registry",
     "compile_adapters": "tuner.compilation",

@@ -6,7 +6,6 @@ mistake is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,8 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the command ``bioadapt``."""
-    # Loaded by PEFT where it is installed, it warns of an optional kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from . import _quiet  # noqa: F401
+
     app()
 
 
@@ -206,7 +205,7 @@ def search(
 ) -> None:
     """Search bio adapters over a tuned LoRA, test the best once, and write a report. The same command goes on."""
     with answered():
-        from .search.contest import Search
+        from .search import Search
 
         job = Search(settings, new_console())
     with answered((ValueError,)):
@@ -227,7 +226,7 @@ def report(
 ) -> None:
     """Write the report of a study, finished or not, as one HTML file."""
     with answered():
-        from .search.report import as_record, write_report
+        from .search import as_record, write_report
 
         if as_json:
             say_json(as_record(study, storage))

@@ -285,7 +285,7 @@ class BioConfig(PeftConfig):
 
     @classmethod
     def recommended(cls, model: Any, task: str | None = None) -> BioConfig:
-        """The mechanism that the record has furthest over a LoRA of its size, with its defaults.
+        """The mechanism that the record has furthest over a LoRA of its size, as it was measured.
 
         The record (`bioadapt.record`, ``bioadapt suggest``) says how far that is and how sure: where no mechanism was
         found ahead, this is the one that lost least.
@@ -301,8 +301,9 @@ class BioConfig(PeftConfig):
         from .record import suggest as ranked
 
         typed = bool(getattr(getattr(model, "config", None), "model_type", None))
-        names = [one.primitive for one in ranked(task, causal=True)]
-        return cls([next(name for name in names if typed or primitive_info(name).kind != "causal")])
+        able = (one for one in ranked(task, causal=True) if typed or primitive_info(one.primitive).kind != "causal")
+        best = next(able)
+        return cls([{"name": best.primitive, "zero_scale": best.zero_scale}])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; sets as sorted lists, so that two saves of one configuration are the same file."""

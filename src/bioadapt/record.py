@@ -23,8 +23,9 @@ class Finding:
     ``over_lora``: more than the LoRA alone; ``over_equal``: more than the best LoRA up to the next size above
     the pair; ``over_placebo``: more than the best of the placebos over the same LoRA (a GELU bottleneck, a linear one,
     plain gains), at the same steps. ``low``, ``high``: the 95 % interval of ``over_equal`` over seeds, None where there
-    is one seed. ``factor``: the best learning rate as a multiple of the LoRA's. ``stage``: ``screen`` (few rows, on the
-    split on which the rate was chosen: it says where to look) or ``confirmed`` (on a test split, fresh seeds).
+    is one seed. ``factor``: the best learning rate as a multiple of the LoRA's, at this ``zero_scale``. ``stage``:
+    ``screen`` (few rows, on the split on which the rate was chosen: it says where to look) or ``confirmed`` (fresh
+    seeds, on test rows that stand in no other set).
     """
 
     primitive: str
@@ -37,6 +38,7 @@ class Finding:
     high: float | None
     seeds: int
     factor: float
+    zero_scale: float
     params: int
     stage: str
 
@@ -68,6 +70,7 @@ def _finding(row: dict[str, str]) -> Finding:
         high=float(row["high"]) if row["high"] else None,
         seeds=int(row["seeds"]),
         factor=float(row["factor"]),
+        zero_scale=float(row["zero_scale"]),
         params=int(row["params"]),
         stage=row["stage"],
     )
@@ -86,6 +89,7 @@ class Suggestion:
     over_equal: float
     over_placebo: float
     factor: float
+    zero_scale: float
     findings: tuple[Finding, ...]
 
 
@@ -115,5 +119,6 @@ def suggest(
                 statistics.fmean(getattr(finding, field) for finding in own) for field in ("over_equal", "over_placebo")
             )
             factor = statistics.median(finding.factor for finding in own)
-            suggestions.append(Suggestion(name, over_equal, over_placebo, factor, tuple(own)))
+            zero_scale = statistics.median(finding.zero_scale for finding in own)
+            suggestions.append(Suggestion(name, over_equal, over_placebo, factor, zero_scale, tuple(own)))
     return sorted(suggestions, key=lambda suggestion: -suggestion.over_equal)

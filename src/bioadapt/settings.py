@@ -51,7 +51,7 @@ _LIMIT = "About so many rows per split, for a quick look."
 _FOLDER = "Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given."
 _TASK = "api-search, stsb, a task of --data-dir, or the path of a .csv or .tsv file or of a folder."
 _ENCODER = "Sentence encoder: a name on the hub or a path."
-_MODEL = "minilm, a name on the hub, a path, or small-vit, small-convnet, small-lm."
+_MODEL = "minilm, a name on the hub or a path of what the task is for, or small-vit, small-convnet, small-lm."
 _ROWS = "Rows per training step."
 
 
@@ -113,7 +113,7 @@ class SearchSettings:
 
     task: str = _option(DEFAULT_TASK, _TASK)
     data_dir: str | None = _option(None, _FOLDER)
-    model: str = _option(DEFAULT_MODEL, _ENCODER)
+    model: str = _option(DEFAULT_MODEL, _MODEL)
     lora: str = _option(AUTO, "auto: tuned with as many trials; none; or the folder of a trained one.")
     trials: int = _option(40, "How many configurations are tried; give more to go on.")
     budget_params: str | int = _option("1%", "Most trainable numbers: 200000, or 1% of the model.")

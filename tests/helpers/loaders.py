@@ -1,6 +1,7 @@
 """Loads a saved adapter with what people use, and nothing here imports bioadapt; run by ``test_environment.py``.
 
-Each way runs in a process of its own, so that none profits from what another has imported.
+Each way runs in a process of its own, so that none profits from what another has imported; what takes long and does not
+import PEFT is imported once for all.
 """
 
 import os
@@ -37,7 +38,7 @@ def auto_model(folder):
     return AutoModel.from_pretrained(folder)
 
 
-def pipeline(folder):
+def of_pipeline(folder):
     from transformers import pipeline
 
     return pipeline("feature-extraction", model=folder, tokenizer=folder).model
@@ -62,11 +63,12 @@ def check(load, folder):
 
 if __name__ == "__main__":
     assert "bioadapt" in sys.modules and "torch" not in sys.modules
+    import sklearn.metrics  # noqa: F401
     import torch  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import BertModel, pipeline  # noqa: F401
 
     assert "peft" not in sys.modules
-    for load in (auto_peft, peft_model, auto_model, pipeline, sentence_transformer):
+    for load in (auto_peft, peft_model, auto_model, of_pipeline, sentence_transformer):
         child = os.fork()
         if child == 0:
             check(load, sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_a_function_and_a_model_are_enough(tmp_path, kind):
     assert found["score"] < 0 and found["number"] in range(3) and "</html>" in Path(found["report"]).read_text()
     assert set(found["configuration"]) == {"slots", "rank", "composition", "learning_rate"}
     assert go() == found  # it has ended: nothing is trained again
+    study = study_of(tmp_path, type(model).__name__, 3)
+    script = study.user_attrs["best"]["script"]
+    assert script in html.unescape(Path(found["report"]).read_text())
+    names = {"objective": objective_of(inputs), "model": MODELS[kind]()[0]}
+    names["model"].load_state_dict(before)
+    exec(compile(script, "best.py", "exec"), names)
+    assert names["score"] == pytest.approx(found["score"], abs=1e-6)
 
 
 def study_of(folder, name, trials):
@@ -73,11 +81,14 @@ def study_of(folder, name, trials):
 
     study = optuna.load_study(study_name=name, storage=open_storage(str(folder / "study.journal")))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * trials, [t.user_attrs for t in study.trials]
+    return study
 
 
 def test_what_means_nothing_without_a_task_is_refused(tmp_path):
     with pytest.raises(ValueError, match="task='stsb' means nothing with an objective; accepted: .*trials"):
         search(objective=print, model=torch.nn.Linear(2, 2), task="stsb")
+    with pytest.raises(TypeError, match="search has no setting 'trails' .got 1.; did you mean 'trials'"):
+        search(objective=print, model=torch.nn.Linear(2, 2), trails=1)
     with pytest.raises(ValueError, match="trials 0"):
         search(objective=print, model=torch.nn.Linear(2, 2), trials=0, output=tmp_path)
     with pytest.raises(ValueError, match="model=None: an objective needs the model that it trains"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
+import html
+import io
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -82,7 +86,11 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
         ended.setattr("bioadapt.search.contest.contest.confirm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = command(data)
     assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
-    assert "(about " in stopped.stdout and "searching bio adapters: 2/2" in stopped.stdout
+    assert "Rows of tiny: 16 train, 16 validation, 16 test." in stopped.stdout
+    told = (
+        r"Trainings: 2 of the LoRA \(about \d+ s\), 2 of bio adapters .*, 1 to confirm the best .*, 3 to test .*in all"
+    )
+    assert re.search(told, stopped.stdout) and "searching bio adapters: 2/2" in stopped.stdout
     refused = command(data, "--epochs", "2")
     assert refused.exit_code == 2 and "was begun with epochs=1.0, not 2.0" in refused.stderr
 
@@ -121,6 +129,16 @@ def test_a_search_from_the_command_line_goes_on_and_reports(data, tmp_path, monk
     task = load_task("tiny", data, limit=16)
     tested = next(record for record in final["contenders"] if record["name"] == finale.WINNER)
     assert task.evaluate(encoder).scores["spearman"] == pytest.approx(tested["scores"][0], abs=1e-6)
+
+    # The winner's script trains it again and reaches what was reported.
+    script = (output / "winner.py").read_text(encoding="utf-8")
+    page = html.unescape((output / "report.html").read_text(encoding="utf-8"))
+    assert script == final["script"] and script in page
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile(script, "winner.py", "exec"), {})
+    reached, reported = re.search(r"seed 2: spearman (\S+), reported (\S+)", told.getvalue()).groups()
+    assert float(reached) == pytest.approx(float(reported), abs=1e-3)  # as files of adapters round nothing
 
     joined = command(data, "--join")
     assert joined.exit_code == 0, joined.output

@@ -616,3 +616,22 @@ def test_a_model_that_was_refused_once_is_as_good_as_new():
     model = get_peft_model(base, awake("pointwise", TARGETS))
     step(model, inputs)
     assert digest(model.unload().state_dict()) == before
+
+
+def test_adapters_of_two_methods_are_not_mixed_and_the_way_to_have_both_is_named():
+    lora = LoraConfig(r=2, target_modules=TARGETS)
+    bio = get_peft_model(mlp(), BioConfig("lateral_inhibition", target_modules=TARGETS))
+    refused(lambda: bio.add_adapter("second", lora), ValueError, "no LORA can be added", "bio_config)")
+    below = get_peft_model(mlp(), lora)
+    refused(
+        lambda: below.add_adapter("second", BioConfig("lateral_inhibition", target_modules=TARGETS)),
+        ValueError, "carries a LORA", "get_peft_model(model, bio_config)",
+    )  # fmt: skip
+    bio.add_adapter("second", BioConfig("shunting_inhibition", target_modules=TARGETS))
+
+
+def test_names_that_are_offered_are_those_of_layers():
+    with pytest.warns(UserWarning, match="no module is called so") as said:
+        get_peft_model(mlp(), BioConfig("lateral_inhibition", target_modules=["lin0", "q_proj"]))
+    (text,) = [str(one.message) for one in said if "called so" in str(one.message)]
+    assert "accepted: " in text and "lin1" in text and "base_layer" not in text and ": ," not in text

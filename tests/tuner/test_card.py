@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
-from bioadapt import BioConfig, primitive_info
+from bioadapt import BioConfig, add_scores, primitive_info
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
 
@@ -87,3 +87,40 @@ def test_a_module_that_is_not_of_transformers(tmp_path):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), BioConfig("gap_junction", target_modules=["0"]))
     model.save_pretrained(tmp_path)
     assert "model = ...  # Sequential" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_scores_are_added_replaced_and_renewed_with_the_adapter(tmp_path, stack):
+    with pytest.raises(ValueError, match="is not a card that bioadapt has written"):
+        add_scores(tmp_path, "stsb", {"spearman": 80.0})
+    stack.save_pretrained(tmp_path)
+    add_scores(tmp_path, "stsb", {"spearman": 80.0}, kind="sts")
+    add_scores(tmp_path, "mine", {"accuracy": 70.12345})
+    add_scores(tmp_path, "stsb", {"spearman": 81.5}, kind="sts")
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found == {("stsb", "spearman"): 81.5, ("mine", "accuracy"): round(70.12345, 4)}
+    assert "| stsb | spearman | 81.5 |" in card.text and card.text.count("## Scores") == 1 and "80" not in card.text
+    stack.save_pretrained(tmp_path)  # it is still ours, and renewed
+    assert "## Scores" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text("# Mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not a card that bioadapt has written"):
+        add_scores(tmp_path, "stsb", {"spearman": 80.0})
+
+
+def test_transformers_own_saving_writes_the_card_too(tmp_path, monkeypatch):
+    model, tokens = bert().eval(), torch.randint(1, 50, (2, 5))
+    bert().save_pretrained(tmp_path / "base")
+    model.add_adapter(BioConfig("lateral_inhibition", init_weights=False), "mine")
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    card = ModelCard.load(tmp_path / "saved" / "README.md")
+    assert {"bioadapt", "lateral_inhibition"} <= set(card.data.tags) and card.data.library_name == "peft"
+    snippet = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)[-1]
+    found: dict = {}
+    exec(snippet.replace("the base model", str(tmp_path / "base")).replace("FOLDER", str(tmp_path / "saved")), found)
+    torch.testing.assert_close(
+        found["model"].eval()(tokens).last_hidden_state, model(tokens).last_hidden_state, msg="another adapter"
+    )
+    (tmp_path / "saved" / "README.md").write_text("# Mine", encoding="utf-8")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text(encoding="utf-8") == "# Mine"

@@ -10,10 +10,10 @@ from helpers.models import own_parameters
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InvalidCxxCompiler
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import bioadapt
-from bioadapt import BioConfig, compile_adapters
+from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_info
 
 # Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding.
 PRIMITIVES = ["lateral_inhibition", "short_term_depression", "stdp_trace", "hebbian_trace"]
@@ -135,6 +135,41 @@ def test_the_whole_model_compiles_on_top():
     counted(compiled)
     whole = torch.compile(compiled.eval(), backend="eager", fullgraph=True)
     assert_equal(whole(ids(2, 9), use_cache=False).logits, plain.eval()(ids(2, 9), use_cache=False).logits)
+
+
+def test_a_training_step_with_every_primitive_is_one_graph():
+    # All side by side in one layer, so that the host is traced once. What is drawn at random differs between graphs.
+    names = [name for name in list_primitives() if not primitive_info(name).stochastic]
+    plain, compiled = pair(names, composition="parallel")
+    whole = torch.compile(compiled.train(), backend="eager", fullgraph=True)
+    losses = [model(input_ids=ids(2, 9), labels=ids(2, 9), use_cache=False).loss for model in (whole, plain.train())]
+    assert_equal(*losses)
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in own_parameters(compiled).values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "model"])
+def test_requests_in_one_static_cache_share_their_graphs(whole):
+    model, _ = pair(["short_term_depression"])
+    model.eval()
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(model, backend=counter, fullgraph=True) if whole else model
+    if not whole:
+        compile_adapters(model, backend=counter)
+    cache, graphs = StaticCache(config=model.config, max_cache_len=32), []
+    for length in (7, 9, 5, 12):
+        text = ids(1, length)
+        cache.reset()
+        logits = model(input_ids=text, past_key_values=cache, use_cache=True).logits
+        for _ in range(4):
+            token = logits[:, -1:].argmax(-1)
+            text = torch.cat([text, token], 1)
+            places = torch.tensor([[text.shape[1] - 1]])
+            logits = step(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True).logits
+        assert_equal(logits[:, -1], model(input_ids=text, use_cache=False).logits[:, -1])
+        graphs.append(counter.frame_count)
+    assert graphs[1:] == graphs[1:2] * 3
 
 
 @torch.no_grad()

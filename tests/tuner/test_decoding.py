@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.models import own_parameters
 from peft import get_peft_model
 from transformers import (
     DynamicCache,
@@ -12,11 +13,12 @@ from transformers import (
     GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from bioadapt import BioConfig, list_primitives
+from bioadapt import BioConfig, list_primitives, primitive_info
 from bioadapt.primitives._state import UNDO_WINDOW, Memory
 
 TOKENS = dict(vocab_size=50, bos_token_id=1, eos_token_id=None, pad_token_id=0)
@@ -192,8 +194,63 @@ def test_memory_takes_back_what_it_kept_and_refuses_more():
     long = torch.arange(float(2 * UNDO_WINDOW)).reshape(1, -1, 1)
     part.append("trace", long)
     memory.crop(5)
-    assert part.last("trace").item() == 2 * UNDO_WINDOW - 6
+    assert part.latest("trace").item() == 2 * UNDO_WINDOW - 6
     with pytest.raises(ValueError, match="can take back at most"):
         memory.crop(UNDO_WINDOW)
     memory.crop(10**6)  # everything: as before the first token
-    assert part.last("trace") is None
+    assert part.latest("trace") is None
+
+
+# -- what depends on parameters alone --
+
+
+@torch.no_grad()
+def test_constants_are_computed_once_for_a_sequence_and_anew_for_the_next(monkeypatch):
+    model, ids = build(qwen2, primitives=["lateral_inhibition", "short_term_depression"]), prompt()["input_ids"]
+    computed = []
+    for name in ("lateral_inhibition", "short_term_depression"):
+        cls = primitive_info(name).factory
+        method = "connections" if name == "lateral_inhibition" else "constants"
+        plain = getattr(cls, method)
+        monkeypatch.setattr(cls, method, lambda self, plain=plain: computed.append(self) or plain(self))
+
+    def decode(cache):
+        for token in ids.split(1, 1):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+        return logits
+
+    cache = DynamicCache()
+    decode(cache)
+    assert len(computed) == len(set(map(id, computed))) == 2 * 3 * 2  # primitives, modules and layers
+    other = copy.deepcopy(cache)
+    model(input_ids=ids[:, :1], past_key_values=other, use_cache=True)
+    assert len(computed) == 2 * 12  # a copy computes for itself
+    for parameter in own_parameters(model).values():
+        parameter.data.mul_(1.1)  # which no version of the tensor counts
+    torch.testing.assert_close(decode(DynamicCache()), model(input_ids=ids).logits[:, -1], atol=1e-5, rtol=1e-4)
+    static = StaticCache(config=model.config, max_cache_len=16)
+    for _ in range(2):
+        for parameter in own_parameters(model).values():
+            parameter.data.mul_(1.1)
+        static.reset()
+        torch.testing.assert_close(decode(static), model(input_ids=ids).logits[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_with_gradients_nothing_is_kept():
+    model, ids = build(qwen2, primitives=["short_term_depression"]), prompt()["input_ids"]
+    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in own_parameters(model).values())
+
+
+@torch.no_grad()
+def test_padding_may_come_after_steps_without():
+    model, ids = build(qwen2), prompt()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, -2] = 0  # the first sequence has ended, and is continued later
+    model, cache, steps = model.double(), DynamicCache(), []
+    for t, token in enumerate(ids.split(1, 1)):
+        given = dict(input_ids=token, attention_mask=mask[:, : t + 1], past_key_values=cache, use_cache=True)
+        steps.append(model(**given).logits)
+    full = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(torch.cat(steps, 1)[mask.bool()], full[mask.bool()], atol=1e-5, rtol=1e-4)

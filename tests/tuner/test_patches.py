@@ -158,11 +158,11 @@ def test_a_cache_of_a_class_of_ones_own_is_followed_once():
     memory.append("trace", torch.tensor([[[1.0]], [[2.0]], [[3.0]]]), keep=1)
     patches.follow_cache(cache, memory)
     cache.reorder_cache(torch.tensor([1, 2, 0]))
-    assert memory.series["trace"].flatten().tolist() == [2, 3, 1]
+    assert memory.series["trace"].latest(1).flatten().tolist() == [2, 3, 1]
     cache.batch_repeat_interleave(2)
-    assert memory.series["trace"].flatten().tolist() == [2, 2, 3, 3, 1, 1]
+    assert memory.series["trace"].latest(1).flatten().tolist() == [2, 2, 3, 3, 1, 1]
     cache.batch_select_indices(torch.tensor([0, 4]))
-    assert memory.series["trace"].flatten().tolist() == [2, 1]
+    assert memory.series["trace"].latest(1).flatten().tolist() == [2, 1]
     cache.reset()
     assert not memory.series and patches.followed_memory(cache) is memory
 

@@ -129,7 +129,8 @@ class FlyCircuit:
         cells = torch.cat([drive, local], -1)
         is_local = torch.arange(cells.shape[-1]) == self.receptors
         pools = torch.where(is_local, 0.0, self.lateral_inhibition)[:, None]
-        change = suppression(cells, pools, is_local.float()[None], torch.ones(cells.shape[-1]))
+        sources = is_local.float()[None]
+        change = suppression(cells, pools, sources, (pools * sources.mT).sum(-1), torch.ones(cells.shape[-1]))
         return drive + change[..., : self.receptors]
 
     def slowly_reduced(self, drive: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ class LanguageModel:
         return [first, *ids] if start and first is not None else list(ids)
 
 
-def load_model(name: str, task: Task, device: str | None = None, folder: str | Path | None = None) -> Any:
+def load_model(
+    name: str, task: Task, device: str | None = None, folder: str | Path | None = None, *, steps: int | None = None
+) -> Any:
     """The model that a task is for: a sentence encoder, an `ImageModel` or a `LanguageModel`.
 
     Args:
@@ -150,6 +152,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
         task: says which kind of model it reads.
         device: where to put it; the fastest there is if None.
         folder: where small models are kept once they are trained.
+        steps: for how many steps a small model is trained; for long enough, if None.
 
     Raises:
         ValueError: no such model, or one that the task is not for.
@@ -161,7 +164,7 @@ def load_model(name: str, task: Task, device: str | None = None, folder: str | P
         return load_encoder(name, device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in SMALL or Path(name).suffix == ".json":
-        path: str | Path = _made(name, task, Path(folder or "small_models"), place)
+        path: str | Path = _made(name, task, Path(folder or "small_models"), place, steps)
     else:
         path = name
     try:
@@ -201,19 +204,20 @@ def fits(name: str, task: Task) -> bool:
 # -- small models --
 
 
-def _made(name: str, task: Task, folder: Path, device: torch.device) -> Path:
+def _made(name: str, task: Task, folder: Path, device: torch.device, steps: int | None) -> Path:
     """The folder of a small model, which is trained if it is not there yet."""
-    path = (
-        folder
-        / f"{Path(name).stem if name in SMALL else Path(name).parent.name or 'config'}-{task.fingerprint('train')[:12]}"
-    )
+    kind = name if name in SMALL else Path(name).parent.name or "config"
+    trained = "" if steps is None else f"-{steps}"
+    path = folder / f"{kind}-{task.fingerprint('train')[:12]}{trained}"
     if not (path / "config.json").is_file():
-        train = _vision_model if task.reads == IMAGES else _language_model
-        train(name, task, path, device)
+        if task.reads == IMAGES:
+            _vision_model(name, task, path, device, steps or _IMAGE_STEPS)
+        else:
+            _language_model(task, path, device, steps or _TEXT_STEPS)
     return path
 
 
-def _vision_model(name: str, task: Task, path: Path, device: torch.device) -> None:
+def _vision_model(name: str, task: Task, path: Path, device: torch.device, steps: int) -> None:
     assert isinstance(task, ImageTask)
     images = task.rows("train")["images"]
     size, channels = images[0].shape[0], 1 if images[0].ndim == 2 else images[0].shape[-1]
@@ -227,7 +231,7 @@ def _vision_model(name: str, task: Task, path: Path, device: torch.device) -> No
         turned = torch.stack([p.rot90(int(t), (1, 2)) for p, t in zip(pixels[chosen], turns, strict=True)])
         return model(pixel_values=turned.to(device), labels=turns.to(device)).loss
 
-    _optimise(model, batch, _IMAGE_STEPS)
+    _optimise(model, batch, steps)
     model.save_pretrained(path)
 
 
@@ -249,7 +253,7 @@ def _vision_config(name: str, size: int, channels: int) -> Any:
     return config
 
 
-def _language_model(name: str, task: Task, path: Path, device: torch.device) -> None:
+def _language_model(task: Task, path: Path, device: torch.device, steps: int) -> None:
     texts = task.texts("train")
     tokenizer = _tokenizer(texts)
     torch.manual_seed(0)
@@ -267,7 +271,7 @@ def _language_model(name: str, task: Task, path: Path, device: torch.device) -> 
         part = padded([(sequences[place], sequences[place]) for place in chosen])
         return model(**{key: values.to(device) for key, values in part.items()}).loss
 
-    _optimise(model, batch, _TEXT_STEPS)
+    _optimise(model, batch, steps)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 

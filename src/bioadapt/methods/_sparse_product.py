@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from bioadapt.primitives.base import Fused
+
 BYTES = 2**22  # of any one transient: tokens and rows are taken in pieces of about that size
 SCRATCH_SHARE, SCRATCH_ROWS = 8, 64  # a scratch holds one in so many of the matrix's rows, but some in any case
 
@@ -231,7 +233,7 @@ def fastest(columns: int, k: int, device: torch.device) -> str:
     return "gather" if 128 * k <= columns else "scratch"
 
 
-class _SparseProduct(torch.autograd.Function):
+class _SparseProduct(Fused):
     """Keeps the input as it came, the indices and the values."""
 
     @staticmethod

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from bioadapt.primitives.base import Blend, Context, Host, LocalRule, OnWeight, Primitive, setting
+from bioadapt.primitives.base import Blend, Context, Fused, Host, LocalRule, OnWeight, Primitive, setting
 from bioadapt.registry import register_primitive
 
 AVERAGING = 0.01  # share of the newest step in the running averages, once a hundred steps have been seen
 WITNESSES = 16  # tokens of each forward on which the error of the linear surrogate is measured
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Fused):
     """Keeps the input only if the matrix is trained, and never a copy of either in another dtype."""
 
     @staticmethod
@@ -37,7 +37,7 @@ class _Linear(torch.autograd.Function):
         return on_x, on_matrix
 
 
-class _Projection(torch.autograd.Function):
+class _Projection(Fused):
     """Keeps the matrix alone."""
 
     @staticmethod
@@ -53,7 +53,7 @@ class _Projection(torch.autograd.Function):
         return (grad @ matrix.to(grad.dtype)).to(ctx.dtype), None
 
 
-class _Chosen(torch.autograd.Function):
+class _Chosen(Fused):
     """Keeps the indices alone, in as few bytes as they come."""
 
     @staticmethod
@@ -68,7 +68,7 @@ class _Chosen(torch.autograd.Function):
         return _spread(grad, index, ctx.experts), None
 
 
-class _Readout(torch.autograd.Function):
+class _Readout(Fused):
     """Keeps the chosen values and the matrix; backward spreads them over the units again."""
 
     @staticmethod

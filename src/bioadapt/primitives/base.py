@@ -3,7 +3,7 @@
 from .context import Context, Host
 from .local_rule import LocalRule
 from .on_weight import Blend, OnWeight
-from .primitive import Primitive, Scaled
+from .primitive import Fused, Primitive, Scaled
 from .setting import Setting, setting
 
-__all__ = ["Blend", "Context", "Host", "LocalRule", "OnWeight", "Primitive", "Scaled", "Setting", "setting"]
+__all__ = ["Blend", "Context", "Fused", "Host", "LocalRule", "OnWeight", "Primitive", "Scaled", "Setting", "setting"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._state import Recollection
 from .local_rule import Observation
+
+Found = TypeVar("Found")
 
 
 class Host:
@@ -50,16 +50,16 @@ class Host:
         return torch.randn(*shape, generator=self.generator(purpose), device="cpu")
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """What surrounds a forward call. Every field has a neutral default, so a bare primitive needs none of them.
 
-    ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias. ``mask`` (B, T) bool: True at real
-    tokens, None if all are. ``positions`` (B, T) int: place in the document. ``resets`` (B, T) bool: True at the first
-    token of each packed document. ``state``: what earlier decoding steps left behind, None outside decoding.
-    ``bidirectional``: time may be read both ways. ``observing``: running statistics may be taken, and put among the
-    ``observations`` of the forward, or straight into the rule if that is None. ``grid``: the spatial shape behind the
-    token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
+    ``x_in`` (B, T, d_in): the layer's input. ``bias`` (d_out,): the layer's bias, told to what acts on its weight.
+    ``mask`` (B, T) bool: True at real tokens, None if all are. ``positions`` (B, T) int: place in the document.
+    ``resets`` (B, T) bool: True at the first token of each packed document. ``state``: what earlier decoding steps left
+    behind, None outside decoding. ``bidirectional``: time may be read both ways. ``observing``: running statistics may
+    be taken, and put among the ``observations`` of the forward, or straight into the rule if that is None. ``grid``:
+    the spatial shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
+    ``derived``: what `once` has computed in the decoding of this sequence, None outside it.
     """
 
     x_in: Tensor = None  # type: ignore[assignment]  # what declares needs_input is never run without it
@@ -70,12 +70,26 @@ class Context:
     state: Recollection | None = None
     bidirectional: bool = False
     observing: bool = True
-    observations: list[Observation] | None = field(default=None, repr=False)
+    observations: list[Observation] | None = None
     grid: tuple[int, ...] | None = None
-    losses: list[Tensor] | None = field(default=None, repr=False)
+    losses: list[Tensor] | None = None
+    derived: dict[Hashable, Any] | None = None
 
     def replace(self, **changes: Any) -> Context:
-        return dataclasses.replace(self, **changes)
+        return self._replace(**changes)
+
+    def once(self, compute: Callable[..., Found], *args: Any) -> Found:
+        """``compute(*args)`` of parameters and buffers alone, computed once for each sequence that is decoded.
+
+        The cache of a sequence belongs to the parameters that filled it, and so does what is computed here.
+        """
+        if self.derived is None:
+            return compute(*args)
+        key = compute, *map(id, args)
+        held = self.derived.get(key)
+        if held is None:
+            held = self.derived[key] = args, compute(*args)  # what is held has its identity to itself
+        return held[1]
 
     def reversed(self) -> Context:
         """The same surroundings with time running backwards; a document's last token becomes its first."""

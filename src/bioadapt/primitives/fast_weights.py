@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context
+from .base import Context, Fused
 from .time import CHUNK, is_short, is_symbol, linear_scan, past_recurrence
 
 
-class _Recall(torch.autograd.Function):
+class _Recall(Fused):
     """`recall` by comparing all pairs of tokens; keeps what is narrow."""
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context, Host
+from .base import Context, Fused, Host
 
 
 def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
@@ -31,7 +31,7 @@ def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
                 raise ValueError(f"{name} of the checkpoint holds the index {value}; accepted is from 0 to {end - 1}")
 
 
-class _MeanSquare(torch.autograd.Function):
+class _MeanSquare(Fused):
     """One pass forward and one backward; what autograd records for the same formula takes five."""
 
     @staticmethod
@@ -50,9 +50,28 @@ def mean_square(x: Tensor) -> Tensor:
     return _MeanSquare.apply(x)
 
 
+class _TokenScale(Fused):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = measured_scale(x)
+        ctx.save_for_backward(x, scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, scale = ctx.saved_tensors
+        return x * grad.div(scale).div_(x.shape[-1])
+
+
+def measured_scale(x: Tensor) -> Tensor:
+    """`token_scale` where nothing is recorded."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(size.new_full((), 1e-6), size, size, value=1 / x.shape[-1]).sqrt_()
+
+
 def token_scale(x: Tensor) -> Tensor:
     """s = sqrt(mean_d x^2 + 1e-6): (..., d) -> (..., 1)."""
-    return torch.sqrt(mean_square(x) + 1e-6)
+    return _TokenScale.apply(x)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -95,7 +114,7 @@ def products_pay(features: int, groups: int) -> bool:
     return features % groups == 0 and features // groups >= 8
 
 
-class _GroupMeanMagnitude(torch.autograd.Function):
+class _GroupMeanMagnitude(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
         ctx.save_for_backward(x, pooling)
@@ -112,7 +131,7 @@ def group_mean_magnitude(x: Tensor, pooling: Tensor) -> Tensor:
     return _GroupMeanMagnitude.apply(x, pooling)
 
 
-class _GroupMeanSquare(torch.autograd.Function):
+class _GroupMeanSquare(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: Tensor) -> Tensor:
         ctx.save_for_backward(x, pooling)

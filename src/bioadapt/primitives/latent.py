@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import Context, Scaled
-from .time import readings
+from .base import Context, Fused, Scaled
+from .frames import measured_scale
+from .time import mean_reading
 
 
-class _Encoding(torch.autograd.Function):
+class _Encoding(Fused):
     """One product and one pass over x forward, one of each backward; nothing of its width is kept but x itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).sqrt()
-        drive = (x @ reader.mT).div_(scale)
+        scale = measured_scale(x)
+        drive = nn.functional.linear(x, reader).div_(scale)
         ctx.save_for_backward(x, reader, drive, scale)
         return drive, scale
 
@@ -61,10 +62,9 @@ class Latent(Scaled):
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         code, size = self.coded(x, context)
-        return (scale * size * code) @ self.writer.mT
+        return nn.functional.linear(size * code, context.once(torch.mul, scale, self.writer))
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""
         drive, scale = self.drive(x, context)
-        causal = self.kind == "causal"
-        return readings(self.code, drive, context).mean(0) if causal else self.code(drive, context), scale
+        return mean_reading(self.code, drive, context) if self.kind == "causal" else self.code(drive, context), scale

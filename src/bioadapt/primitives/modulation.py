@@ -5,43 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import Context, Primitive
-
-
-def with_one(gain: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-    """One more factor, which is one everywhere: gain (..., r), channels (d, r) -> (..., r + 1), (d, r + 1)."""
-    one, everywhere = gain.new_ones(*gain.shape[:-1], 1), channels.new_ones(len(channels), 1)
-    return torch.cat([gain, one], -1), torch.cat([channels, everywhere], 1)
+from .base import Context, Fused, Primitive
 
 
-class _Modulation(torch.autograd.Function):
-    """Few passes over x forward and backward, and nothing of its width kept but x itself.
-
-    That x itself is added is one more factor, which is one everywhere: no pass of its own.
-    """
+class _Modulation(Fused):
+    """Few passes over x forward and backward, and nothing of its width kept but x itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, channels: Tensor, with_x: bool) -> Tensor:
-        if with_x:
-            gain, channels = with_one(gain, channels)
         ctx.save_for_backward(x, gain, channels)
-        ctx.factors = gain.shape[-1] - with_x
-        return (gain @ channels.mT).mul_(x)
+        ctx.with_x = with_x
+        return times(x, gain, channels, with_x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, gain, channels = ctx.saved_tensors
         on_x, on_gain, on_channels = None, None, None
         if ctx.needs_input_grad[0]:
-            on_x = (gain @ channels.mT).mul_(grad)
+            on_x = times(grad, gain, channels, ctx.with_x)
         product = grad * x
         if ctx.needs_input_grad[1]:
-            on_gain = product @ channels[:, : ctx.factors]
+            on_gain = product @ channels
         if ctx.needs_input_grad[2]:
-            on_channels = product.flatten(0, -2).mT @ gain.flatten(0, -2)[:, : ctx.factors]
+            on_channels = product.flatten(0, -2).mT @ gain.flatten(0, -2)
         return on_x, on_gain, on_channels, None
+
+
+def times(x: Tensor, gain: Tensor, channels: Tensor, with_x: bool) -> Tensor:
+    """`modulated`, for gains (..., r) as many as there are tokens, where nothing is recorded."""
+    factor = nn.functional.linear(gain, channels)
+    return torch.addcmul(x, x, factor, out=factor) if with_x else factor.mul_(x)
 
 
 def modulated(x: Tensor, gain: Tensor, channels: Tensor, with_x: bool = False) -> Tensor:
@@ -52,6 +47,10 @@ def modulated(x: Tensor, gain: Tensor, channels: Tensor, with_x: bool = False) -
     return _Modulation.apply(x, gain.expand(*x.shape[:-1], -1), channels, with_x)
 
 
+def per_channel(scale: Tensor, channels: Tensor) -> Tensor:
+    return scale[:, None] * channels
+
+
 class Modulation(Primitive):
     """A primitive of the form delta_i = x_i sum_k gain_k channels_ik, whose gate costs nothing.
 
@@ -59,7 +58,7 @@ class Modulation(Primitive):
     """
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """x (B, T, d) in fp32 -> gain (B or 1, T or 1, r), channels (d, r)."""
+        """x (B, T, d) in fp32 -> gain (B or 1, T or 1, r), channels (d, r), a buffer or what `Context.once` gives."""
         raise NotImplementedError(f"{type(self).__name__} must define factors")
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
@@ -68,4 +67,4 @@ class Modulation(Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         gain, channels = self.factors(x, context)
-        return modulated(x, gain, scale[:, None] * channels, with_x)
+        return modulated(x, gain, context.once(per_channel, scale, channels), with_x)

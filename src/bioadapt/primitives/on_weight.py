@@ -74,6 +74,6 @@ class OnWeight(Primitive):
     ) -> tuple[Tensor, Tensor | None]:
         if self.merge != "weight" and not (approximate and self.approximates):
             return super().merged_change(weight, bias, y, approximate)
-        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate.detach().to(weight.dtype)
+        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate().detach().to(weight.dtype)
         dw, db = self.weight_delta(weight, bias)
         return gate[:, None] * dw, None if db is None else gate * db

@@ -7,6 +7,7 @@ the world (padding, positions, the layer's input, what was said in earlier decod
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +25,24 @@ ZEROS = {"gate": 4.0, "scalar_gate": 4.0, "readout": 1.0, "update": 1.0}
 MERGES = ("weight", "left")
 
 
-class _Scaling(torch.autograd.Function):
+class _Unrecorded:
+    """The context of a `Fused` forward of which there will be no backward."""
+
+    needs_input_grad: Mapping[int, bool] = defaultdict(bool)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+class Fused(torch.autograd.Function):
+    """An equation with a backward of its own; where nothing is recorded, its forward alone runs."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super().apply(*args) if torch.is_grad_enabled() else cls.forward(_Unrecorded(), *args)
+
+
+class _Scaling(Fused):
     """scale times change, plus x if there is one. Backward makes one tensor where autograd would make two."""
 
     @staticmethod
@@ -145,16 +163,17 @@ class Primitive(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, *, with_x: bool = False) -> Tensor:
         """x (..., T, d_out) -> delta of the same shape and dtype, or x + delta if ``with_x``."""
-        shape, dtype = x.shape, x.dtype
         if x.numel() == 0:
             return self._of_nothing(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with autocast_off(x.device.type):
+                return self.forward(x, context, with_x=with_x)
+        shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
-        with autocast_off(x.device.type):
-            changed = self._changed if self.any_dtype else self._in_fp32
-            result = changed(x if self.any_dtype else x.float(), context, with_x).to(dtype)
-        return result if result.shape == shape else result.reshape(shape)
+        result = self._changed(x, context, with_x) if self.any_dtype else self._in_fp32(x.float(), context, with_x)
+        return (result if result.shape == shape else result.reshape(shape)).to(dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""
@@ -180,20 +199,20 @@ class Primitive(nn.Module):
             return self._both_ways(x, context, with_x)
         # A user (or FSDP) keeps the adapter in half precision: compute with upcast copies of its parameters.
         upcast = {f"primitive.{name}": parameter.float() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(_Body(self), upcast, (x, context, with_x))
+        return torch.func.functional_call(_Body(self), upcast, (x, context.replace(derived=None), with_x))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        if self.kind != "causal" or not context.bidirectional or self.reads_both_ways:
+        if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
             return self._changed(x, context, with_x)
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
-        change = change if self.zero_at == "update" else _Scaling.apply(change, self.scaled_gate, None)
+        change = change if self.zero_at == "update" else _Scaling.apply(change, self.scaled_gate(), None)
         return x + change if with_x else change
 
     def _changed(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if self.zero_at != "update":
-            return self.scaled(x, context, self.scaled_gate, with_x)
+            return self.scaled(x, context, context.once(self.scaled_gate), with_x)
         change = self.transform(x, context)
         return x + change if with_x else change
 
@@ -223,7 +242,6 @@ class Primitive(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @property
     def scaled_gate(self) -> Tensor:
         """What the change is multiplied by, (d_out,) or (1,): the gate times ``zero_scale``."""
         return self.gate if self.zero_scale == 1 else self.zero_scale * self.gate
@@ -265,7 +283,7 @@ class Primitive(nn.Module):
         Raises:
             ValueError: the primitive depends on its input.
         """
-        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate.detach().to(weight.dtype)
+        gate = weight.new_ones(1) if self.zero_at == "update" else self.scaled_gate().detach().to(weight.dtype)
         if self.merge == "left":
             m, (w, b) = self.left_matrix().detach().to(weight.dtype), y
             if m.dim() == 1:

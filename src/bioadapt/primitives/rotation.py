@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Context
+from .base import Context, Fused
 from .time import recurrence
 
 
-class _Conjugated(torch.autograd.Function):
+class _Conjugated(Fused):
     """The identity, whose gradient is the complex conjugate of what comes back."""
 
     @staticmethod
@@ -27,5 +27,9 @@ def rotation(name: str, decay: Tensor, angle: Tensor, drive: Tensor, context: Co
     """z_t = decay e^(i angle) z_{t-1} + drive_t from rest: decay and angle (r,), drive (B, T, r) real -> complex."""
     # `recurrence` carries gradients without conjugates, as fits real numbers: conjugating what enters and leaves its
     # backward makes that right for complex ones.
-    turn, series = (_Conjugated.apply(z) for z in (torch.polar(decay, angle), torch.complex(drive, drive * 0)))
-    return _Conjugated.apply(recurrence(name, turn, series, context))
+    series = _Conjugated.apply(torch.complex(drive, torch.zeros_like(drive)))
+    return _Conjugated.apply(recurrence(name, context.once(_turned, decay, angle), series, context))
+
+
+def _turned(decay: Tensor, angle: Tensor) -> Tensor:
+    return _Conjugated.apply(torch.polar(decay, angle))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context
+from .base import Context, Fused
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
 DOUBLINGS = 20  # of a scan whose length is left open: it may be up to 2 ** 20 tokens
@@ -126,14 +126,14 @@ def _first(series: Tensor) -> Tensor:
 
 
 def _lagged(h: Tensor, initial: Tensor) -> Tensor:
-    """h_{t-1} of h (B, T, ...), and ``initial`` (B, ...) before the first token."""
+    """h_{t-1} of h (B, T, ...), and ``initial`` (B, 1, ...) before the first token."""
     steps = h.shape[1]
     if steps == 1:
-        return initial[:, None]
+        return initial
     if is_symbol(steps):  # a series that is one token shorter would rule out a length of two
         shifted = nn.functional.pad(h, (*(0, 0) * (h.dim() - 2), 1, 0))[:, :steps]
-        return torch.where(_first(h), initial[:, None], shifted)
-    return torch.cat([initial[:, None], h[:, :-1]], 1)
+        return torch.where(_first(h), initial, shifted)
+    return torch.cat([initial, h[:, :-1]], 1)
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -142,7 +142,7 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(axes, keepdim=True).reshape(shape) if axes else tensor
 
 
-class _LinearScan(torch.autograd.Function):
+class _LinearScan(Fused):
     """Keeps little but the decay and the result for backward, which is the same scan with time reversed."""
 
     @staticmethod
@@ -180,17 +180,17 @@ def linear_scan(decay: Tensor, drive: Tensor, initial: Tensor | None = None) -> 
         h of the shape of ``drive``.
     """
     decay = decay.reshape(*(1,) * (drive.dim() - decay.dim()), *decay.shape)
-    if drive.shape[1] == 1:  # a step of decoding
+    if drive.shape[1] == 1:
         return drive if initial is None else torch.addcmul(drive, decay, initial[:, None])
     return _LinearScan.apply(decay, drive, initial)
 
 
-class _PastScan(torch.autograd.Function):
+class _PastScan(Fused):
     """h_{t-1} of a linear recurrence. With time reversed it is its own adjoint."""
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, initial: Tensor) -> Tensor:
-        past = _lagged(_solve(decay, drive, initial), initial)
+        past = _lagged(_solve(decay, drive, initial), initial[:, None])
         ctx.save_for_backward(decay, past)
         return past
 
@@ -224,18 +224,37 @@ def recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initia
 def _recurrence(
     name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """h (B, T, ...), and the value before the first token of this call, None if none came."""
+    """h (B, T, ...), and the value before the first token of this call (B, 1, ...), None if none came."""
+    before = _before_step(name, context, decay, drive)
+    if before is not None:
+        return _carried(name, torch.addcmul(drive, decay, before), context), before
+    before = None if context.state is None else context.state.latest(name)
     decay, drive = _heard(decay, drive, context)
-    before = None if context.state is None else context.state.last(name)
     start = _start(initial, drive) if before is None or context.resets is not None else None
     if context.resets is not None:
         fresh = _like(context.resets, drive)
         drive = torch.where(fresh, drive + decay * start[:, None], drive)  # type: ignore[index]
         decay = torch.where(fresh, 0.0, decay)
-    h = linear_scan(decay, drive, start if before is None else before)
+    h = linear_scan(decay, drive, start if before is None else before[:, 0])
+    return _carried(name, h, context), before
+
+
+def _before_step(name: str, context: Context, *terms: Tensor) -> Tensor | None:
+    """The value before the one real token that is heard, (B, 1, ...); None if there are more, or a document begins."""
+    if context.state is None or context.mask is not None or context.resets is not None:
+        return None
+    before = context.state.latest(name)
+    for term in terms:
+        if before is not None and term.dim() == before.dim() and term.shape[1] > 1:
+            return None
+    return before
+
+
+def _carried(name: str, h: Tensor, context: Context) -> Tensor:
+    """The same series (B, T, ...), whose end the next step of decoding starts from."""
     if context.state is not None:
         context.state.append(name, h)
-    return h, before
+    return h
 
 
 def past_recurrence(name: str, decay: Tensor, drive: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
@@ -259,13 +278,16 @@ def _heard(decay: Tensor, drive: Tensor, context: Context) -> tuple[Tensor, Tens
 
 def trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """Exponential trace E_tau(z)_t = a E_tau(z)_{t-1} + (1 - a) z_t, with a = exp(-1 / tau) given as ``decay``."""
+    before = _before_step(name, context, z)
+    if before is not None:
+        return _carried(name, torch.lerp(z, before, decay), context)
     return recurrence(name, decay, (1 - decay) * z, context, initial)
 
 
 def held(name: str, series: Tensor, context: Context) -> Tensor:
     """The series (B, T, ...) with the value of the real token before in the place of each padded one."""
-    if context.mask is None and context.state is None:
-        return series
+    if context.mask is None:
+        return _carried(name, series, context)
     return recurrence(name, torch.zeros_like(series), series, context)
 
 
@@ -274,24 +296,32 @@ def previous(name: str, h: Tensor, context: Context, initial: float | Tensor = 0
 
     ``name`` must differ from the recurrence's own; h must keep its value at padded tokens, as recurrences do.
     """
-    before = None if context.state is None else context.state.last(name)
-    if context.state is not None:
-        context.state.append(name, h)
-    return _shifted(h, before, context, initial)
+    before = None if context.state is None else context.state.latest(name)
+    return _shifted(_carried(name, h, context), before, context, initial)
 
 
 def _shifted(h: Tensor, before: Tensor | None, context: Context, initial: float | Tensor) -> Tensor:
-    """h_{t-1} of h (B, T, ...): ``before`` at the first token, ``initial`` without one and where documents start."""
+    """h_{t-1} of h (B, T, ...): ``before`` (B, 1, ...) at the first token, ``initial`` without one and where documents
+    start."""
     if before is not None and context.resets is None:
         return _lagged(h, before)
-    start = _start(initial, h)
+    start = _start(initial, h)[:, None]
     shifted = _lagged(h, start if before is None else before)
-    return shifted if context.resets is None else torch.where(_like(context.resets, h), start[:, None], shifted)
+    return shifted if context.resets is None else torch.where(_like(context.resets, h), start, shifted)
 
 
 def past_trace(name: str, z: Tensor, decay: Tensor, context: Context, initial: float | Tensor = 0.0) -> Tensor:
     """E_tau(z)_{t-1}: the `trace` of what came before each token, ``initial`` at the first token of a document."""
+    before = _before_step(name, context, z)
+    if before is not None:
+        _carried(name, torch.lerp(z, before, decay), context)
+        return before
     return past_recurrence(name, decay, (1 - decay) * z, context, initial)
+
+
+def mean_reading(read: Callable[[Tensor, Context], Tensor], series: Tensor, context: Context) -> Tensor:
+    """The mean over `readings`: (B, T, ...)."""
+    return readings(read, series, context).mean(0) if context.bidirectional else read(series, context)
 
 
 def readings(
@@ -322,7 +352,7 @@ def readings(
     return torch.stack([read_both[:batch], read_both[batch:].flip(1)])
 
 
-class _Deviation(torch.autograd.Function):
+class _Deviation(Fused):
     """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
 
     With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).

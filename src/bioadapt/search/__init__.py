@@ -32,6 +32,7 @@ _ROOMS = {
     "ThompsonPruner": "thompson",
     "ThompsonSampler": "thompson",
     "add_adapters": "space",
+    "as_record": "report",
     "learning_rates": "space",
     "load_adapters": "space",
     "open_storage": "study",
@@ -48,7 +49,10 @@ __all__ = [*_ROOMS]
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"bioadapt.search needs {error.name}: pip install bioadapt[search]") from error
     if name == "Host":  # its earlier name
         return __getattr__("SearchedModel")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,6 +36,7 @@ def register() -> None:
             _surround(task_model, "__init__", refusals.made_for_task)
         _surround(peft.PeftModel, "from_pretrained", loading.from_pretrained)
         _surround(peft.PeftModel, "load_adapter", loading.load_adapter)
+        _surround(peft.PeftModel, "add_adapter", refusals.add_adapter)
         _surround(peft.peft_model, "load_peft_weights", loading.read_weights)
         _surround(PeftAdapterMixin, "load_adapter", loading.load_adapter_of_transformers)
         _surround(peft.PeftModel, "save_pretrained", saving.save_pretrained)

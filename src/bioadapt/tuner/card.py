@@ -1,4 +1,5 @@
-"""The model card of a saved adapter: its primitives with their references, what it was trained over, how to load it.
+"""The model card of a saved adapter: its primitives with their references, what it was trained over, how to load it,
+and what it scores, if that is known.
 
 It takes the place of PEFT's empty form. Its last line holds a hash of the rest, so that a card which somebody has
 written or changed is told from one that was left as it is, and stays.
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .._version import __version__
@@ -20,6 +21,7 @@ from ..config import BioConfig
 from ..registry import primitive_info
 
 CARD = "README.md"
+_SCORES = "## Scores"
 _MARK = re.compile(r"\n<!-- bioadapt: ([0-9a-f]{16}) -->\s*\Z")
 
 
@@ -33,7 +35,7 @@ def is_somebodys(card: Path) -> bool:
 
 
 def write_card(card: Path, configs: Mapping[str, BioConfig], plain: nn.Module, record: Mapping[str, Any]) -> None:
-    """Write the text of the card that PEFT has just made, and add to its tags.
+    """Write the text of the card, and its tags: of the one that PEFT has just made, or of a new one.
 
     Args:
         card: the file.
@@ -41,12 +43,49 @@ def write_card(card: Path, configs: Mapping[str, BioConfig], plain: nn.Module, r
         plain: the model beneath all adapters.
         record: what they were trained over, as `provenance.record` gives it, with where in the folder that is.
     """
+    if not card.is_file():
+        fields = ModelCardData(library_name="peft", base_model=record["base"])
+        card.write_text(f"---\n{fields.to_yaml()}\n---\n", encoding="utf-8")
     made = ModelCard.load(card, ignore_metadata_errors=True)
     names = dict.fromkeys(entry["name"] for config in configs.values() for entry in config.primitives)
     made.data.tags = sorted({*(made.data.tags or ()), "bioadapt", *names})
     if Path(record["base"] or ".").exists():  # a path means nothing on another machine, and the hub refuses it
         made.data.base_model = None
-    text = "\n".join(_text(configs, list(names), plain, record)).strip()
+    _write(made, "\n".join(_text(configs, list(names), plain, record)), card)
+
+
+def add_scores(folder: str | Path, task: str, scores: Mapping[str, float], *, kind: str = "") -> None:
+    """Write what a saved adapter has reached on a task onto its model card, where the hub reads it, too.
+
+    Scores of another task are kept, those of the same task replaced. Saving the adapter anew makes a card without any.
+
+    Args:
+        folder: of the adapter.
+        task: what it was scored on.
+        scores: by the name of the metric.
+        kind: of task, such as ``sts``.
+
+    Raises:
+        ValueError: there is no card of bioadapt's in the folder, or one that was changed.
+    """
+    card = Path(folder, CARD)
+    if not card.is_file() or is_somebodys(card):
+        raise ValueError(
+            f"{card} is not a card that bioadapt has written: save the adapter first, or write the scores by hand"
+        )
+    made = ModelCard.load(card, ignore_metadata_errors=True)
+    kept = [result for result in made.data.eval_results or () if result.dataset_name != task]
+    made.data.model_name = made.data.model_name or Path(folder).absolute().name
+    made.data.eval_results = kept + [
+        EvalResult(kind or "other", task, task, metric, round(float(score), 4)) for metric, score in scores.items()
+    ]
+    text = _MARK.sub("", made.text).partition(_SCORES)[0]
+    rows = [f"| {one.dataset_name} | {one.metric_type} | {one.metric_value:g} |" for one in made.data.eval_results]
+    _write(made, "\n".join([text.strip(), "", _SCORES, "", "| task | metric | score |", "|---|---|---|", *rows]), card)
+
+
+def _write(made: ModelCard, text: str, card: Path) -> None:
+    text = text.strip()
     made.text = f"{text}\n<!-- bioadapt: {_hash(text)} -->\n"
     made.save(card)
 

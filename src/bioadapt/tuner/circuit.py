@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BioConfig
+from ..primitives._state import Recollection
 from ..primitives.base import Context, Host, OnWeight, Primitive
 from ..primitives.frames import read_in, read_out
 from ..primitives.names import STAGES
@@ -51,7 +52,7 @@ class AdapterCircuit(nn.Module):
         primitives = list(self.values())
         self.waves = _waves(primitives, config.composition)
         # Asked at every forward, and the same for ever.
-        self.alone = len(primitives) == 1 and config.rank is None
+        self.alone = primitives[0].name if len(primitives) == 1 and config.rank is None else None
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
         self.reads_tokens = self.reads_time or any(primitive.reads_positions for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
@@ -81,36 +82,39 @@ class AdapterCircuit(nn.Module):
         if self.up is not None:
             nn.init.normal_(self.up, std=0.3 / self.up.shape[1] ** 0.5)
 
-    def forward(self, y: Tensor, context: Context) -> Tensor:
-        """Features y (B, T, d_out) -> the adapter's change of them, in fp32 unless all primitives take any dtype."""
+    def forward(self, y: Tensor, context: Context, state: Recollection | None = None) -> Tensor:
+        """Features y (B, T, d_out) -> the adapter's change of them, in fp32 unless all primitives take any dtype.
+
+        ``state``: what earlier decoding steps left behind, by primitive; that of the context is not read.
+        """
         if self.in_fp32:
             y = y.float()
         down, up = self.down, self.up
         if down is None or up is None:
-            return self._change(y, context)
+            return self._change(y, context, state)
         with autocast_off(y.device.type):
             population = y @ down.float().T
-            return (population + self._change(population, context)) @ up.float().T
+            return (population + self._change(population, context, state)) @ up.float().T
 
-    def applied(self, y: Tensor, context: Context) -> Tensor:
+    def applied(self, y: Tensor, context: Context, state: Recollection | None = None) -> Tensor:
         """y plus its change, in the dtype of y."""
-        if not self.alone:
+        if self.alone is None:
             itself = y.view_as(y)  # before the primitives read it: see `Scaled`
-            return self(y, context).add_(itself).to(y.dtype)
-        (primitive,) = self.values()
-        return primitive(y.float() if self.in_fp32 else y, self._own(primitive.name, context), with_x=True).to(y.dtype)
+            return self(y, context, state).add_(itself).to(y.dtype)
+        read = y.float() if self.in_fp32 else y
+        return self[self.alone](read, self._own(self.alone, context, state), with_x=True).to(y.dtype)
 
-    def _own(self, name: str, context: Context) -> Context:
-        return context if context.state is None else context.replace(state=context.state.part(name))
+    def _own(self, name: str, context: Context, state: Recollection | None) -> Context:
+        return context if state is None else context.replace(state=state.part(name))
 
-    def _change(self, y: Tensor, context: Context) -> Tensor:
+    def _change(self, y: Tensor, context: Context, state: Recollection | None) -> Tensor:
         total: Tensor | None = None
         for wave in self.waves:
             read = y if total is None else y + total
             for name in wave:
                 primitive = self[name]
                 # On the weight means on what the layer itself wrote, whatever has been added since.
-                delta = primitive(y if primitive.kind == "weight" else read, self._own(name, context))
+                delta = primitive(y if primitive.kind == "weight" else read, self._own(name, context, state))
                 total = delta if total is None else total + delta
         assert total is not None
         return total

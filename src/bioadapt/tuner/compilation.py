@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..primitives._state import Notes
+from ..primitives._state import Notes, Recollection
 from .patches import surrounding
 
 if TYPE_CHECKING:
@@ -75,38 +75,42 @@ class Compilation:
     def __reduce__(self) -> tuple:
         return Compilation, (self.options,)  # a copied or saved model compiles for itself
 
-    def run(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Tensor:
-        """``circuit.applied(y, context)`` or ``circuit.forward(y, context)``."""
+    def run(
+        self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context, state: Recollection | None
+    ) -> Tensor:
+        """``circuit.applied(y, context, state)`` or ``circuit.forward(y, context, state)``."""
         if self.failed or y.numel() == 0:
-            return _METHODS[method](circuit, y, context)
-        region = self._region(circuit, method, y, context)
-        notes = None if context.state is None else Notes.of(context.state)
+            return _METHODS[method](circuit, y, context, state)
+        region = self._region(circuit, method, y, state)
+        notes = None if state is None else Notes.of(state)
         try:
-            found = region(circuit, y, context if notes is None else context.replace(state=notes))
+            found = region(circuit, y, context.replace(derived=None), notes)
         except _COMPILER_FAILED as error:
             self.failed = True
             warnings.warn(f"the adapters run without being compiled, since that failed here: {_reason(error)}")
-            return _METHODS[method](circuit, y, context)
-        if notes is not None:
-            notes.enter(context.state)
+            return _METHODS[method](circuit, y, context, state)
+        if notes is not None and state is not None:
+            notes.enter(state)
         return found
 
-    def _region(self, circuit: AdapterCircuit, method: str, y: Tensor, context: Context) -> Callable[..., Tensor]:
+    def _region(
+        self, circuit: AdapterCircuit, method: str, y: Tensor, state: Recollection | None
+    ) -> Callable[..., Tensor]:
         if circuit not in self.kinds:
             self.kinds[circuit] = _kind(circuit)
-        step = context.state is not None and y.shape[1] == 1
-        key = self.kinds[circuit], method, circuit.training, torch.is_grad_enabled(), context.state is None, step
+        step = state is not None and y.shape[1] == 1
+        key = self.kinds[circuit], method, circuit.training, torch.is_grad_enabled(), state is None, step
         if key not in self.regions:
             self.regions[key] = torch.compile(_of_its_own(_METHODS[method]), **self.options)
         return self.regions[key]
 
 
-def _applied(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
-    return circuit.applied(y, context)
+def _applied(circuit: AdapterCircuit, y: Tensor, context: Context, state: Recollection | None) -> Tensor:
+    return circuit.applied(y, context, state)
 
 
-def _change(circuit: AdapterCircuit, y: Tensor, context: Context) -> Tensor:
-    return circuit.forward(y, context)
+def _change(circuit: AdapterCircuit, y: Tensor, context: Context, state: Recollection | None) -> Tensor:
+    return circuit.forward(y, context, state)
 
 
 _METHODS = {"applied": _applied, "forward": _change}

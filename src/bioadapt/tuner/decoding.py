@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -12,6 +13,7 @@ from ..primitives._state import Memory
 from .patches import follow_cache, followed_memory
 
 # What models that keep no `Cache` call what they carry from step to step.
+_DERIVED = "bio_derived"
 _STATES = ("past_key_values", "layer_past", "cache_params", "past_buckets_states", "mems", "state", "cache")
 
 
@@ -56,6 +58,22 @@ def memory_of(cache: Cache, stack: str) -> Memory:
         memory = Memory()
         follow_cache(cache, memory)
     return memory
+
+
+class _Derived(dict[Hashable, Any]):
+    """See `Context.once`. A copy of a cache computes for itself."""
+
+    def __reduce__(self) -> tuple:
+        return _Derived, ()
+
+
+def derived_with(cache: Cache, past: int | Tensor | None) -> dict[Hashable, Any] | None:
+    """What has been computed of parameters for a cache of ``past`` tokens; None where nothing may be kept."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or past is None:
+        return None
+    if past == 0 or _DERIVED not in cache.__dict__:
+        cache.__dict__[_DERIVED] = _Derived()
+    return cache.__dict__[_DERIVED]
 
 
 def _has_begun(cache: Cache) -> bool:

@@ -183,7 +183,7 @@ def _observe(layer: BioLayer, args: tuple, kwargs: dict[str, Any], output: Any, 
     base = layer.get_base_layer() if whole else layer.base_layer
     change = (output - base(*args, **kwargs)).float()
     around = layer.scope.surroundings
-    mask = None if around is None else around.encoder_mask if layer.across else around.mask
+    mask = around.encoder_mask if layer.across else around.mask
     if mask is not None and mask.numel() == v[..., 0].numel():
         real = mask.reshape(v.shape[:-1]).to(v.device)
         take(v[real].float(), change[real])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER
 from ..config import BioConfig
-from ..primitives._state import Memory
+from ..primitives._state import Memory, Recollection
 from ..primitives.base import Context, Host, Primitive
 from ..primitives.local_rule import with_evidence
 from ..registry import primitive_info
@@ -159,35 +159,45 @@ class BioLayer(MergeableLayer):
     # -- forward --
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        names = self.scope.adapter_names
-        if self.merged:
-            if names is not None:
-                raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
-            return self.base_layer(*args, **kwargs)
-        active = self.active_adapters if names is None else sorted(set(names))
-        held: dict[str, Any] = self.circuits._modules
-        circuits = {name: held[name] for name in active if name in held}
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        around = self.scope.surroundings
+        circuits = self._called(around)
+        base_layer = self._modules["base_layer"]
         if not circuits:
-            return self.base_layer(*args, **kwargs)
+            return base_layer(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
         reading = {name: circuit for name, circuit in circuits.items() if circuit.changes_input}
         apart: dict[str, Tensor] = {}
-        if not reading or (names is None and len(circuits) > 1):
-            output = self.base_layer(*args, **kwargs)
+        if not reading or (around.adapter_names is None and len(circuits) > 1):
+            output = base_layer(*args, **kwargs)
             # Each adapter's change is measured from the layer as it is, so that the changes of several add up.
             for name, circuit in reading.items():
-                apart[name] = _features(self._run(self._own_input(read, {name: circuit}), args, kwargs))
+                apart[name] = _features(self._run(self._own_input(read, {name: circuit}, around), args, kwargs))
         else:
-            output = self._run(self._own_input(read, reading), args, kwargs)
+            output = self._run(self._own_input(read, reading, around), args, kwargs)
             circuits = {name: circuit for name, circuit in circuits.items() if not circuit.at_input}
             if not circuits:
                 return output
-        changed = self._changed(_features(output), read, circuits, apart)
+        changed = self._changed(_features(output), read, circuits, around, apart)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _called(self, around: Surroundings) -> dict[str, AdapterCircuit]:
+        """The circuits that this forward runs, by adapter.
+
+        Raises:
+            ValueError: samples ask for adapters of their own while some are merged.
+        """
+        if self._disable_adapters:
+            return {}
+        names = around.adapter_names
+        if self.merged_adapters:
+            if names is not None:
+                raise ValueError("adapter_names cannot be used while adapters are merged: unmerge them first")
+            return {}
+        held: dict[str, Any] = self._modules[CONTAINER]._modules  # type: ignore[union-attr]
+        active = self.active_adapters if names is None else sorted(set(names))
+        return {name: held[name] for name in active if name in held}
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""
@@ -196,13 +206,13 @@ class BioLayer(MergeableLayer):
         first, *_ = kwargs
         return self.base_layer(**{**kwargs, first: read})
 
-    def _own_input(self, read: Tensor, reading: dict[str, AdapterCircuit]) -> Tensor:
+    def _own_input(self, read: Tensor, reading: dict[str, AdapterCircuit], around: Surroundings) -> Tensor:
         """What the layer is to read where one adapter, or each sample's own, changes its input."""
-        names = self.scope.adapter_names
+        names = around.adapter_names
         before = {name: circuit for name, circuit in reading.items() if circuit.at_input}
         scales = {name: circuit.input_scale() for name, circuit in reading.items() if circuit.scales_input}
         if before:
-            read = self._changed(read, read, before, {}, self.site.at_input())
+            read = self._changed(read, read, before, around, {}, self.site.at_input())
         if scales and names is None:
             read = self._scaled(read, *scales.values())
         elif scales:
@@ -225,6 +235,7 @@ class BioLayer(MergeableLayer):
         y: Tensor,
         v: Tensor,
         circuits: dict[str, AdapterCircuit],
+        around: Surroundings,
         apart: dict[str, Tensor],
         site: Site | None = None,
     ) -> Tensor:
@@ -234,77 +245,75 @@ class BioLayer(MergeableLayer):
         layer's own if None.
         """
         site = site or self.site
-        around = self.scope.surroundings or Surroundings(adapter_names=self.scope.adapter_names)
         layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
         reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
         counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
         tokens = self._tokens(layout, around, circuits, bool(reading), counted)
         context = self._context(layout, v, around, circuits, site, tokens)
-        contexts = dict.fromkeys(circuits, context)
-        if reading:
-            self._remember(contexts, reading, layout, around, counted)
+        states = self._states(reading, layout, around, counted) if reading else {}
         features = layout.to_sequence(y)
         check_whole(features, site, self.path)
         if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
             ((name, circuit),) = circuits.items()
-            changed = layout.restore(self._of_circuit(circuit, "applied", features, contexts[name]))
+            changed = layout.restore(self._of_circuit(circuit, "applied", features, context, states.get(name)))
         else:
             reads = {name: layout.to_sequence(read) for name, read in apart.items()}
-            changed = (y + layout.restore(self._sum(features, circuits, contexts, reads))).to(y.dtype)
-        changed = with_evidence(changed, context.observations or ())
-        return self.scope.learning.terms.brought_in(changed, context.losses, around)
+            total = self._sum(features, circuits, context, states, reads, around.adapter_names)
+            changed = (y + layout.restore(total)).to(y.dtype)
+        if context.observations:
+            changed = with_evidence(changed, context.observations)
+        return self.scope.learning.terms.brought_in(changed, context.losses, around) if context.losses else changed
 
-    def _of_circuit(self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context) -> Tensor:
+    def _of_circuit(
+        self, circuit: AdapterCircuit, method: str, features: Tensor, context: Context, state: Recollection | None
+    ) -> Tensor:
         """What a method of the circuit gives, compiled where that was asked for."""
         compilation = self.scope.compilation
         if compilation is None or torch.compiler.is_compiling():  # then it becomes part of that graph
-            return getattr(circuit, method)(features, context)
-        return compilation.run(circuit, method, features, context)
+            return getattr(circuit, method)(features, context, state)
+        return compilation.run(circuit, method, features, context, state)
 
     def _sum(
         self,
         features: Tensor,
         circuits: dict[str, AdapterCircuit],
-        contexts: dict[str, Context],
+        context: Context,
+        states: dict[str, Recollection],
         apart: dict[str, Tensor],
+        names: list[str] | None,
     ) -> Tensor:
-        """The changes of several adapters, or of those that the samples of a mixed batch ask for."""
-        names = self.scope.adapter_names
+        """The changes of several adapters, or of those that the samples of a mixed batch ask for by ``names``."""
         total: Tensor | None = None
         for name, circuit in circuits.items():
             read = apart.get(name, features)
-            if name in apart:
-                delta = read - features
-                delta = (
-                    delta if circuit.at_input else delta + self._of_circuit(circuit, "forward", read, contexts[name])
-                )
-            else:
-                delta = self._of_circuit(circuit, "forward", read, contexts[name])
+            changes: list[Tensor] = [read - features] if name in apart else []
+            if not (changes and circuit.at_input):
+                changes.append(self._of_circuit(circuit, "forward", read, context, states.get(name)))
+            delta = changes[0] if len(changes) == 1 else changes[0] + changes[1]
             if names is not None:
                 delta = delta * _rows_of(name, names, delta)
             total = delta if total is None else total + delta
         assert total is not None
         return total
 
-    def _remember(
-        self, contexts: dict[str, Context], reading: list[str], layout: Layout, around: Surroundings, counted: str
-    ) -> None:
-        """Give the adapters whose tokens continue earlier ones their own memory of those."""
+    def _states(
+        self, reading: list[str], layout: Layout, around: Surroundings, counted: str
+    ) -> dict[str, Recollection]:
+        """What the adapters whose tokens continue earlier ones remember of those, by name."""
         if self.routed or around.tokens is None or layout.sequence[0] != around.tokens[0]:
-            return
+            return {}
         call, start = around.place(counted, layout.sequence)
         if not self.causal:
-            return
+            return {}
         memory = around.memory
         if memory is None and layout.sequence[1] < around.tokens[1]:
             # A part of the sequence, which may continue the one before.
             memory = around.chunks = around.chunks or Memory()
         if memory is None:
-            return
+            return {}
         heard = None if around.past is None else around.past + start
-        for name in reading:
-            key = f"{self.path}/{name}" if call == 0 else f"{self.path}/{name}#{call}"
-            contexts[name] = contexts[name].replace(state=memory.part(key, heard))
+        again = f"#{call}" if call else ""
+        return {name: memory.part(f"{self.path}/{name}{again}", heard) for name in reading}
 
     def _context(
         self,
@@ -315,14 +324,12 @@ class BioLayer(MergeableLayer):
         site: Site,
         tokens: Tokens,
     ) -> Context:
-        tokens = tokens.to(v.device)
-        if self.below is not None and any(circuit.reads_weight for circuit in circuits.values()):
-            bias = self._constant(v)
-        else:
-            bias = self._bias()
+        if tokens is not NOTHING:
+            tokens = tokens.to(v.device)
+        reads_weight = any(circuit.reads_weight for circuit in circuits.values())
         return Context(
             x_in=layout.input_to_sequence(v, site),
-            bias=bias,
+            bias=self._constant(v) if reads_weight else None,
             mask=tokens.mask,
             positions=tokens.positions,
             resets=tokens.resets,
@@ -331,6 +338,7 @@ class BioLayer(MergeableLayer):
             observations=[],
             grid=layout.grid,
             losses=[] if self.training else None,
+            derived=around.derived,
         )
 
     def _tokens(
@@ -408,9 +416,9 @@ class BioLayer(MergeableLayer):
             warnings.warn(text)
 
     def _constant(self, v: Tensor) -> Tensor | None:
-        """What a tuner below makes of no input, (d_out,): the bias, which it may have changed."""
+        """What the layer makes of no input, (d_out,): the bias, which a tuner below may have changed."""
         bias = self._bias()
-        if bias is None or self.quantization_backend is not None:
+        if bias is None or self.below is None or self.quantization_backend is not None:
             return bias
         with torch.no_grad():
             return self.base_layer(v.new_zeros(1, self.site.d_in, *(1,) * self.site.spatial)).flatten()

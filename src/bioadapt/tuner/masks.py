@@ -66,6 +66,11 @@ class Tokens(NamedTuple):
     positions: Tensor | None = None
     resets: Tensor | None = None
 
+    def telling(self) -> Tokens:
+        """Without a mask that says of all tokens that they are real, and without resets that say of none that it is."""
+        mask = None if self.mask is None or bool(self.mask.all()) else self.mask
+        return Tokens(mask, self.positions, None if self.resets is None or not bool(self.resets.any()) else self.resets)
+
     def to(self, device: torch.device) -> Tokens:
         if all(flags is None or flags.device == device for flags in self):
             return self

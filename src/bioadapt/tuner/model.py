@@ -28,7 +28,7 @@ from .heads import choosing_heads, heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
 from .placement import axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
 from .reference import check_reference, complete_copy
-from .refusals import base_of, check_attributes, check_layers, check_names, free_name, with_suggestion
+from .refusals import base_of, check_attributes, check_layers, check_names, free_name, names_to_target, with_suggestion
 from .scope import Scope
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
@@ -157,8 +157,8 @@ class BioModel(MergeableModel):
         default, _ = default_sites(given, self.get_model_config(model))
         known_list = given.fingerprint is not None or (isinstance(default, list) and asked == set(default))
         for name in [] if known_list else unmatched(asked, model):
-            known = {path.rpartition(".")[2] for path, _ in model.named_modules() if not path[-1:].isdigit()}
-            warnings.warn(f"target_modules contains {name!r}, but no module is called so; {suggest(name, known)}")
+            near = suggest(name, names_to_target(model))
+            warnings.warn(f"target_modules contains {name!r}, but no module is called so; {near}")
         experts = fused_experts(model) if isinstance(asked, str) and asked.lower() == "all-linear" else []
         if experts:
             warnings.warn(

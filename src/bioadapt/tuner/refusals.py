@@ -128,12 +128,38 @@ def free_name(taken: Any) -> str:
     return next(name for name in ("bio", *(f"bio{i}" for i in range(2, 1000))) if name not in taken)
 
 
-def with_suggestion(error: Exception, config: BioConfig, model: nn.Module) -> NoMatchingPeftModuleError:
+def names_to_target(model: nn.Module) -> set[str]:
+    """What the layers of a model are called within their blocks, leaving out what adapters consist of."""
     modules = dict(model.named_modules())
     adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
     outside = {name: module for name, module in modules.items() if name and not name.startswith(adapted)}
     leaves = [name for name, module in outside.items() if f"{name}." in adapted or not list(module.children())]
-    names = {name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()}
+    return {name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()}
+
+
+def with_suggestion(error: Exception, config: BioConfig, model: nn.Module) -> NoMatchingPeftModuleError:
     targets = config.target_modules
     asked = sorted(targets)[0] if isinstance(targets, (set, list)) and targets else str(targets)
-    return NoMatchingPeftModuleError(f"{error} target_modules={targets!r}: {suggest(asked, names)}")
+    return NoMatchingPeftModuleError(f"{error} target_modules={targets!r}: {suggest(asked, names_to_target(model))}")
+
+
+def add_adapter(
+    original: Callable[..., Any], self: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **more: Any
+) -> Any:
+    """Around `PeftModel.add_adapter`: which adapters of two methods can be had together, and how.
+
+    Raises:
+        ValueError: one of the model's and the new adapter is a bio adapter, the other is not.
+    """
+    here, new = (getattr(kind, "value", kind) for kind in (self.peft_type, getattr(peft_config, "peft_type", None)))
+    if here == "BIO" and new not in ("BIO", None):
+        raise ValueError(
+            f"this model carries a bio adapter, to which no {new} can be added: put the bio adapter over the {new}, "
+            "get_peft_model(get_peft_model(base, other_config), bio_config); model.unload() gives the base back"
+        )
+    if new == "BIO" and here != "BIO":
+        raise ValueError(
+            f"this model carries a {here}, beside which no bio adapter can be added: put it over that, "
+            "get_peft_model(model, bio_config)"
+        )
+    return original(self, adapter_name, peft_config, *args, **more)

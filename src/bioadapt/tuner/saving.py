@@ -93,6 +93,11 @@ def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module,
                 original(*given.args, **given.kwargs)
         if main:
             record_fingerprints(Path(stage), _with_places(record, along))
+            if not is_somebodys(Path(stage, CARD)):
+                Path(stage, CARD).unlink(missing_ok=True)
+                # The file is read as ``default``, whatever the adapter is called in this model.
+                configs: Any = self.peft_config
+                write_card(Path(stage, CARD), {"default": configs[name]}, self, _with_places(record, along))
     if upload:
         hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
         self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..primitives._state import Memory
 from . import patches
 from .compilation import Compilation
-from .decoding import attach_memory, cache_among, find_cache, memory_of, refuse_other_states, tokens_in
+from .decoding import attach_memory, cache_among, derived_with, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
 from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
 from .placement import TORCH_STACKS
@@ -49,13 +49,14 @@ class Surroundings:
     unknown: dict[str, Tensor] = field(default_factory=dict)
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
-    past: int | None = None
+    past: int | Tensor | None = None
     live: bool = False
     adapter_names: list[str] | None = None
     terms: Any = None
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
     chunks: Memory | None = None  # what parts of a sequence leave to those that follow
+    derived: dict[Hashable, Any] | None = None  # see `Context.once`
 
     @property
     def mask(self) -> Tensor | None:
@@ -182,15 +183,9 @@ class Scope:
             self.switched += patches.run_whole(enclosing)
 
     @property
-    def surroundings(self) -> Surroundings | None:
-        """Of the running forward of this flow of control."""
-        return self.flow.around
-
-    @property
-    def adapter_names(self) -> list[str] | None:
-        """The adapter of each sample, where this flow of control asks for several."""
-        around = self.flow.around
-        return self.flow.adapter_names if around is None else around.adapter_names
+    def surroundings(self) -> Surroundings:
+        """Of the running forward of this flow of control, of which nothing is known outside the stack's own."""
+        return self.flow.around or Surroundings(adapter_names=self.flow.adapter_names)
 
     @contextmanager
     def asking_for(self, adapter_names: list[str]) -> Iterator[None]:
@@ -238,9 +233,10 @@ class Scope:
         if found.live:
             self.learning.begin()
             patches.carry_through_recomputation(self.checkpointing, self._carried)
+        reads_tokens = self.reads_tokens
         self._read_tokens(found, given)
-        self._read_cache(found, given)
-        self._read_masks(stack, found, given)
+        self._read_cache(found, given, reads_tokens)
+        self._read_masks(stack, found, given, reads_tokens)
         self.knew_tokens = found.tokens is not None or bool(found.masks)
         return found
 
@@ -258,15 +254,17 @@ class Scope:
             for name, value in given.items()
         )
 
-    def _read_cache(self, found: Surroundings, given: dict[str, Any]) -> None:
+    def _read_cache(self, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
         cache = cache_among(given)
         if cache is not None:
             past = tokens_in(cache)
-            # A compiled forward must not look into the tensor in which a static cache counts.
-            found.past = past if past is None or torch.compiler.is_compiling() else int(past)
+            if isinstance(past, Tensor):  # in which a static cache counts on, and a compiled forward must not look
+                past = past.clone() if torch.compiler.is_compiling() else int(past)
+            found.past = past
+            found.derived = derived_with(cache, found.past)
         elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
             found.past = 0  # recurrent models do not count tokens
-        if not self.carries_state and (found.past is not None or not self.reads_tokens):
+        if not reads_tokens or not (self.carries_state or found.past is None):
             return
         refuse_other_states(given, self.stack_name)
         if cache is not None:
@@ -274,7 +272,7 @@ class Scope:
         elif given.get("use_cache") is not False and not found.live:
             found.memory = Memory()  # the model makes a cache of its own and returns it
 
-    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any]) -> None:
+    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
         found.encoder_mask = mask_of_encoder(given)
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
         found.masks, found.unknown = masks_of(stack, given, side)
@@ -295,10 +293,12 @@ class Scope:
             if known.mask is not None and known.mask.shape == positions.shape:
                 resets = resets & known.mask
             known = known._replace(positions=positions, resets=resets)
-        elif known.positions is None and found.past is not None:
+        elif known.positions is None and found.past is not None and reads_tokens:
             places = torch.arange(steps, device=_device_of(given)) + found.past
             known = known._replace(positions=places.expand(batch, -1))
-        found.known = known
+        # A step of decoding is cheaper where nothing is said of its tokens; of more of them, asking costs too much.
+        one = reads_tokens and found.derived is not None and found.past and steps == 1
+        found.known = known.telling() if one else known
 
     # -- gradient checkpointing --
 

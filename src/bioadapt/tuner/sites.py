@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -143,8 +144,7 @@ class Axes:
     unbatched: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How one activation of a site lies in memory, and the way to (B, T, d) and back."""
 
     shape: torch.Size

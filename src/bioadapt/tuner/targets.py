@@ -6,7 +6,8 @@ projection as well; in a convolutional block it is the last convolution. A popul
 is thus complete at the targets, which a query or a value is not.
 
 Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and the hidden units of the feed-forward
-block behind their activation, which are the input of its last projection.
+block behind their activation, which are the input of its last projection. On BERT and ViT the attention's projection
+has the same name, so that its input is adapted too, as by PEFT's IA3.
 
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a

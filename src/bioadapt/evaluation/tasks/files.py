@@ -133,7 +133,7 @@ def split_files(folder: Path) -> dict[str, Path]:
                 if split in found:
                     raise ValueError(f"{folder}: {found[split].name} and {path.name} are both the {split} rows")
                 found[split] = path
-    return found
+    return {split: found[split] for split in SPLITS.values() if split in found}
 
 
 def read_pictures(folder: Path) -> Rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
 from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
@@ -48,13 +48,17 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
         self.declare_statistics(coincidence=(m, m))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        y = x @ (self.steady_state() @ self.reader).T
+        y = nn.functional.linear(x, context.once(self.response))
         if self.training and context.observing:
             with torch.no_grad():
                 activity = y / token_scale(x)
                 together = masked_mean(activity[..., :, None] * activity[..., None, :], context.mask)
                 self.observe(context, tokens=token_count(x, context.mask), coincidence=together)
         return y @ self.writer.T
+
+    def response(self) -> Tensor:
+        """(I + Q)^-1 D, (rank, d)."""
+        return self.steady_state() @ self.reader
 
     def steady_state(self) -> Tensor:
         """(I + Q)^-1, (rank, rank)."""

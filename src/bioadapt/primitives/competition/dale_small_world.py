@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import check_indices, inverse_softplus
+from bioadapt.primitives.modulation import per_channel
 from bioadapt.registry import register_primitive
 
 INHIBITORY = 0.2  # share of the senders
 
 
-class _Reception(torch.autograd.Function):
+class _Reception(Fused):
     """Works on rows of channels, which can be gathered many times faster than columns; keeps x alone."""
 
     @staticmethod
@@ -116,7 +117,7 @@ class DaleSmallWorld(Primitive):
         return (self.weights() * torch.relu(x)[..., self.senders]).sum(-1)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return received(x, scale[:, None] * self.weights(), self.senders, with_x)
+        return received(x, context.once(per_channel, scale, context.once(self.weights)), self.senders, with_x)
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

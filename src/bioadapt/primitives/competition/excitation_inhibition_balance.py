@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, pooling_matrix
-from bioadapt.primitives.modulation import with_one
+from bioadapt.primitives.modulation import per_channel, times
 from bioadapt.registry import register_primitive
 
 FAINTEST = 1e-12  # keeps the logarithm of a silent half finite
@@ -18,14 +18,14 @@ CHANNELS = 32  # a balance needs a population: no group is smaller, unless the l
 LARGEST_RATIO = 8.0
 
 
-class _TwoSidedGain(torch.autograd.Function):
+class _TwoSidedGain(Fused):
     """Keeps x and what is narrow; backward computes the gains again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, with_x: bool) -> Tensor:
         ctx.save_for_backward(x, common, signed, channels)
         ctx.with_x = with_x
-        return _in_common(common, channels, with_x).mul_(x).addcmul_(signed @ channels.mT, x.abs())
+        return times(x, common, channels, with_x).addcmul_(signed @ channels.mT, x.abs())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
@@ -36,14 +36,8 @@ class _TwoSidedGain(torch.autograd.Function):
         product.mul_(sign)
         on_signed = product @ channels
         on_channels.addmm_(product.flatten(0, -2).mT, signed.flatten(0, -2))
-        on_x = (signed @ channels.mT).mul_(sign).add_(_in_common(common, channels, ctx.with_x)).mul_(grad)
+        on_x = times(grad, common, channels, ctx.with_x).addcmul_((signed @ channels.mT).mul_(sign), grad)
         return on_x, on_common, on_signed, on_channels, None
-
-
-def _in_common(common: Tensor, channels: Tensor, with_x: bool) -> Tensor:
-    """What both halves of each channel are multiplied by."""
-    gain, channels = with_one(common, channels) if with_x else (common, channels)
-    return gain @ channels.mT
 
 
 def two_sided_gain(x: Tensor, common: Tensor, signed: Tensor, channels: Tensor, with_x: bool = False) -> Tensor:
@@ -83,17 +77,17 @@ class ExcitationInhibitionBalance(Primitive):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        common, signed = (gain @ self.membership.T for gain in self.gains(x))
+        common, signed = (gain @ self.membership.T for gain in self.gains(x, context))
         return x * common + x.abs() * signed
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return two_sided_gain(x, *self.gains(x), scale[:, None] * self.membership, with_x)
+        return two_sided_gain(x, *self.gains(x, context), context.once(per_channel, scale, self.membership), with_x)
 
-    def gains(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def gains(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""
         total, net = group_mean_magnitude(x, self.pooling), x @ self.pooling
         excitation, inhibition = (0.5 * half.clamp(min=0.0) + FAINTEST for half in (total + net, total - net))
         largest = math.log(LARGEST_RATIO)
         log_ratio = (inhibition.log() - excitation.log()).clamp(-largest, largest)
-        bend = 0.5 * torch.sigmoid(self.tightness) * log_ratio
+        bend = 0.5 * context.once(torch.sigmoid, self.tightness) * log_ratio
         return torch.cosh(bend) - 1, torch.sinh(bend)

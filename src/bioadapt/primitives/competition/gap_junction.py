@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import check_indices
 from bioadapt.registry import register_primitive
 
 
-class _Diffusion(torch.autograd.Function):
+class _Diffusion(Fused):
     """The coupling is symmetric, so that it is its own adjoint; keeps x alone."""
 
     @staticmethod
@@ -109,7 +109,7 @@ class GapJunction(Primitive):
         return received[..., self.order.argsort()]
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return diffusion(x, scale * self.coupling(), self.order, with_x)
+        return diffusion(x, scale * context.once(self.coupling), self.order, with_x)
 
     def coupling(self) -> Tensor:
         """g (reach, d), positive and small enough that nobody overshoots the mean of its neighbours."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
-class _Silencing(torch.autograd.Function):
+class _Silencing(Fused):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, k: int, with_x: bool) -> Tensor:
         winners = _winners(x, k)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import inverse_softplus
 from bioadapt.registry import register_primitive
 
 
-class _Suppression(torch.autograd.Function):
+class _Suppression(Fused):
     """Keeps x and what is small; backward computes the inhibition again."""
 
     @staticmethod
@@ -25,7 +25,7 @@ class _Suppression(torch.autograd.Function):
         lost = _inhibition(rate, rate @ sources.mT, pools, own)
         torch.minimum(rate, lost, out=lost)
         lost.mul_(torch.sign(x, out=rate))  # to allocate a tensor this wide costs more than to fill it
-        return torch.addcmul(x, lost, -scale, out=lost) if with_x else lost.mul_(-scale)
+        return torch.addcmul(x, lost, scale, value=-1, out=lost) if with_x else lost.mul_(-scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
@@ -50,13 +50,12 @@ def _inhibition(rate: Tensor, pooled: Tensor, pools: Tensor, own: Tensor) -> Ten
     return (pooled @ pools.mT).addcmul_(rate, own, value=-1)
 
 
-def suppression(x: Tensor, pools: Tensor, sources: Tensor, scale: Tensor, with_x: bool = False) -> Tensor:
+def suppression(x: Tensor, pools: Tensor, sources: Tensor, own: Tensor, scale: Tensor, with_x: bool = False) -> Tensor:
     """``scale`` times what inhibition takes from x: scale_i (sgn(x_i) [|x_i| - inhibition_i]_+ - x_i).
 
     Plus x if ``with_x``. The inhibition P Q |x| of a unit is free of that unit itself. x (..., d); pools P (d, r),
-    sources Q (r, d), both non-negative; scale (d,). Returns (..., d).
+    sources Q (r, d), both non-negative; own = diag(P Q) and scale (d,). Returns (..., d).
     """
-    own = (pools * sources.mT).sum(-1)  # diag(PQ), (d,)
     # [r - h]_+ - r = -min(r, h) leaves no difference of wide tensors to compute.
     return _Suppression.apply(x, pools, sources, own, scale, with_x)
 
@@ -84,14 +83,15 @@ class LateralInhibition(Primitive):
         self.sources = nn.Parameter(inverse_softplus(1.0) + 0.1 * torch.randn(r, d))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        pools, sources = self.connections()
+        pools, sources, own = self.connections()
         rate = x.abs()
-        inhibition = rate @ sources.T @ pools.T - (pools * sources.T).sum(-1) * rate
+        inhibition = rate @ sources.T @ pools.T - own * rate
         return x.sign() * torch.relu(rate - inhibition) - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return suppression(x, *self.connections(), scale, with_x)
+        return suppression(x, *context.once(self.connections), scale, with_x)
 
-    def connections(self) -> tuple[Tensor, Tensor]:
-        """The non-negative pools P (d, r) and sources Q (r, d)."""
-        return nn.functional.softplus(self.pools), nn.functional.softplus(self.sources) / self.d_out
+    def connections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The non-negative pools P (d, r) and sources Q (r, d), and diag(P Q) (d,)."""
+        pools, sources = nn.functional.softplus(self.pools), nn.functional.softplus(self.sources) / self.d_out
+        return pools, sources, (pools * sources.mT).sum(-1)

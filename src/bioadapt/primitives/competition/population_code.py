@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import token_scale
 from bioadapt.registry import register_primitive
 
 EDGE = 2.5  # the outermost centres, in units of the token's scale
 
 
-class _Votes(torch.autograd.Function):
+class _Votes(Fused):
     """Keeps x, the result and the sum of all tuning curves; never an axis over centres.
 
     On equal spaces the normalized Gaussians are a ratio of polynomials: with q = exp(4 u / spacing) the k-th is
@@ -112,4 +112,4 @@ class PopulationCode(Scaled):
         return scale * (tuning * self.votes.T).sum(-1)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return voted(x, token_scale(x), scale * self.votes)
+        return voted(x, token_scale(x), context.once(torch.mul, scale, self.votes))

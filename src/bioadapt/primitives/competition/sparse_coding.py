@@ -58,7 +58,11 @@ class SparseCoding(Primitive):
         self.writer = read_out(self.d_out, self.atoms)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        atoms, scale = torch.nn.functional.normalize(self.dictionary, dim=1), token_scale(x)
-        threshold = torch.nn.functional.softplus(self.threshold)
-        code = code_after((x @ atoms.T) / scale, atoms @ atoms.T, threshold, self.rate, self.steps)
+        (atoms, alike, threshold), scale = context.once(self.constants), token_scale(x)
+        code = code_after((x @ atoms.T) / scale, alike, threshold, self.rate, self.steps)
         return (scale * code) @ self.writer.T
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The atoms D (atoms, d) of unit length, D D^T, and the thresholds (atoms,)."""
+        atoms = torch.nn.functional.normalize(self.dictionary, dim=1)
+        return atoms, atoms @ atoms.T, torch.nn.functional.softplus(self.threshold)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_magnitude,
@@ -20,7 +20,7 @@ from bioadapt.primitives.surrogate import rectified, with_slope
 from bioadapt.registry import register_primitive
 
 
-class _Microcircuit(torch.autograd.Function):
+class _Microcircuit(Fused):
     """Keeps x and what is narrow; backward computes the rest again."""
 
     @staticmethod
@@ -97,9 +97,10 @@ class VipDisinhibition(Scaled):
 
     def interneurons(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What SST cells subtract, in units of x, and the gain that PV cells leave: each (B, T, groups)."""
-        softplus, v, level = nn.functional.softplus, context.x_in, self.log_level.exp()
+        softplus, v, once = nn.functional.softplus, context.x_in, context.once
+        level = once(torch.exp, self.log_level)
         activity = group_mean_magnitude(x, self.pooling)
         vip = softplus((v @ self.context_weights.T) / token_scale(v) + self.context_bias)
-        drive = softplus(self.onto_sst) * activity - level * softplus(self.vip_onto_sst) * vip
+        drive = once(softplus, self.onto_sst) * activity - level * once(softplus, self.vip_onto_sst) * vip
         sst = with_slope(torch.relu(drive), level * rectified(drive / level))
-        return sst, 1 / (1 + softplus(self.onto_pv) * activity / level)
+        return sst, 1 / (1 + once(softplus, self.onto_pv) * activity / level)

@@ -24,12 +24,13 @@ class SpikingNeuron(Scaled):
         self.gain = nn.Parameter(torch.ones(self.d_out))
         self.bias = nn.Parameter(torch.zeros(self.d_out))
 
-    def fired(self, x: Tensor, frame: Tensor, scale: Tensor) -> Tensor:
+    def fired(self, x: Tensor, frame: Tensor, scale: Tensor, context: Context) -> Tensor:
         """``scale`` (d,) times the change, for x (N, d) and frame s (N, 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define fired")
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return self.fired(x.flatten(0, -2), token_scale(x).flatten(0, -2), scale).view(x.shape)
+        flat, frame = x.flatten(0, -2), token_scale(x).flatten(0, -2)
+        return self.fired(flat, frame, scale, context).view(x.shape)
 
 
 def fire(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, read_in, read_out, token_scale
 from bioadapt.primitives.time import decay_of, past_trace, readings
 from bioadapt.registry import register_primitive
@@ -16,7 +16,7 @@ from bioadapt.registry import register_primitive
 STRONGEST = 80.0  # beyond it exp would leave the range of fp32
 
 
-class _Coincidence(torch.autograd.Function):
+class _Coincidence(Fused):
     """Keeps x and what is narrow; backward computes the rest again."""
 
     @staticmethod
@@ -127,13 +127,23 @@ class ApicalBasal(Scaled):
         return basal * apical.mean(0)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        softplus, frame = nn.functional.softplus, token_scale(x)
+        frame = token_scale(x)
         past = readings(self.past, (x @ self.reader.T) / frame, context)
+        basal, weights, rest = context.once(self.constants)
+        return coincidence(x, frame, basal, past, weights, rest, scale)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """theta_b (d,), beta U (d, rank) and -beta theta_a (d,)."""
+        softplus = nn.functional.softplus
         steepness = softplus(self.steepness)
-        weights, rest = steepness * self.apical, -steepness * softplus(self.apical_threshold)
-        return coincidence(x, frame, softplus(self.basal_threshold), past, weights, rest, scale)
+        return softplus(self.basal_threshold), steepness * self.apical, -steepness * softplus(self.apical_threshold)
 
     def past(self, latents: Tensor, context: Context) -> Tensor:
         """h_{t-1}: (B, T, rank) -> (B, T, rank)."""
+        decay, size = context.once(self.decay)
+        return past_trace("past", latents, decay, context) * size
+
+    def decay(self) -> tuple[Tensor, Tensor]:
+        """a, and what gives the trace the variance of what it reads: (rank,) each."""
         decay = decay_of(self.log_tau)
-        return past_trace("past", latents, decay, context) * torch.sqrt((1 + decay) / (1 - decay))
+        return decay, torch.sqrt((1 + decay) / (1 - decay))

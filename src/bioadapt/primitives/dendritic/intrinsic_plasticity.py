@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import masked_mean, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FLATTEST, STEEPEST = 0.05, 20.0
 
 
-class _Excess(torch.autograd.Function):
+class _Excess(Fused):
     """Keeps x and the rates."""
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from bioadapt.primitives.base import Host, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, trace_back
 from bioadapt.primitives.frames import positive
 from bioadapt.primitives.surrogate import spike_slope
@@ -19,12 +19,12 @@ REVERSAL = -0.5  # E_K
 HALF_OPEN, STEEPNESS = 0.7, 6.0  # of the channels, in the membrane's voltage
 
 
-class _KvLifFiring(torch.autograd.Function):
+class _KvLifFiring(Fused):
     """Keeps x and the rates."""
 
     @staticmethod
-    def forward(ctx: Any, constants: Tensor, steps: int, *inputs: Tensor) -> Tensor:
-        change, rates = fire(lambda drive: _rate(drive, constants, steps), *inputs)
+    def forward(ctx: Any, constants: Tensor, factors: tuple[Tensor, ...], steps: int, *inputs: Tensor) -> Tensor:
+        change, rates = fire(lambda drive: _rate(drive, factors, steps), *inputs)
         ctx.save_for_backward(constants, rates, *inputs)
         ctx.steps = steps
         return change
@@ -33,19 +33,25 @@ class _KvLifFiring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (constants, rates, *inputs), steps = ctx.saved_tensors, ctx.steps
         gradients = trace_back(lambda drive, weight: _slopes(drive, weight, constants, steps), grad, rates, *inputs)
-        return gradients[-1], None, *gradients[:-1]
+        return gradients[-1], None, None, *gradients[:-1]
 
 
-def _rate(drive: Tensor, constants: Tensor, steps: int) -> Tensor:
+def _factors(constants: Tensor) -> tuple[Tensor, ...]:
+    """What `_rate` multiplies and adds, of the six constants: (1,) each."""
+    theta, leak, potassium, by_spike, deepening, memory = constants.detach().split(1)
+    first, half_open = -torch.expm1(-leak) / leak, torch.full_like(theta, -STEEPNESS * HALF_OPEN)
+    opening, by_spike, deepening = potassium * (1 - memory), potassium * by_spike, deepening / potassium
+    return theta, leak, memory, first, half_open, opening, by_spike, deepening
+
+
+def _rate(drive: Tensor, factors: tuple[Tensor, ...], steps: int) -> Tensor:
     """Share of the micro-steps with a spike, in place as far as possible: fresh memory costs more than arithmetic.
 
     The channels are carried as the conductance h n that they add.
     """
-    theta, leak, potassium, by_spike, deepening, memory = constants.split(1)
-    opening, by_spike, deepening = potassium * (1 - memory), potassium * by_spike, deepening / potassium
-    half_open = drive.new_full((1,), -STEEPNESS * HALF_OPEN)
+    theta, leak, memory, first, half_open, opening, by_spike, deepening = factors
     # At first no channel is open, and nothing of the first micro-step but the drive is wide.
-    voltage, added, target = drive * (-torch.expm1(-leak) / leak), torch.empty_like(drive), torch.empty_like(drive)
+    voltage, added, target = drive * first, torch.empty_like(drive), torch.empty_like(drive)
     spikes, work = torch.ge(voltage, theta, out=torch.empty_like(drive)), torch.empty_like(drive)
     count = spikes.clone()
     for step in range(1, steps):
@@ -160,5 +166,7 @@ class KvLif(SpikingNeuron):
         raw = self.threshold, self.leak, self.potassium, self.spike_opening, self.deepening
         return torch.cat([softplus(torch.cat(raw)).clamp(min=1e-6), torch.sigmoid(self.memory)])
 
-    def fired(self, x: Tensor, frame: Tensor, scale: Tensor) -> Tensor:
-        return _KvLifFiring.apply(self.constants(), self.steps, x, frame, self.gain, self.bias, scale)
+    def fired(self, x: Tensor, frame: Tensor, scale: Tensor, context: Context) -> Tensor:
+        constants = context.once(self.constants)
+        factors = context.once(_factors, constants)
+        return _KvLifFiring.apply(constants, factors, self.steps, x, frame, self.gain, self.bias, scale)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bioadapt.primitives.base import Host, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.dendritic._spiking import SpikingNeuron, fire, trace_back
 from bioadapt.primitives.frames import positive
 from bioadapt.primitives.surrogate import spike_slope
 from bioadapt.registry import register_primitive
 
 
-class _LifFiring(torch.autograd.Function):
+class _LifFiring(Fused):
     """Keeps x and the rates."""
 
     @staticmethod
@@ -97,9 +97,15 @@ class LeakyIntegrateFire(SpikingNeuron):
         self.threshold = positive(1.0, 1)
         self.leak = positive(0.1, 1)
 
-    def fired(self, x: Tensor, frame: Tensor, scale: Tensor) -> Tensor:
-        # In units of the threshold and of what one micro-step charges, nothing else of either is left to compute.
+    def fired(self, x: Tensor, frame: Tensor, scale: Tensor, context: Context) -> Tensor:
+        decay, *synapses = context.once(self.constants)
+        return _LifFiring.apply(decay, self.steps, self.beta, x, frame, *synapses, scale)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(-g) (1,), and gamma and b, (d,) each.
+
+        In units of the threshold and of what one micro-step charges, so that nothing else of either is to be computed.
+        """
         leak = softplus(self.leak).clamp(min=1e-6)
         charge = -torch.expm1(-leak) / leak / softplus(self.threshold).clamp(min=1e-6)
-        synapses = self.gain * charge, self.bias * charge
-        return _LifFiring.apply(torch.exp(-leak), self.steps, self.beta, x, frame, *synapses, scale)
+        return torch.exp(-leak), self.gain * charge, self.bias * charge

@@ -58,8 +58,9 @@ class NmdaBranches(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         v = context.x_in
-        drive = (v @ self.wiring()) / token_scale(v)
-        threshold, steepness = nn.functional.softplus(self.threshold), nn.functional.softplus(self.steepness)
+        drive = (v @ context.once(self.wiring)) / token_scale(v)
+        threshold = context.once(nn.functional.softplus, self.threshold)
+        steepness = context.once(nn.functional.softplus, self.steepness)
         return (token_scale(x) * branch_spikes(drive, threshold, steepness)) @ self.soma.T
 
     def wiring(self) -> Tensor:

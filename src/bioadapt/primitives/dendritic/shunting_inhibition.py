@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import positive, read_in, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _Shunt(torch.autograd.Function):
+class _Shunt(Fused):
     """Keeps x and the divisor, from which backward gets the conductance and its slope."""
 
     @staticmethod

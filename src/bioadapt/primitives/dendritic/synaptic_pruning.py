@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, OnWeight, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, OnWeight, Scaled, setting
 from bioadapt.primitives.frames import base_weight, positive
 from bioadapt.registry import register_primitive
 
 
-class _Pruning(torch.autograd.Function):
+class _Pruning(Fused):
     """Keeps nothing of the weight's size but the weight itself; backward prunes it again."""
 
     @staticmethod
@@ -84,7 +84,8 @@ class SynapticPruning(Scaled, OnWeight):
         return context.x_in @ (self.log_factor.exp()[:, None] * left - weight).T
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return _Pruning.apply(context.x_in, self.synapses, self.thresholds(), self.log_factor.exp(), scale)
+        thresholds, factor = context.once(self.thresholds), context.once(torch.exp, self.log_factor)
+        return _Pruning.apply(context.x_in, self.synapses, thresholds, factor, scale)
 
     def thresholds(self) -> Tensor:
         """t, (d,)."""

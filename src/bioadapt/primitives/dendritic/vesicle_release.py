@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, token_scale, unit
 from bioadapt.registry import register_primitive
 
 
-class _Transmission(torch.autograd.Function):
+class _Transmission(Fused):
     """Keeps x and the share that was released; backward computes its probability again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
-        _, p = _probability(x, inverse, rest, drive)
+    def forward(ctx: Any, x: Tensor, frame: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
+        _, p = _probability(x, frame, rest, drive)
         share = released_share(p, sites) if sites else p
-        ctx.save_for_backward(x, inverse, rest, drive, scale, share)
+        ctx.save_for_backward(x, frame, rest, drive, scale, share)
         return (x * share).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, rest, drive, scale, share = ctx.saved_tensors
-        rate, p = _probability(x, inverse, rest, drive)
+        x, frame, rest, drive, scale, share = ctx.saved_tensors
+        rate, p = _probability(x, frame, rest, drive)
         axes = tuple(range(x.dim() - 1))
         on_share = grad * x
         on_scale = (on_share * share).sum(axes)
         on_argument = on_share.mul_(scale).mul_(p).mul_(p.neg_().add_(1))  # straight through the drawing of lots
         on_rate = rate.mul_(on_argument)
-        on_rest, on_drive, on_inverse = on_argument.sum(axes), on_rate.sum(axes), (on_rate @ drive)[..., None] / inverse
-        on_x = on_argument.mul_(drive).mul_(inverse).mul_(x.sign()).add_((grad * share).mul_(scale))
-        return on_x, on_inverse, on_rest, on_drive, on_scale, None
+        on_rest, on_drive, on_frame = on_argument.sum(axes), on_rate.sum(axes), (on_rate @ -drive)[..., None] / frame
+        on_x = on_argument.mul_(drive).div_(frame).mul_(x.sign()).addcmul_(grad * share, scale)
+        return on_x, on_frame, on_rest, on_drive, on_scale, None
 
 
-def _probability(x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
-    rate = x.abs().mul_(inverse)
+def _probability(x: Tensor, frame: Tensor, rest: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
+    rate = x.abs().div_(frame)
     return rate, (rate * drive).add_(rest).sigmoid_()
 
 
@@ -67,12 +67,12 @@ def _power(base: Tensor, exponent: int) -> Tensor:
     return half.mul_(base) if exponent % 2 else half
 
 
-def transmitted(x: Tensor, inverse: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
-    """scale x n / sites with n ~ Binomial(sites, p), p = sigmoid(rest + drive |x| inverse); scale x p without sites.
+def transmitted(x: Tensor, frame: Tensor, rest: Tensor, drive: Tensor, scale: Tensor, sites: int) -> Tensor:
+    """scale x n / sites with n ~ Binomial(sites, p), p = sigmoid(rest + drive |x| / frame); scale x p without sites.
 
-    x (..., d); inverse (..., 1); rest, drive and scale (d,). The gradient passes straight through to p.
+    x (..., d); frame (..., 1); rest, drive and scale (d,). The gradient passes straight through to p.
     """
-    return _Transmission.apply(x, inverse, rest, drive, scale, sites)
+    return _Transmission.apply(x, frame, rest, drive, scale, sites)
 
 
 @register_primitive("vesicle_release", stage="dendritic", kind="pointwise", zero_at="gate", stochastic=True)
@@ -104,5 +104,5 @@ class VesicleRelease(Scaled):
         return x * (p + (released_share(p.detach(), self.sites) - p).detach())  # the gradient passes straight through
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        drive, inverse = nn.functional.softplus(self.drive), token_scale(x).reciprocal()
-        return transmitted(x, inverse, self.rest, drive, scale, self.sites if self.training else 0)
+        drive, frame = context.once(nn.functional.softplus, self.drive), token_scale(x)
+        return transmitted(x, frame, self.rest, drive, scale, self.sites if self.training else 0)

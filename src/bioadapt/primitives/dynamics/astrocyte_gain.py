@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, pooling_matrix, positive
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -56,12 +56,16 @@ class AstrocyteGain(Modulation):
         self.register_buffer("exchange", exchange_matrix(self.groups), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        activity = group_mean_magnitude(x, self.pooling) / self.log_level.exp()
-        activity = activity + 0.5 * torch.sigmoid(self.coupling) * (activity @ self.exchange)
-        excess = activity - nn.functional.softplus(self.set_point)
-        return readings(self.gain, excess, context).mean(0), self.membership
+        drive = nn.functional.linear(group_mean_magnitude(x, self.pooling), context.once(self.spread))
+        excess = drive - context.once(nn.functional.softplus, self.set_point)
+        return mean_reading(self.gain, excess, context), self.membership
+
+    def spread(self) -> Tensor:
+        """What each domain hears of each group's magnitude, its own and its neighbours': (groups, groups)."""
+        own = torch.eye(self.groups, dtype=self.exchange.dtype, device=self.exchange.device)
+        return (own + 0.5 * torch.sigmoid(self.coupling) * self.exchange).mT / self.log_level.exp()
 
     def gain(self, excess: Tensor, context: Context) -> Tensor:
         """A tanh(kappa Ca_{t-1}) from the activity beyond the set point: (B, T, groups) -> (B, T, groups)."""
-        calcium = past_trace("calcium", excess, decay_of(self.log_tau), context)
-        return self.amplitude * torch.tanh(nn.functional.softplus(self.sensitivity) * calcium)
+        calcium = past_trace("calcium", excess, context.once(decay_of, self.log_tau), context)
+        return self.amplitude * torch.tanh(context.once(nn.functional.softplus, self.sensitivity) * calcium)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
@@ -60,7 +60,7 @@ def sweeps(u: Tensor, wiring: Wiring) -> Sweeps:
     return Sweeps(drive, excitation, first_divisor, first23, first5, gain, second_divisor, second23, second5)
 
 
-class _Columns(torch.autograd.Function):
+class _Columns(Fused):
     """scale_i s (W_o l5)_i of the columns of x / s: x (..., columns w), s (..., 1), scale (columns w,).
 
     Keeps x alone; backward computes both sweeps again.
@@ -173,7 +173,7 @@ class CorticalColumn(Scaled):
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         missing = -self.d_out % self.width
         filled, scales = (nn.functional.pad(z, (0, missing)) if missing else z for z in (x, scale))
-        responses = _Columns.apply(filled, token_scale(x), scales, *self.wiring())
+        responses = _Columns.apply(filled, token_scale(x), scales, *context.once(self.wiring))
         return responses[..., : self.d_out] if missing else responses
 
     def wiring(self) -> Wiring:

@@ -37,4 +37,4 @@ class LeakyIntegrator(Latent):
         self.log_tau = nn.Parameter(torch.linspace(math.log(2), math.log(256), self.rank))
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        return trace("latents", drive, decay_of(self.log_tau), context)
+        return trace("latents", drive, context.once(decay_of, self.log_tau), context)

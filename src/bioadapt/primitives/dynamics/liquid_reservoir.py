@@ -48,4 +48,8 @@ class LiquidReservoir(Latent):
 
     def states(self, drive: Tensor, context: Context) -> Tensor:
         """The state of each unit at each token, complex (B, T, units)."""
-        return rotation("units", self.modulus, self.angle, (1 - self.modulus.square()).sqrt() * drive, context)
+        return rotation("units", self.modulus, self.angle, context.once(self.size) * drive, context)
+
+    def size(self) -> Tensor:
+        """What the drive is scaled by, (units,)."""
+        return (1 - self.modulus.square()).sqrt()

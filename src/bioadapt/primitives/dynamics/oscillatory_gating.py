@@ -17,10 +17,10 @@ RATIO = 7  # gamma cycles in a theta cycle; an integer, so that the whole clock 
 
 
 def theta_gamma(theta_phase: Tensor, gamma_phase: Tensor, coupling: Tensor) -> Tensor:
-    """One cycle of the clock: phases (d,), coupling (1,) -> (PERIOD, d)."""
-    angle = torch.arange(PERIOD, device=theta_phase.device, dtype=theta_phase.dtype)[:, None] * (math.tau / PERIOD)
-    theta = torch.cos(angle + theta_phase)
-    return theta + coupling * 0.5 * (1 + theta) * torch.cos(RATIO * angle + gamma_phase)
+    """One cycle of the clock: phases (d,), coupling (1,) -> (d, PERIOD)."""
+    angle = torch.arange(PERIOD, device=theta_phase.device, dtype=theta_phase.dtype) * (math.tau / PERIOD)
+    theta = torch.cos(angle + theta_phase[:, None])
+    return theta + coupling * 0.5 * (1 + theta) * torch.cos(RATIO * angle + gamma_phase[:, None])
 
 
 @register_primitive("oscillatory_gating", stage="dynamics", kind="pointwise", zero_at="gate")
@@ -50,4 +50,4 @@ class OscillatoryGating(Modulation):
         # Reducing the integer first keeps a position in the millions exact; a product reads the table, since the
         # backward of a gather with repeated indices is a slow scatter.
         place = positions[..., None] % PERIOD == torch.arange(PERIOD, device=positions.device)
-        return place.float(), theta_gamma(self.theta_phase, self.gamma_phase, self.coupling).T
+        return place.float(), context.once(theta_gamma, self.theta_phase, self.gamma_phase, self.coupling)

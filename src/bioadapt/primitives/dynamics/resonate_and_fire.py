@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
 from bioadapt.primitives.rotation import rotation
@@ -16,7 +16,7 @@ from bioadapt.primitives.surrogate import step_slope
 from bioadapt.registry import register_primitive
 
 
-class _Threshold(torch.autograd.Function):
+class _Threshold(Fused):
     """Keeps one narrow tensor; the slope of the threshold is that of a sigmoid."""
 
     @staticmethod
@@ -62,10 +62,14 @@ class ResonateAndFire(Latent):
         self.threshold = positive(0.5, self.rank)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        return _Threshold.apply(self.potential(drive, context), nn.functional.softplus(self.threshold))
+        return _Threshold.apply(self.potential(drive, context), context.once(nn.functional.softplus, self.threshold))
 
     def potential(self, drive: Tensor, context: Context) -> Tensor:
         """The membrane potential m of each resonator: (B, T, rank) -> (B, T, rank)."""
+        decay, size = context.once(self.constants)
+        return size * rotation("resonators", decay, self.frequency, drive, context).imag
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """What a token leaves of the state, and what the potential is scaled by: (rank,) each."""
         damping = nn.functional.softplus(self.damping).clamp(1e-4, 10.0)
-        ringing = rotation("resonators", torch.exp(-damping), self.frequency, drive, context)
-        return (2 * damping).sqrt() * ringing.imag
+        return torch.exp(-damping), (2 * damping).sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import past_recurrence, readings
+from bioadapt.primitives.time import mean_reading, past_recurrence
 from bioadapt.registry import register_primitive
 
 
@@ -42,11 +42,16 @@ class ShortTermDepression(Modulation):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        activity = torch.tanh(group_mean_magnitude(x, self.pooling) / self.log_level.exp())
-        return readings(self.resource, activity, context).mean(0) - 1, self.membership
+        activity = torch.tanh(group_mean_magnitude(x, self.pooling) / context.once(torch.exp, self.log_level))
+        return mean_reading(self.resource, activity, context) - 1, self.membership
 
     def resource(self, activity: Tensor, context: Context) -> Tensor:
         """R_t (B, T, groups): what is left for each token before it is transmitted."""
-        recovered = 1 / (1 + nn.functional.softplus(self.recovery))  # 1 / tau
-        kept = (1 - recovered) * (1 - self.release.clamp(0.0, 1.0) * activity)
-        return past_recurrence("resource", kept, recovered, context, initial=1.0)
+        recovered, rest, used = context.once(self.constants)
+        return past_recurrence("resource", torch.addcmul(rest, used, activity), recovered, context, initial=1.0)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """1 / tau, 1 - 1 / tau and -U: (groups,) each."""
+        recovered = 1 / (1 + nn.functional.softplus(self.recovery))
+        rest = 1 - recovered
+        return recovered, rest, -rest * self.release.clamp(0.0, 1.0)

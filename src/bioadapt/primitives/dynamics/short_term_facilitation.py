@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host
 from bioadapt.primitives.dynamics.short_term_depression import ShortTermDepression
 from bioadapt.primitives.frames import group_mean_magnitude
-from bioadapt.primitives.time import past_recurrence, readings
+from bioadapt.primitives.time import mean_reading, past_recurrence
 from bioadapt.registry import register_primitive
 
 SPEED = 4  # resources come back so much faster than calcium goes
@@ -40,17 +40,20 @@ class ShortTermFacilitation(ShortTermDepression):
         nn.init.constant_(self.release, 0.1)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        activity = torch.tanh(group_mean_magnitude(x, self.pooling) / self.log_level.exp())
-        return readings(self.released, activity, context).mean(0) - 1, self.membership
+        activity = torch.tanh(group_mean_magnitude(x, self.pooling) / context.once(torch.exp, self.log_level))
+        return mean_reading(self.released, activity, context) - 1, self.membership
 
     def released(self, activity: Tensor, context: Context) -> Tensor:
         """u_t R_t / U (B, T, groups): how much each token releases, relative to rest."""
+        remembered, probability, fresh, refilled, rest, used = context.once(self.constants)
+        kept = torch.addcmul(remembered, probability, activity, value=-1)
+        facilitated = 1 + past_recurrence("facilitation", kept, fresh * activity, context)
+        left = torch.addcmul(rest, used, facilitated * activity)
+        return facilitated * past_recurrence("resource", left, refilled, context, initial=1.0)
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """1 - 1 / tau, U, 1 - U, 1 / tau of the resource, 1 less that, and minus that times U: (groups,) each."""
         tau = 1 + nn.functional.softplus(self.recovery)
-        remembered = 1 - 1 / tau
-        probability = self.release.clamp(0.0, 1.0) * remembered  # U
-        facilitated = 1 + past_recurrence(
-            "facilitation", remembered - probability * activity, (1 - probability) * activity, context
-        )
-        refilled = SPEED / (tau + SPEED - 1)
-        kept = (1 - refilled) * (1 - probability * facilitated * activity)
-        return facilitated * past_recurrence("resource", kept, refilled, context, initial=1.0)
+        remembered, refilled = 1 - 1 / tau, SPEED / (tau + SPEED - 1)
+        probability, rest = self.release.clamp(0.0, 1.0) * remembered, 1 - refilled
+        return remembered, probability, 1 - probability, refilled, rest, -rest * probability

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, products_pay
-from bioadapt.primitives.time import decay_of, front_aligned, is_short, past_trace, readings
+from bioadapt.primitives.time import decay_of, front_aligned, is_short, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
-class Subtraction(torch.autograd.Function):
+class Subtraction(Fused):
     """-scale sgn(x) min(|x|, current): x and current (..., d), scale (d,)."""
 
     @staticmethod
@@ -32,7 +32,7 @@ class Subtraction(torch.autograd.Function):
         return on_lost.sub_(on_current).mul_(sign), on_current, on_scale
 
 
-class _Adaptation(torch.autograd.Function):
+class _Adaptation(Fused):
     """`Subtraction` of strength times the current that |x| drives, by matrix products; keeps x alone.
 
     x (B, T, d) with padding zeroed and at the end; strength and scale (d,), decay (G,).
@@ -127,16 +127,16 @@ class SpikeFrequencyAdaptation(Scaled):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         def one_way(series: Tensor, around: Context) -> Tensor:
-            drive = torch.sigmoid(self.strength) * series.abs()
-            current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, around)
+            strength, decay = self.constants()
+            current = past_trace("current", strength * series.abs(), decay, around)
             return series.sign() * torch.relu(series.abs() - current) - series
 
-        return readings(one_way, x, context).mean(0)
+        return mean_reading(one_way, x, context)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         if self.products and context.resets is None and context.state is None and is_short(x.shape[1]):
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
-        return readings(lambda series, around: self.by_scan(series, around, scale), x, context).mean(0)
+        return mean_reading(lambda series, around: self.by_scan(series, around, scale), x, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`scaled_change` where padding is zero and at the end."""
@@ -144,6 +144,9 @@ class SpikeFrequencyAdaptation(Scaled):
 
     def by_scan(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`scaled_change` for one reading of time, in any context."""
-        drive = torch.sigmoid(self.strength) * x.abs()
-        current = past_trace("current", drive, decay_of(self.log_tau) @ self.membership.mT, context)
-        return Subtraction.apply(x, current, scale)
+        strength, decay = context.once(self.constants)
+        return Subtraction.apply(x, past_trace("current", strength * x.abs(), decay, context), scale)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """beta, and the decay of each channel: (d,) each."""
+        return torch.sigmoid(self.strength), decay_of(self.log_tau) @ self.membership.mT

@@ -16,8 +16,8 @@ def lags(name: str, z: Tensor, sites: int, context: Context) -> Tensor:
 
     Padded tokens are skipped, and repeat what the real token before them saw.
     """
-    before = None if context.state is None else context.state.last(name)
-    past = z.new_zeros(z.shape[0], z.shape[2], sites) if before is None else before
+    before = None if context.state is None else context.state.latest(name)
+    past = z.new_zeros(z.shape[0], z.shape[2], sites) if before is None else before[:, -1]
     if context.mask is None and context.resets is None:
         lagged = _windows(past, z)[:, 1:]
     else:

@@ -58,7 +58,7 @@ class BumpAttractor(Latent):
         """h of each plane at each token: (B, T, 3 planes + 1) -> (B, T, planes, 2)."""
         cue, gate, heard = drive.split([2 * self.planes, self.planes, 1], -1)
         opened = (torch.sigmoid(gate + self.bias) * heard)[..., None]
-        kept = 1 - opened * torch.sigmoid(self.leak)[:, None]
+        kept = 1 - opened * context.once(torch.sigmoid, self.leak)[:, None]
         return recurrence("planes", kept, opened * cue.unflatten(-1, (self.planes, 2)), context)
 
     def bumps(self, state: Tensor) -> Tensor:

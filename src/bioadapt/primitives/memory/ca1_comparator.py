@@ -11,7 +11,7 @@ from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.fast_weights import recall
 from bioadapt.primitives.frames import positive, read_in
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, readings
+from bioadapt.primitives.time import decay_of, mean_reading
 from bioadapt.registry import register_primitive
 
 
@@ -42,19 +42,21 @@ class Ca1Comparator(Modulation):
         self.log_tau = nn.Parameter(torch.full((1,), math.log(64)))
         self.sensitivity = positive(4.0, 1)
         self.baseline = nn.Parameter(torch.full((1,), 0.5))
+        self.register_buffer("everywhere", torch.ones(self.d_out, 1), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         # The cue has unit length whatever the token's scale, so that the scale-free frame is not needed.
         key = nn.functional.normalize(x @ self.reader.mT, dim=-1, eps=1e-6)
-        novelty = readings(self.novelty, key, context).mean(0)
-        return novelty - self.baseline, x.new_ones(self.d_out, 1)
+        novelty = mean_reading(self.novelty, key, context)
+        return novelty - self.baseline, self.everywhere
 
     def novelty(self, key: Tensor, context: Context) -> Tensor:
         """n of each token: (B, T, rank) -> (B, T, 1)."""
-        return 1 / (1 + nn.functional.softplus(self.sensitivity) * torch.relu(self.familiarity(key, context)))
+        sensitivity = context.once(nn.functional.softplus, self.sensitivity)
+        return 1 / (1 + sensitivity * torch.relu(self.familiarity(key, context)))
 
     def familiarity(self, key: Tensor, context: Context) -> Tensor:
         """k_t^T M_{t-1} k_t: (B, T, rank) -> (B, T, 1)."""
         nothing = key[..., :0]  # is bound to the keys, which are only compared
-        _, match, mass = recall("memory", key, nothing, decay_of(self.log_tau), context)
+        _, match, mass = recall("memory", key, nothing, context.once(decay_of, self.log_tau), context)
         return match - mass / self.rank

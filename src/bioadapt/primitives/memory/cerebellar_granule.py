@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import check_indices, positive, read_out, token_scale
 from bioadapt.registry import register_primitive
 
@@ -44,7 +44,7 @@ def climbing_fibre(error: Tensor) -> Tensor:
     return error.sign() * size * (error.abs() > size)
 
 
-class _GranuleLayer(torch.autograd.Function):
+class _GranuleLayer(Fused):
     """Keeps nothing of the width of the granule layer, which backward computes again."""
 
     @staticmethod
@@ -109,14 +109,15 @@ class CerebellarGranule(Scaled):
         check_indices(tensors, wiring=self.d_in)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return -token_scale(x) * (self.purkinje_cells(context.x_in) @ self.writer.T)
+        return -token_scale(x) * (self.purkinje_cells(context) @ self.writer.T)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return (-scale * token_scale(x) * self.purkinje_cells(context.x_in)) @ self.writer.mT
+        return (-scale * token_scale(x) * self.purkinje_cells(context)) @ self.writer.mT
 
-    def purkinje_cells(self, v: Tensor) -> Tensor:
-        """P gamma, (B, T, n) -> (B, T, rank), whose error comes back by climbing fibres."""
-        return _GranuleLayer.apply(v, nn.functional.softplus(self.threshold), self.purkinje, self.wiring)
+    def purkinje_cells(self, context: Context) -> Tensor:
+        """P gamma, (B, T, rank), whose error comes back by climbing fibres."""
+        threshold = context.once(nn.functional.softplus, self.threshold)
+        return _GranuleLayer.apply(context.x_in, threshold, self.purkinje, self.wiring)
 
     def granules(self, v: Tensor) -> Tensor:
         """The code of an input: (..., n) -> (..., cells)."""

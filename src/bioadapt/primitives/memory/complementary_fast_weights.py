@@ -58,14 +58,16 @@ class ComplementaryFastWeights(LocalRule, Latent):
         return torch.cat([key, content], -1), scale
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        share = torch.sigmoid(self.balance)
-        key = drive[..., : self.rank]
-        return share * self.fast(drive, context) + (1 - share) * (key @ self.slow.mT)
+        slow, share = (
+            nn.functional.linear(drive[..., : self.rank], self.slow),
+            context.once(torch.sigmoid, self.balance),
+        )
+        return torch.lerp(slow, self.fast(drive, context), share)
 
     def fast(self, drive: Tensor, context: Context) -> Tensor:
         """What the sequence so far has bound to each key: (B, T, 2 rank) -> (B, T, rank)."""
         key, content = drive.split(self.rank, -1)
-        recalled, match, _ = recall("memory", key, content, decay_of(self.log_tau), context)
+        recalled, match, _ = recall("memory", key, content, context.once(decay_of, self.log_tau), context)
         return recalled / match.clamp(min=1.0)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, setting
+from bioadapt.primitives.base import Context, Fused, Host, setting
 from bioadapt.primitives.frames import read_in, read_out
 from bioadapt.primitives.latent import Latent
 from bioadapt.registry import register_primitive
@@ -15,7 +15,7 @@ from bioadapt.registry import register_primitive
 LAMELLA = 8  # granule cells that compete with one another
 
 
-class _Winners(torch.autograd.Function):
+class _Winners(Fused):
     """Keeps where the two best of each block are, a byte each."""
 
     @staticmethod

@@ -50,7 +50,7 @@ class GridCellCode(Latent):
 
     def place(self, drive: Tensor, context: Context) -> Tensor:
         """Where the path has led: (B, T, 2) -> (B, T, 2)."""
-        return recurrence("path", torch.ones_like(drive), 0.5 * torch.tanh(drive), context)
+        return recurrence("path", drive.new_ones(1), 0.5 * torch.tanh(drive), context)
 
     def cells(self, place: Tensor) -> Tensor:
         """Activity of each cell at the given places: (..., 2) -> (..., scales, 4)."""

@@ -43,10 +43,13 @@ class HopfieldCompletion(Latent):
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
         for _ in range(SWEEPS):
-            drive = self.recalled(drive)
+            drive = self.recalled(drive, context.once(self.keys))
         return drive
 
-    def recalled(self, state: Tensor) -> Tensor:
+    def recalled(self, state: Tensor, keys: Tensor) -> Tensor:
         """One step towards the attractor: (..., rank) -> (..., rank)."""
-        beta = self.log_beta.exp().clamp(HOTTEST, COLDEST)
-        return torch.softmax((beta * state) @ self.memories.mT, -1) @ self.memories
+        return torch.softmax(nn.functional.linear(state, keys), -1) @ self.memories
+
+    def keys(self) -> Tensor:
+        """beta times the memories, (patterns, rank)."""
+        return self.log_beta.exp().clamp(HOTTEST, COLDEST) * self.memories

@@ -40,12 +40,17 @@ class PlaceFields(Latent):
         self.width = positive(0.8, self.fields)
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
-        active = self.activity(drive)
+        active = self.activity(drive, context)
         return active / (FLOOR + active.sum(-1, keepdim=True))
 
-    def activity(self, places: Tensor) -> Tensor:
+    def activity(self, places: Tensor, context: Context) -> Tensor:
         """How much each cell is driven at the given places: (..., dimensions) -> (..., fields)."""
         # The square is multiplied out, so that no tensor of fields times axes is kept.
-        squares = places.square().sum(-1, keepdim=True) + self.centres.square().sum(-1)
-        distance = (squares - 2 * places @ self.centres.mT).clamp(min=0)
-        return torch.exp(-0.5 * distance / nn.functional.softplus(self.width).clamp(min=1e-2).square())
+        far, towards, narrow = context.once(self.constants)
+        squares = places.square().sum(-1, keepdim=True) + far
+        return torch.exp((squares + places @ towards).clamp(min=0) * narrow)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """|c|^2 (fields,), -2 c^T (dimensions, fields), and -1 / (2 width^2) (fields,)."""
+        width = nn.functional.softplus(self.width).clamp(min=1e-2)
+        return self.centres.square().sum(-1), -2 * self.centres.mT, -0.5 / width.square()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_square,
@@ -17,12 +17,12 @@ from bioadapt.primitives.frames import (
     positive,
     products_pay,
 )
-from bioadapt.primitives.modulation import modulated
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
+from bioadapt.primitives.modulation import modulated, per_channel
+from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 
-class _Weighting(torch.autograd.Function):
+class _Weighting(Fused):
     """scale sum_r gains_r errors_r: scale (G, c), gains (R, G, T, B), R errors (G, T, B, c) -> (B, T, G, c)."""
 
     @staticmethod
@@ -83,19 +83,19 @@ class PrecisionWeightedError(Scaled):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         def one_way(series: Tensor, around: Context) -> Tensor:
-            error = series - past_trace("mean", series, decay_of(self.log_tau) @ self.membership.T, around)
+            error = series - past_trace("mean", series, self.decay(), around)
             return error * (self.precision(error.square() @ self.pooling, around) @ self.membership.T)
 
-        return readings(one_way, x, context).mean(0)
+        return mean_reading(one_way, x, context)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return self.weighted(x, context, scale[:, None] * self.membership)
+        return self.weighted(x, context, context.once(per_channel, scale, self.membership))
 
     def weighted(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """The change (B, T, d); ``channels`` (d, groups) is what a gain of each group means to each channel."""
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, channels), x, context)
-        return readings(lambda series, around: self.by_scan(series, around, channels), x, context).mean(0)
+        return mean_reading(lambda series, around: self.by_scan(series, around, channels), x, context)
 
     def by_products(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """`weighted` where padding is zero and at the end."""
@@ -109,12 +109,20 @@ class PrecisionWeightedError(Scaled):
 
     def by_scan(self, x: Tensor, context: Context, channels: Tensor) -> Tensor:
         """`weighted` for one reading of time, in any context."""
-        error = x - past_trace("mean", x, decay_of(self.log_tau) @ self.membership.T, context)
+        error = x - past_trace("mean", x, context.once(self.decay), context)
         return modulated(error, self.precision(group_mean_square(error, self.pooling), context), channels)
 
     def precision(self, power: Tensor, context: Context) -> Tensor:
         """The gain of each group from the power of the errors before each token: (B, T, groups) -> (B, T, groups)."""
-        power = power * torch.exp(-2 * self.log_level)  # errors are in units of x, for the trace is linear
-        variance = past_trace("variance", power, decay_of(self.log_tau_variance), context, initial=1.0)
+        unit, decay, sigma, full = context.once(self.constants)
+        variance = past_trace("variance", power * unit, decay, context, initial=1.0)
+        return full / (variance + sigma)
+
+    def decay(self) -> Tensor:
+        """Of the mean, for each channel: (d,)."""
+        return decay_of(self.log_tau) @ self.membership.T
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """1 / rho^2, since errors are in units of x, the trace being linear; the variance's decay; sigma; 1 + sigma."""
         sigma = nn.functional.softplus(self.sigma)
-        return (1 + sigma) / (variance + sigma)
+        return torch.exp(-2 * self.log_level), decay_of(self.log_tau_variance), sigma, 1 + sigma

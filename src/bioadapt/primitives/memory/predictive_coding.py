@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import report_loss, token_scale
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 
@@ -46,7 +46,7 @@ class PredictiveCoding(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         scale = token_scale(x)
-        expected = readings(self.expected, (x @ self.causes.T) / scale, context).mean(0)
+        expected = mean_reading(self.expected, (x @ self.causes.T) / scale, context)
         error = x - (scale * expected) @ self.predictor.T
         if self.auxiliary and context.losses is not None:
             report_loss(context, self.auxiliary, (error / scale).square())
@@ -54,4 +54,4 @@ class PredictiveCoding(Primitive):
 
     def expected(self, causes: Tensor, context: Context) -> Tensor:
         """What the causes before each token lead to expect: (B, T, rank) -> (B, T, rank)."""
-        return past_trace("causes", causes, decay_of(self.log_tau), context)
+        return past_trace("causes", causes, context.once(decay_of, self.log_tau), context)

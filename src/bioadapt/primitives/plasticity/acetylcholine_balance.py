@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, past_trace, readings
+from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 FASTEST, SLOWEST = 2.0, 16.0  # time constants of the context at birth, in tokens
 UNCERTAINTY = 0.5  # before the first token
 
 
-class _Power(torch.autograd.Function):
+class _Power(Fused):
     """Half the mean square of what each token is wrong by: error (G, T, B, c) -> (B, T, 1)."""
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Power(torch.autograd.Function):
         return error * _spread(grad.squeeze(-1).mT / channels, error.shape[-1])
 
 
-class _Interpolation(torch.autograd.Function):
+class _Interpolation(Fused):
     """scale sum_r shares_r errors_r: scale (G, c), shares (R, T, B), R errors (G, T, B, c) -> (B, T, G, c)."""
 
     @staticmethod
@@ -93,13 +93,13 @@ class AcetylcholineBalance(Scaled):
         self.register_buffer("membership", group_matrix(self.d_out, self.groups), persistent=False)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        return token_scale(x) * readings(self.by_scan, unit(x), context).mean(0)
+        return token_scale(x) * mean_reading(self.by_scan, unit(x), context)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         if self.products and context.resets is None and context.state is None:
             return front_aligned(lambda moved, around: self.by_products(moved, around, scale), x, context)
-        size, u = token_scale(x), unit(x)
-        return scale * size * readings(self.by_scan, u, context).mean(0)
+        size = token_scale(x)
+        return scale * size * mean_reading(self.by_scan, x / size, context)
 
     def by_products(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         """`scaled_change` where padding is zero and at the end."""
@@ -114,11 +114,15 @@ class AcetylcholineBalance(Scaled):
 
     def by_scan(self, u: Tensor, context: Context) -> Tensor:
         """The change of u (B, T, d) for one reading of time, in any context."""
-        error = u - past_trace("context", u, decay_of(self.log_tau) @ self.membership.T, context)
-        return -self.trust(0.5 * mean_square(error), context) * error
+        error = past_trace("context", u, context.once(self.decay), context) - u
+        return self.trust(0.5 * mean_square(error), context) * error
+
+    def decay(self) -> Tensor:
+        """Of the context, for each channel: (d,)."""
+        return decay_of(self.log_tau) @ self.membership.T
 
     def trust(self, power: Tensor, context: Context) -> Tensor:
         """1 - alpha from the power of the errors before each token: (B, T, 1) -> (B, T, 1)."""
-        decay = decay_of(self.log_tau_uncertainty)
+        decay = context.once(decay_of, self.log_tau_uncertainty)
         uncertainty = past_trace("uncertainty", power, decay, context, initial=UNCERTAINTY)
-        return torch.sigmoid(nn.functional.softplus(self.steepness) * (self.threshold - uncertainty))
+        return torch.sigmoid(context.once(nn.functional.softplus, self.steepness) * (self.threshold - uncertainty))

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, LocalRule, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Scaled, setting
 from bioadapt.primitives.frames import masked_mean, token_count
 from bioadapt.registry import register_primitive
 
 
-class _Sliding(torch.autograd.Function):
+class _Sliding(Fused):
     """scale_i x_i (1 - turn_i / (level + |x_i|)); keeps x alone."""
 
     @staticmethod
@@ -66,7 +66,11 @@ class BcmThreshold(LocalRule, Scaled):
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
         self.watch(x, context)
         # rho sgn(c) phi is x (1 - (1 + theta) / (1 + |x| / rho)).
-        return _Sliding.apply(x, (1 + self.threshold) * self.level, self.level, scale)
+        return _Sliding.apply(x, context.once(self.excess), self.level, scale)
+
+    def excess(self) -> Tensor:
+        """(1 + theta) rho, (d,)."""
+        return (1 + self.threshold) * self.level
 
     @torch.no_grad()
     def watch(self, x: Tensor, context: Context) -> None:

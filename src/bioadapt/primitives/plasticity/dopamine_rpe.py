@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import positive, read_in, report_loss, token_scale
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import held, previous, readings
+from bioadapt.primitives.time import held, mean_reading, previous
 from bioadapt.registry import register_primitive
 
 
@@ -36,17 +36,20 @@ class DopamineRpe(Modulation):
         self.bias = nn.Parameter(torch.zeros(1))
         self.discount = nn.Parameter(torch.logit(torch.tensor([0.9])))
         self.steepness = positive(1.0, 1)
+        self.register_buffer("everywhere", torch.ones(self.d_out, 1), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         scores = (x @ self.critic.T) / token_scale(x)
-        gain, penalty = readings(self.gain, scores, context).mean(0).split(1, dim=-1)
-        report_loss(context, self.auxiliary, penalty)
-        return gain, x.new_ones(self.d_out, 1)
+        found = mean_reading(self.gain, scores, context)
+        if self.auxiliary:
+            report_loss(context, self.auxiliary, found[..., 1:])
+        return found[..., :1], self.everywhere
 
     def gain(self, scores: Tensor, context: Context) -> Tensor:
-        """Gain and squared error from the scores of value and reward, (B, T, 2) -> (B, T, 2)."""
+        """Gain from the scores of value and reward (B, T, 2), and the squared error if asked for: (B, T, 1 or 2)."""
         error = self.error(scores, context)
-        return torch.cat([torch.tanh(nn.functional.softplus(self.steepness) * error), error.square()], -1)
+        gain = torch.tanh(context.once(nn.functional.softplus, self.steepness) * error)
+        return torch.cat([gain, error.square()], -1) if self.auxiliary else gain
 
     def error(self, scores: Tensor, context: Context) -> Tensor:
         """The temporal-difference error at each token, (B, T, 1)."""
@@ -55,4 +58,4 @@ class DopamineRpe(Modulation):
         # The ones tell later tokens from a first one.
         series = torch.cat([value, torch.ones_like(value)], -1)
         before, known = previous("value before", held("value", series, context), context).split(1, dim=-1)
-        return known * (reward + torch.sigmoid(self.discount) * value - before)
+        return known * (reward + context.once(torch.sigmoid, self.discount) * value - before)

@@ -48,10 +48,15 @@ class HeterosynapticScaling(OnWeight):
         self.change = read_out(self.d_out, self.rank)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
+        lost, change = context.once(self.rescaled)
+        bias = None if context.bias is None else -lost * context.bias.float()
+        low_rank = nn.functional.linear(context.x_in @ self.plane.T, change, bias)
+        return torch.addcmul(low_rank, x, lost)
+
+    def rescaled(self) -> tuple[Tensor, Tensor]:
+        """kappa - 1 (d,), and kappa times the change (d, rank)."""
         kappa = self.kappa(self.change)
-        bias = None if context.bias is None else (1 - kappa) * context.bias.float()
-        low_rank = nn.functional.linear(context.x_in @ self.plane.T, kappa[:, None] * self.change, bias)
-        return torch.addcmul(low_rank, x, kappa - 1)
+        return kappa - 1, kappa[:, None] * self.change
 
     def kappa(self, change: Tensor) -> Tensor:
         """What shrinks each changed row to the length of the base row, (d,); exactly 1 without a change."""

@@ -48,7 +48,7 @@ class HomeostaticScaling(LocalRule, Primitive):
             with torch.no_grad():
                 rates = masked_mean(x.abs() / token_scale(x), context.mask)
                 self.observe(context, tokens=token_count(x, context.mask), rates=rates)
-        return (self.scale - 1) * x
+        return context.once(self.left_matrix) * x
 
     def learn(self, fresh: Tensor) -> None:
         rates = self.observed_rates

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, LocalRule, OnWeight, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, OnWeight, Scaled, setting
 from bioadapt.primitives.frames import read_out
 from bioadapt.registry import register_primitive
 
 
-class _Binary(torch.autograd.Function):
+class _Binary(Fused):
     """The sign, whose gradient passes straight through."""
 
     @staticmethod
@@ -63,12 +63,12 @@ class Metaplasticity(LocalRule, Scaled, OnWeight):
         return self.written(context, self.writer)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return self.written(context, scale * self.writer)
+        return self.written(context, context.once(torch.mul, scale, self.writer))
 
     def written(self, context: Context, writer: Tensor) -> Tensor:
         """What ``writer`` (d, rank) makes of the binary latents."""
         self.observe(context, hidden=self.hidden.detach())
-        return (context.x_in @ self.binary().T) @ writer.T
+        return (context.x_in @ context.once(self.binary).T) @ writer.T
 
     def binary(self) -> Tensor:
         """sgn(H) / sqrt(n), (rank, n)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, setting
-from bioadapt.primitives.frames import positive, read_in, read_out
+from bioadapt.primitives.frames import mean_square, positive, read_in, read_out
 from bioadapt.primitives.latent import Latent
 from bioadapt.primitives.time import decay_of, past_trace, recurrence
 from bioadapt.registry import register_primitive
@@ -47,13 +47,13 @@ class NoradrenalineReset(Latent):
 
     def code(self, z: Tensor, context: Context) -> Tensor:
         """h, (B, T, rank) -> (B, T, rank)."""
-        kept = decay_of(self.log_tau) * (1 - self.interrupt(z, context))
+        kept = context.once(decay_of, self.log_tau) * (1 - self.interrupt(z, context))
         return recurrence("memory", kept, (1 - kept) * z, context)
 
     def interrupt(self, z: Tensor, context: Context) -> Tensor:
         """nu, how much each token lets go: (B, T, rank) -> (B, T, 1)."""
-        decay = decay_of(self.log_tau_surprise)
-        error = (z - past_trace("mean", z, decay, context)).square().mean(-1, keepdim=True)
+        decay = context.once(decay_of, self.log_tau_surprise)
+        error = mean_square(z - past_trace("mean", z, decay, context))
         variance = past_trace("variance", error, decay, context, initial=1.0)
         surprise = error / (variance + FLOOR)
-        return torch.sigmoid(nn.functional.softplus(self.steepness) * (surprise - self.threshold))
+        return torch.sigmoid(context.once(nn.functional.softplus, self.steepness) * (surprise - self.threshold))

@@ -51,19 +51,32 @@ class SerotoninHorizon(Latent):
 
     def drive(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Latents and mood, (B, T, rank + 1), and the scale of each token."""
-        return encoded(x, torch.cat([self.reader, self.mood]))
+        return encoded(x, context.once(self.readers))
+
+    def readers(self) -> Tensor:
+        """Of the latents and of the mood, (rank + 1, d)."""
+        return torch.cat([self.reader, self.mood])
 
     def code(self, scores: Tensor, context: Context) -> Tensor:
         """The reading of the bank from latents and mood: (B, T, rank + 1) -> (B, T, rank)."""
         latent, mood = scores.split([self.rank, 1], dim=-1)
-        decay = torch.cat([decay_of(self.log_taus).repeat_interleave(self.rank), decay_of(self.log_tau)])
         series = torch.cat([latent.repeat(1, 1, len(TAUS)), mood], -1)
-        bank, mood = trace("bank", series, decay, context).split([len(TAUS) * self.rank, 1], dim=-1)
-        return (self.weights(mood)[..., None] * bank.unflatten(-1, (len(TAUS), -1))).sum(-2)
+        traces = trace("bank", series, context.once(self.decays), context)
+        bank, mood = traces.split([len(TAUS) * self.rank, 1], dim=-1)
+        return (self.weights(mood, context)[..., None, :] @ bank.unflatten(-1, (len(TAUS), -1))).squeeze(-2)
 
-    def weights(self, mood: Tensor) -> Tensor:
+    def decays(self) -> Tensor:
+        """Of the bank and of the mood, (6 rank + 1,)."""
+        return torch.cat([decay_of(self.log_taus).repeat_interleave(self.rank), decay_of(self.log_tau)])
+
+    def weights(self, mood: Tensor, context: Context) -> Tensor:
         """How much each trace of the bank counts, (B, T, 1) -> (B, T, 6)."""
-        level = torch.sigmoid(SENSITIVITY * mood + self.bias)
-        horizon = self.shortest + (self.longest - self.shortest) * level
-        distance = (self.log_taus - horizon) / (nn.functional.softplus(self.width) + 1e-3)
+        far, span, width = context.once(self.constants)
+        level = torch.sigmoid(torch.add(self.bias, mood, alpha=SENSITIVITY))
+        distance = torch.addcmul(far, span, level) / width
         return torch.softmax(-0.5 * distance.square(), -1)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How far each trace is beyond the shortest horizon (6,), minus the span of horizons (1,), the width (1,)."""
+        width = nn.functional.softplus(self.width) + 1e-3
+        return self.log_taus - self.shortest, self.shortest - self.longest, width

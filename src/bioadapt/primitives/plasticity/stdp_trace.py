@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import read_in, read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.time import decay_of, past_recurrence, past_trace
+from bioadapt.primitives.time import decay_of, past_trace
 from bioadapt.registry import register_primitive
 
 STRENGTH = 4.0
@@ -47,9 +47,8 @@ class StdpTrace(Latent):
 
     def code(self, z: Tensor, context: Context) -> Tensor:
         """4 M_{t-1} z_t, (B, T, rank) -> (B, T, rank)."""
-        recent = past_trace("recent", z, decay_of(self.log_tau), context)
+        recent = past_trace("recent", z, context.once(decay_of, self.log_tau), context)
         z_first, z_second = z @ self.first.T, z @ self.second.T
         order = z_first * (recent @ self.second.T) - (recent @ self.first.T) * z_second
-        decay = decay_of(self.log_tau_memory)
-        memory = past_recurrence("memory", decay, (1 - decay) * order, context)
+        memory = past_trace("memory", order, context.once(decay_of, self.log_tau_memory), context)
         return STRENGTH * ((memory * z_second) @ self.first - (memory * z_first) @ self.second)

@@ -49,8 +49,11 @@ class SynapticConsolidation(LocalRule, Primitive):
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         self.observe(context)
-        gain = scale * self.efficacy
-        return x * (1 + gain) if with_x else x * gain
+        return x * context.once(self.gain, scale, with_x)
+
+    def gain(self, scale: Tensor, with_x: bool) -> Tensor:
+        """``scale`` times the efficacy, plus one if ``with_x``: (d,)."""
+        return scale * self.efficacy + with_x
 
     def learn(self, fresh: Tensor) -> None:
         chain = torch.cat([self.efficacy.float()[None], self.hidden])

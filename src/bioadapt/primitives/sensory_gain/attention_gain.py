@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import positive, read_in, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _AttendedRatio(torch.autograd.Function):
+class _AttendedRatio(Fused):
     """direct_i x_i + gain_i sgn(x_i) n_i / (floor_i + share sum_j n_j + alpha n_i), n = exp(2 tanh(writer z)) |x|^p.
 
     Keeps x and the latents z; backward computes the rest again.
@@ -110,12 +110,13 @@ class AttentionGain(Primitive):
         return level * response - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return self.attended(x, scale, 1 - scale if with_x else -scale)
+        reader, direct, gain, floor = context.once(self.constants, scale, with_x)
+        latent = nn.functional.linear(x, reader) / token_scale(x)
+        return _AttendedRatio.apply(x, latent, self.writer, direct, gain, floor, self.self_weight, self.exponent)
 
-    def attended(self, x: Tensor, scale: Tensor, direct: Tensor) -> Tensor:
-        """``scale`` (d,) times the response, plus ``direct`` (d,) times x."""
-        latent = (x @ (0.5 * self.reader).T) / token_scale(x)
+    def constants(self, scale: Tensor, with_x: bool) -> tuple[Tensor, ...]:
+        """The reader (rank, d); the factor of x, and the gain and floor of ``scale`` times the response, (d,) each."""
         level, drive = self.log_level.exp(), nn.functional.softplus(self.sigma).pow(self.exponent)
         # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
         gain, floor = scale * level * (1 + drive), level.pow(self.exponent) * drive
-        return _AttendedRatio.apply(x, latent, self.writer, direct, gain, floor, self.self_weight, self.exponent)
+        return 0.5 * self.reader, 1 - scale if with_x else -scale, gain, floor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_square, pooling_matrix, positive
 from bioadapt.primitives.modulation import Modulation
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 FASTEST, SLOWEST = 4.0, 64.0  # time constants at birth, in tokens
@@ -44,11 +44,16 @@ class ContrastAdaptation(Modulation):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        power = group_mean_square(x, self.pooling) * torch.exp(-2 * self.log_level)
-        return readings(self.gain, power, context).mean(0) - 1, self.membership
+        gain = mean_reading(self.gain, group_mean_square(x, self.pooling), context)
+        return gain - 1, self.membership
 
     def gain(self, power: Tensor, context: Context) -> Tensor:
         """What each group is multiplied by, from the power of the tokens before: (B, T, groups) -> (B, T, groups)."""
-        variance = past_trace("variance", power, decay_of(self.log_tau), context, initial=1.0)
+        unit, decay, sigma, full = context.once(self.constants)
+        variance = past_trace("variance", power * unit, decay, context, initial=1.0)
+        return torch.sqrt(full / (variance + sigma))
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """1 / rho^2 (1,); the decay, sigma and 1 + sigma of each group."""
         sigma = nn.functional.softplus(self.sigma)
-        return torch.sqrt((1 + sigma) / (variance + sigma))
+        return torch.exp(-2 * self.log_level), decay_of(self.log_tau), sigma, 1 + sigma

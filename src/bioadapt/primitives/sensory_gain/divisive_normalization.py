@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.primitives.frames import positive
 from bioadapt.registry import register_primitive
 
 
-class _PooledRatio(torch.autograd.Function):
+class _PooledRatio(Fused):
     """direct_i x_i + gain_i n_i / (floor_i + sum_j w_j |n_j| + alpha |n_i|), n = sgn(x) |x|^p; keeps x alone."""
 
     @staticmethod
@@ -69,10 +69,16 @@ def normalized(
     level rho (1,); semi-saturation sigma (d,) and pool weights (d,), both positive; scale and direct (d,). R is at most
     (1 + sigma^p) / alpha.
     """
-    floor, direct = sigma.pow(p), torch.as_tensor(direct, dtype=x.dtype, device=x.device).expand(x.shape[-1])
-    # With rho^p multiplied out of the ratio, no copy of x in the contrast frame is needed.
-    gain, weights = scale * level * (1 + floor), weights * ((1 - alpha) / x.shape[-1])
-    return _PooledRatio.apply(x, direct, gain, level.pow(p) * floor, weights, alpha, p)
+    direct = torch.as_tensor(direct, dtype=x.dtype, device=x.device).expand(x.shape[-1])
+    return _PooledRatio.apply(x, direct, *_multiplied_out(level, sigma, weights, alpha, p, scale), alpha, p)
+
+
+def _multiplied_out(
+    level: Tensor, sigma: Tensor, weights: Tensor, alpha: float, p: float, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gain, floor and weights of `_PooledRatio`: with rho^p outside the ratio, no copy of x in its frame is needed."""
+    floor = sigma.pow(p)
+    return scale * level * (1 + floor), level.pow(p) * floor, weights * ((1 - alpha) / len(weights))
 
 
 @register_primitive("divisive_normalization", stage="sensory_gain", kind="pointwise", zero_at="gate")
@@ -107,7 +113,12 @@ class DivisiveNormalization(Primitive):
         return level * response - x
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return normalized(x, *self.shape(), scale=scale, direct=1 - scale if with_x else -scale)
+        constants = context.once(self.constants, scale, with_x)
+        return _PooledRatio.apply(x, *constants, self.self_weight, self.exponent)
+
+    def constants(self, scale: Tensor, with_x: bool) -> tuple[Tensor, ...]:
+        """The factor of x itself, and gain, floor and weights of the response times ``scale``: (d,) each."""
+        return 1 - scale if with_x else -scale, *_multiplied_out(*self.shape(), scale)
 
     def shape(self) -> tuple[Tensor, Tensor, Tensor, float, float]:
         """Level, semi-saturation, pool weights, self weight and exponent."""

@@ -48,7 +48,11 @@ class EfferenceCopy(LocalRule, Scaled):
         return self.cancelled(x, context, -self.image)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return self.cancelled(x, context, scale[:, None] * -self.image)
+        return self.cancelled(x, context, context.once(self.written, scale))
+
+    def written(self, scale: Tensor) -> Tensor:
+        """What is taken away of each copy, times ``scale``: (d, rank)."""
+        return scale[:, None] * -self.image
 
     def cancelled(self, x: Tensor, context: Context, image: Tensor) -> Tensor:
         """s times ``image`` (d, rank) times the copy of the token before, (B, T, d)."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import read_in, read_out, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _BoundedGain(torch.autograd.Function):
+class _BoundedGain(Fused):
     """Keeps x and the latents; backward computes the gain again."""
 
     @staticmethod

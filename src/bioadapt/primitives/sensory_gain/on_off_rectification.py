@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled
+from bioadapt.primitives.base import Context, Fused, Host, Scaled
 from bioadapt.primitives.frames import positive, token_scale
 from bioadapt.registry import register_primitive
 
 
-class _Halves(torch.autograd.Function):
+class _Halves(Fused):
     """Keeps x and its scale; backward rectifies again."""
 
     @staticmethod
@@ -76,7 +76,11 @@ class OnOffRectification(Scaled):
         return scale * (self.on_gain * torch.relu(u - high) - self.off_gain * torch.relu(-u - low))
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        return half_waves(x, scale * self.on_gain, scale * self.off_gain, *self.thresholds())
+        return half_waves(x, *context.once(self.halves, scale))
+
+    def halves(self, scale: Tensor) -> tuple[Tensor, ...]:
+        """``scale`` times the gains of both halves, and their thresholds: (d,) each."""
+        return scale * self.on_gain, scale * self.off_gain, *self.thresholds()
 
     def thresholds(self) -> tuple[Tensor, Tensor]:
         """Of the ON and of the OFF half, (d,) each."""

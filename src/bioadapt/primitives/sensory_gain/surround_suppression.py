@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_index, positive
 from bioadapt.registry import register_primitive
 
@@ -18,7 +18,7 @@ NARROWEST = 0.05  # of a Gaussian: one of no width at all has no gradient
 NOWHERE = -1  # the document of a position that does not exist
 
 
-class _Contrast(torch.autograd.Function):
+class _Contrast(Fused):
     """Keeps what it reads and the widths; backward makes the Gaussians again."""
 
     @staticmethod
@@ -148,7 +148,7 @@ class SurroundSuppression(Scaled):
         behind = REACH if several or context.state is not None else 0
         near = _windows(z, first if behind else None, blocks, ahead, 0.0)
         valid, lag = self.visible(document, first_document if behind else None, blocks, behind, ahead, context)
-        change = _Contrast.apply(near, *self.widths(), valid.to(z.dtype), lag.to(z.dtype))
+        change = _Contrast.apply(near, *context.once(self.widths), valid.to(z.dtype), lag.to(z.dtype))
         return change.flatten(1, 2)[:, :steps]
 
     def visible(
@@ -158,9 +158,7 @@ class SurroundSuppression(Scaled):
         if these differ; and how far back it lies, (size, window)."""
         own = document.unflatten(1, (blocks, -1))
         there = _windows(document, first, blocks, ahead, NOWHERE)
-        place = torch.arange(there.shape[2], device=document.device)
-        lag = torch.arange(behind, behind + own.shape[2], device=document.device)[:, None] - place
-        within = (lag <= REACH) & (lag >= (-REACH if context.bidirectional else 0))
+        lag, within = context.once(_lags, self.place, own.shape[2], there.shape[2], behind, context.bidirectional)
         there = there[:, :, None]
         valid = ((there == own[..., None]) & (there != NOWHERE) & within)[:, :, None]
         return (valid[0] if len(valid) == 1 else valid), lag
@@ -178,6 +176,13 @@ class SurroundSuppression(Scaled):
             narrow = along(narrow, gaussians(center, valid, lag), axis)
             wide = along(wide, gaussians(surround, valid, lag), axis)
         return (narrow - wide).flatten(1, len(grid))
+
+
+def _lags(like: Tensor, size: int, window: int, behind: int, both_ways: bool) -> tuple[Tensor, Tensor]:
+    """How far back each position of a window lies, and whether that is within reach: (size, window) each."""
+    steps = torch.arange(max(behind + size, window), device=like.device)
+    lag = steps[behind : behind + size, None] - steps[:window]
+    return lag, (lag <= REACH) & (lag >= (-REACH if both_ways else 0))
 
 
 def documents(z: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:

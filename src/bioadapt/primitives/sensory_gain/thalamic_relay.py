@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Scaled, setting
+from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, group_mean_magnitude, inverse_softplus, pooling_matrix
-from bioadapt.primitives.time import decay_of, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 RESTING = 0.8  # activity before the first token: a relay starts in its tonic mode
@@ -19,7 +19,7 @@ RESTING = 0.8  # activity before the first token: a relay starts in its tonic mo
 LEAK = 0.01  # how much of what lies below the threshold counts in the gradients of amplification and threshold
 
 
-class _Bursting(torch.autograd.Function):
+class _Bursting(Fused):
     """scale_i mode_g (A_i sgn(x_i) [|x_i| - t_i]_+ - x_i); keeps x, the mode of each group and what is small."""
 
     @staticmethod
@@ -87,14 +87,17 @@ class ThalamicRelay(Scaled):
         self.register_buffer("pooling", pooling_matrix(self.d_out, self.groups), persistent=False)
 
     def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        level = self.log_level.exp()
-        activity = group_mean_magnitude(x, self.pooling) / level
-        mode = readings(self.mode, activity, context).mean(0)
-        amplification = self.membership @ self.amplification
-        threshold = self.membership @ (level * nn.functional.softplus(self.burst_threshold))
+        level, amplification, threshold = context.once(self.constants)
+        mode = mean_reading(self.mode, group_mean_magnitude(x, self.pooling) / level, context)
         return _Bursting.apply(x, mode, self.membership, scale, amplification, threshold)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """rho (1,); what a burst is amplified by and its threshold, in units of x, (d,) each."""
+        level = self.log_level.exp()
+        threshold = self.membership @ (level * nn.functional.softplus(self.burst_threshold))
+        return level, self.membership @ self.amplification, threshold
 
     def mode(self, activity: Tensor, context: Context) -> Tensor:
         """How far each group is ready to burst, from the activity before: (B, T, groups) -> (B, T, groups)."""
-        recent = past_trace("activity", activity, decay_of(self.log_tau), context, initial=RESTING)
+        recent = past_trace("activity", activity, context.once(decay_of, self.log_tau), context, initial=RESTING)
         return torch.sigmoid(self.steepness * (self.threshold - recent))

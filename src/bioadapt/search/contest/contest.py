@@ -33,12 +33,14 @@ from ...evaluation.tasks import is_name
 from ...evaluation.training import adapt, load_stack, transformer_of
 from ...settings import DEFAULT_MODEL, DEFAULT_TASK, check_names
 from ..report import write_report
+from ..report.wording import count
 from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, Report, open_storage, prepare, run_study
 from ..study.tickets import count_tickets, count_used, runs_here, this_worker
 from .cost import Pace, told, trainings
 from .finale import (
+    WINNER,
     Confirmation,
     Final,
     best_trials,
@@ -51,10 +53,12 @@ from .finale import (
     summary,
     verdict,
 )
-from .lora import TARGETS, USUAL, LoraObjective, targets_of, train_lora
+from .lora import USUAL, LoraObjective, targets_of, train_lora
 from .objective import Bench, BioObjective, searchable, without_test
 from .own import Training, first_trials, in_words, search_with
+from .script import winner_script
 
+_TUNING = "tuning the LoRA"
 # Seconds between two looks at what another machine has done.
 _PATIENCE = 5.0
 
@@ -73,12 +77,17 @@ class Search:
     def __init__(self, settings: SearchSettings, console: Console | None = None, *, task: Task | None = None) -> None:
         self.settings, self.console = settings, console or Console()
         check(settings)
-        for module in ("sentence_transformers", "datasets", "scipy", "sklearn", "jinja2", "matplotlib"):
-            require(module)
+        for extra, modules in (
+            ("search", ("jinja2", "scipy", "matplotlib")),
+            ("demo", ("sentence_transformers", "datasets", "sklearn")),
+        ):
+            for module in modules:
+                require(module, extra)
         given = settings.task if task is None else task
         self.task: Task = searchable(load_task(given, settings.data_dir, limit=settings.limit))
         # The rows of a name are known by it.
         self._rows = {} if is_name(given) else {"rows": self.task.fingerprints()}
+        self._in_memory = task is not None
         self.output = Path(settings.output)
         self._bench = Bench(
             settings.model,
@@ -93,7 +102,7 @@ class Search:
         )
         encoder = self._bench.encoder(settings.seed)
         plain = transformer_of(encoder)
-        self._lora_targets = tuple(targets_of(plain)) if settings.lora == AUTO else TARGETS
+        self._lora_targets = targets_of(plain)
         host = SearchedModel.of(plain, settings.primitives)
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
         if settings.lora not in (AUTO, NO_LORA):
@@ -116,8 +125,8 @@ class Search:
         lora = f"{self.name}-lora"
         while self.settings.lora != NO_LORA and "lora" not in study.user_attrs:
             if self.settings.lora == AUTO and self._has_tickets(lora):
-                objective = LoraObjective(self._bench, self._lora_targets, self._start(study), self.settings.seed)
-                run_study(self._job(lora, objective), self.settings.workers, self.console, "tuning the LoRA")
+                job = self._job(lora, self._lora_objective(self._start(study)))
+                run_study(job, self.settings.workers, self.console, _TUNING)
             time.sleep(_PATIENCE)
         while not self._has_tickets(self.name):
             time.sleep(_PATIENCE)
@@ -258,10 +267,9 @@ class Search:
             return study.user_attrs["lora"]
         if settings.lora == AUTO:
             name = f"{self.name}-lora"
-            objective = LoraObjective(self._bench, self._lora_targets, start, settings.seed)
-            usual = USUAL if USUAL["targets"] in self._lora_targets else {**USUAL, "targets": self._lora_targets[-1]}
-            prepare(self.storage, name, settings.trials, [usual])
-            tuned = run_study(self._job(name, objective), settings.workers, self.console, "tuning the LoRA")
+            first = next(iter(self._lora_targets))
+            prepare(self.storage, name, settings.trials, [{**USUAL, "targets": first}])
+            tuned = run_study(self._job(name, self._lora_objective(start)), settings.workers, self.console, _TUNING)
             best = _best(tuned)
             folder = str((self.output / "lora").absolute())
             with Child(SavedLora(self._bench, settings.seed, folder)) as child:
@@ -274,6 +282,9 @@ class Search:
             record = {"study": None, "trials": 0, "params": None, "folder": settings.lora}
         study.set_user_attr("lora", {**record, "validation": validation, "parameters": size})
         return study.user_attrs["lora"]
+
+    def _lora_objective(self, start: float) -> LoraObjective:
+        return LoraObjective(self._bench, tuple(self._lora_targets), start, self.settings.seed)
 
     def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         settings = self.settings
@@ -293,7 +304,7 @@ class Search:
         _best(study)
         seeds = [settings.seed + 1 + i for i in range(settings.confirm_seeds)]
         if "confirmation" not in study.user_attrs:
-            self._say(f"Confirming the best {settings.confirm} on {settings.confirm_seeds} fresh seeds each.")
+            self._say(f"Confirming the best {settings.confirm} on {count(settings.confirm_seeds, 'fresh seed')} each.")
         with (
             Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
             self._bar() as bar,
@@ -314,7 +325,7 @@ class Search:
         given = lora["folder"] if lora and params is None else None
         folder = self._tested(number)
         final = Final(self.space, replace(self._bench, task=self.task, prefix=None), winner, params, given, str(folder))
-        self._say(f"Testing the winner and its rivals on {len(self._test_seeds)} seeds each.")
+        self._say(f"Testing the winner and its rivals on {count(len(self._test_seeds), 'seed')} each.")
         with Child(final) as child, self._bar() as bar:
             follow = partial(bar.track, description="testing")
             results = open_test(contenders(params, given), self._test_seeds, folder, child.call, follow)
@@ -332,7 +343,18 @@ class Search:
             "configurations_tried": tried,
             "test_accesses": sum(tested.values()),
             "verdict": " ".join([verdict(record["differences"], record["metric"]), *notes]),
+            "script": winner_script(
+                self.settings,
+                in_memory=self._in_memory,
+                lora=lora,
+                lora_targets=self._lora_targets,
+                configs=trial.user_attrs["configs"],
+                learning_rate=winner.learning_rate,
+                reported={result["seed"]: result["score"] for result in results if result["name"] == WINNER},
+                metric=record["metric"],
+            ),
         }
+        (self.output / "winner.py").write_text(record["script"], encoding="utf-8")
         study.set_user_attr("final", record)
         return record
 
@@ -378,7 +400,7 @@ def search(
     task: Any = DEFAULT_TASK,
     *,
     objective: Training | None = None,
-    model: Any = DEFAULT_MODEL,
+    model: Any = None,
     console: Console | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -390,7 +412,8 @@ def search(
         task: as `load_task` takes it: a name, or rows of one's own as a `Task`, a DataFrame, a `datasets.Dataset` or
             ``DatasetDict``, a dict, a file or a folder.
         objective: ``objective(model, learning_rate, report) -> score`` in the place of a task.
-        model: name or path of the model that the task is for; with an objective, the torch module.
+        model: name or path of the model that the task is for, all-MiniLM-L6-v2 if None; with an objective, the torch
+            module.
         console: where progress is shown; the terminal if None.
         settings: the fields of `SearchSettings`, such as ``data_dir="data", trials=40``.
 
@@ -407,14 +430,14 @@ def search(
             raise ValueError(f"model={model!r}: an objective needs the model that it trains, a torch module")
         given = {} if isinstance(task, str) and task == DEFAULT_TASK else {"task": task}
         return search_with(objective, model, console, **given, **settings)
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path, type(None))):
         raise ValueError(
             f"model is a {type(model).__name__}: for a task the name or the path of a model is needed; "
             "a module is searched by a function of your own, given as objective="
         )
     check_names("search", settings, SearchSettings)
-    own = None if is_name(task) else load_task(task)
-    chosen = SearchSettings(task=task if own is None else own.name, model=str(model), **settings)
+    own = None if isinstance(task, (str, Path)) else load_task(task)
+    chosen = SearchSettings(task=str(task) if own is None else own.name, model=str(model or DEFAULT_MODEL), **settings)
     return Search(chosen, console, task=own).run()
 
 

@@ -1,4 +1,4 @@
-"""What comes after a search: confirm the best on fresh seeds, then open the test split once."""
+"""What comes after a search: confirm the best on fresh seeds, then test each contender once for each seed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from ... import add_scores
 from ...evaluation import Evaluation, paired_interval
 from ...evaluation.training import History, transformer_of
 from ..space import Configuration, SearchSpace, save_adapters
@@ -86,6 +87,8 @@ class Final:
             seconds, trained = seconds + self._below_winner(seed)["seconds"], trained + self.bench.epochs
         evaluation = self.bench.test(encoder)
         metric = self.bench.task.metrics[0]
+        for card in sorted((folder / "bio").glob("*/README.md")) if name == WINNER else ():
+            add_scores(card.parent, self.bench.task.name, evaluation.scores, kind=self.bench.task.family)
         return {
             "name": name,
             "seed": seed,

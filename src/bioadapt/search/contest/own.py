@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -20,6 +21,7 @@ from ..space import SearchedModel, SearchSpace, SpaceObjective, add_adapters
 from ..study import Job, Report, prepare, run_study
 from ..study.progress import in_words as time_in_words
 from ..thompson import ThompsonSampler
+from .script import best_script
 
 # The fields of `SearchSettings` that mean something without a task.
 ACCEPTED = frozenset(
@@ -40,7 +42,7 @@ class ModelObjective(SpaceObjective):
         model: goes into the process of the trials once; every trial has a copy of it.
         train: ``train(model, learning_rate, report) -> score``, higher being better. The model has its adapters, which
             alone require a gradient; ``report(step, score)`` may end the call.
-        seed: of the adapters.
+        seed: of the adapters, and of what the training draws.
     """
 
     model: nn.Module = field(repr=False)
@@ -57,6 +59,9 @@ class ModelObjective(SpaceObjective):
             model = add_adapters(model, configs)
         else:
             model.requires_grad_(False)
+        torch.manual_seed(
+            self.seed
+        )  # the same dropout and order of rows for all trials, unless the training seeds anew
         return self.train(model, configuration.learning_rate, report)
 
 
@@ -115,12 +120,15 @@ def search_with(
     except ValueError:
         reason = study.trials[-1].user_attrs.get("failure", "pruned")
         raise RuntimeError(f"study {name!r}: no trial has succeeded; the last one: {reason}") from None
+    configs, rate = best.user_attrs["configs"], best.user_attrs["configuration"]["learning_rate"]
+    script = best_script(configs, rate, chosen.seed, best.value)
+    study.set_user_attr("best", {"number": best.number, "script": script})
     return {
         "number": best.number,
         "score": best.value,
         "configuration": best.user_attrs["configuration"],
-        "configs": best.user_attrs["configs"],
-        "learning_rate": best.user_attrs["configuration"]["learning_rate"],
+        "configs": configs,
+        "learning_rate": rate,
         "report": str(write_report(name, storage, output / "report.html")),
     }
 

@@ -164,6 +164,7 @@ class _Report:
         self.lora: Mapping[str, Any] = recorded.get("lora", {})
         self.confirmation: Sequence[Mapping[str, Any]] = recorded.get("confirmation", [])
         self.final: Mapping[str, Any] = recorded.get("final", {})
+        self.best: Mapping[str, Any] = recorded.get("best", {})
         self.is_search = bool(self.space)
 
     # -- how far it is --
@@ -425,10 +426,11 @@ class _Report:
 
     @property
     def winner(self) -> Mapping[str, Any]:
-        """The confirmed winner, or the best so far."""
+        """The confirmed winner, or what a search without a test recommends, or the best so far."""
         if self.final.get("winner"):
             return self.final["winner"]
-        for trial in self.complete[:1]:
+        recommended = [trial for trial in self.complete if trial.number == self.best.get("number")]
+        for trial in (recommended or self.complete)[:1]:
             recorded = of_trial(trial)
             return {
                 "number": trial.number,
@@ -438,7 +440,9 @@ class _Report:
         return {}
 
     def code(self) -> str:
-        return as_code(self.winner.get("configs", []), self.winner.get("learning_rate"), self._strengths())
+        """The script that the search has written, or else what puts the adapters into a model."""
+        script = self.final.get("script") or self.best.get("script")
+        return script or as_code(self.winner.get("configs", []), self.winner.get("learning_rate"), self._strengths())
 
     def _strengths(self) -> dict[str, float]:
         """Primitives of the winner that learn at another rate than the rest, where their settings do not say so."""

@@ -40,7 +40,9 @@ _SHAPES: dict[str, Any] = {
         "shrinkage?": {"observed": _NUMBER, "posterior?": (*_NUMBER, None), "sd?": (*_NUMBER, None)},
         "configurations_tried?": int,
         "test_accesses?": int,
+        "script?": str,
     },
+    "best": {"number": int, "script": str},
 }
 _OF_A_TRIAL: dict[str, Any] = {
     "configuration": {

@@ -56,7 +56,7 @@ def as_code(
     """
     if not configs:
         return ""
-    calls = [_call(config) for config in configs]
+    calls = [config_call(config) for config in configs]
     known = set(list_primitives())
     absent = sorted({entry["name"] for config in configs for entry in config["primitives"]} - known)
     lines = [f"# needs the package that registers {name!r}, which is not installed here" for name in absent]
@@ -80,7 +80,8 @@ def as_code(
     return "\n".join(lines) + "\n"
 
 
-def _call(config: Mapping[str, Any]) -> str:
+def config_call(config: Mapping[str, Any], **more: str) -> str:
+    """Python that makes a recorded `BioConfig`, with further arguments as code."""
     default = BioConfig(primitives=list_primitives()[:1]).to_dict()
     chosen = {
         name: value
@@ -89,6 +90,7 @@ def _call(config: Mapping[str, Any]) -> str:
     }
     primitives = [_entry(entry, config.get("rank") is not None) for entry in config["primitives"]]
     parts = [f"primitives=[{', '.join(primitives)}]", *(f"{name}={value!r}" for name, value in chosen.items())]
+    parts += [f"{name}={code}" for name, code in more.items()]
     return "BioConfig(\n    " + ",\n    ".join(parts) + ",\n)"
 
 

@@ -42,7 +42,8 @@ def processes(target: Any = None) -> Any:
 
     context = multiprocessing.get_context("forkserver")
     home = getattr(target, "__module__", None) or ""
-    context.set_forkserver_preload([__name__, *([home] if home.partition(".")[0] == _OURS else [])])
+    preloaded = [f"{_OURS}._quiet", __name__, *([home] if home.partition(".")[0] == _OURS else [])]
+    context.set_forkserver_preload(preloaded)
     # Ctrl-C during its imports would end the server, and nobody would then report how its copies ended.
     with handled(FROM_TERMINAL, signal.SIG_IGN):
         forkserver.ensure_running()
