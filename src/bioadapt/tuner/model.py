@@ -1,7 +1,4 @@
-"""The tuner: injects bio layers, over a plain model or over what another PEFT method left there.
-
-One file because PEFT asks for all of it as methods of one class.
-"""
+"""The tuner: injects bio layers, over a plain model or over what another PEFT method left there."""
 
 from __future__ import annotations
 
