@@ -7,7 +7,8 @@ CONSTRAINTS := constraints.txt
 EXTRAS := dev,demo,st
 ARGS ?=
 
-.PHONY: demo test test-portable test-floor test-newest test-wheel test-tools lint docs bench bench-methods readme stubs notebooks examples clean
+.PHONY: demo test test-portable test-floor test-newest test-wheel test-tools compatibility page-of-compatibility
+.PHONY: lint docs bench bench-methods readme stubs notebooks examples clean
 
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
@@ -29,6 +30,13 @@ test-floor:
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null EXTRAS=circuits,search,suite ARGS="$(LEANING) $(ARGS)"
+
+# The page of what works with what, from a run of the tests behind it, in an environment that has the quantisers too.
+compatibility:
+	$(MAKE) page-of-compatibility VENV=.venv-compatibility EXTRAS=dev,demo,st,tools
+
+page-of-compatibility: $(READY)
+	$(PY) scripts/compatibility.py $(ARGS)
 
 # The wheel in empty environments, without extras and with each of them; ARGS="none search" takes some.
 test-wheel:
@@ -68,7 +76,7 @@ examples: $(READY)
 	$(PY) scripts/run_examples.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest
+	rm -rf .venv .venv-floor .venv-newest .venv-compatibility
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from bioadapt import BioConfig, catalogue
 from bioadapt.evaluation import load_task
-from bioadapt.evaluation.training import Schedule, adapt, fit, load_encoder, load_stack
+from bioadapt.evaluation.training import Schedule, adapt, fit, load_adapted, load_encoder
 
 quick = "--quick" in sys.argv
 
@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
     for name in ("lora", "bio"):
         size = sum(path.stat().st_size for path in Path(folder, name).glob("*.safetensors"))
         print(f"{name}: {size / 1024:.0f} kB")
-    again = load_stack(load_encoder(), [f"{folder}/lora", f"{folder}/bio"])
+    again = load_adapted(load_encoder(), [f"{folder}/lora", f"{folder}/bio"])
 scores["the same, loaded"] = task.evaluate(again).scores["mrr@10"]
 for name, score in scores.items():
     print(f"{name}: MRR@10 {score:.1f}")

@@ -11,7 +11,7 @@ import argparse
 import csv
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,17 @@ class Claim:
             "verdict": self.verdict,
             "note": self.note,
         }
+
+
+def by_seed(rows: Iterable[Mapping[str, Any]], column: str = "value", **wanted: object) -> dict[int, float]:
+    """A column of those rows that hold all that is wanted, in the order of seeds."""
+    mine = {row["seed"]: row[column] for row in rows if all(row[name] == value for name, value in wanted.items())}
+    return dict(sorted(mine.items()))
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """First minus second, for every seed that both have."""
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

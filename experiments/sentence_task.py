@@ -176,8 +176,8 @@ def run(task: Task, arms: Arms, rates: Sequence[float], seeds: int) -> list[dict
 def scores_of(rows: Sequence[Mapping[str, Any]], arm: str) -> np.ndarray:
     """Of an arm, in the order of seeds; of the bare encoder as often as there are seeds."""
     seeds = sorted({row["seed"] for row in rows if row["split"] == "test" and row["arm"] != ZERO_SHOT})
-    by_seed = {row["seed"]: row["score"] for row in rows if row["split"] == "test" and row["arm"] == arm}
-    return np.array([by_seed[0 if arm == ZERO_SHOT else seed] for seed in seeds])
+    own = ledger.by_seed(rows, "score", split="test", arm=arm)
+    return np.array([own[0 if arm == ZERO_SHOT else seed] for seed in seeds])
 
 
 def differences(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[float]:

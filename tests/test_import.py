@@ -46,7 +46,7 @@ def test_the_registry_does_without_peft():
 # Each in a process of its own. What takes long to import and is neither PEFT nor transformers is there already.
 FORKED = """
 import os, sys
-import scipy.optimize, sklearn.metrics, torch._inductor.compile_fx, torch.distributed.tensor
+import scipy.optimize, sklearn.metrics, torch._inductor.compile_fx
 assert not {"peft", "transformers", "bioadapt"} & sys.modules.keys()
 for code in sys.argv[1:]:
     if (child := os.fork()) == 0:

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.cerebellum import cartpole, digits
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, paired, parser, publish
 
 HERE = Path(__file__).resolve().parent
 SEEDS = 6
@@ -29,16 +29,14 @@ def run_seed(seed: int, quick: bool, rates: Mapping[str, float]) -> list[dict[st
 
 def values(rows: Sequence[Mapping[str, Any]], arm: str, condition: str, measure: str) -> dict[int, float]:
     """What an arm reached in the test, by seed."""
-    wanted = ("test", arm, condition, measure)
-    return {r["seed"]: r["value"] for r in rows if (r["use"], r["arm"], r["condition"], r["measure"]) == wanted}
+    return by_seed(rows, use="test", arm=arm, condition=condition, measure=measure)
 
 
 def differences(
     rows: Sequence[Mapping[str, Any]], first: str, second: str, condition: str, measure: str
 ) -> list[float]:
     """First minus second arm, paired by seed."""
-    ours, theirs = (values(rows, arm, condition, measure) for arm in (first, second))
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return paired(*(values(rows, arm, condition, measure) for arm in (first, second)))
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:

@@ -25,7 +25,7 @@ from bioadapt.circuits.fly_cl import PENALTIES, FlyCLClassifier
 from bioadapt.circuits.ridge import RidgeSums
 from bioadapt.evaluation import load_task
 from bioadapt.evaluation.training import load_encoder
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, parser, publish
 
 FOLDER = Path(__file__).resolve().parent
 Array = NDArray[np.float64]
@@ -214,7 +214,7 @@ def embeddings(folder: Path, limit: int) -> dict[str, Array]:
 
 def values(rows: Sequence[Row], data: str, arm: str, measure: str) -> Array:
     """One per seed."""
-    return np.array([row["value"] for row in rows if (row["data"], row["arm"], row["measure"]) == (data, arm, measure)])
+    return np.array(list(by_seed(rows, data=data, arm=arm, measure=measure).values()))
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from bioadapt.circuits.fly_model import FlyModelClassifier
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, parser, publish
 
 FOLDER = Path(__file__).resolve().parent
 Array = NDArray[np.float64]
@@ -171,7 +171,7 @@ def run_seed(seed: int, quick: bool) -> list[Row]:
 
 def values(rows: Sequence[Row], data: str, arm: str, measure: str) -> Array:
     """One per seed."""
-    return np.array([row["value"] for row in rows if (row["data"], row["arm"], row["measure"]) == (data, arm, measure)])
+    return np.array(list(by_seed(rows, data=data, arm=arm, measure=measure).values()))
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bioadapt.circuits.spiking_network import LEAK, SpikingClassifier, constants_at_birth, fire
 from experiments.kv_lif.training import accuracy, fit
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, parser, publish
 
 FOLDER = Path(__file__).parent
 LIF, KV = "leaky_integrate_fire", "kv_lif"
@@ -199,12 +199,7 @@ def run_seed(seed: int, quick: bool, rates: dict[tuple[str, str], float] | None 
 
 def values(rows: Iterable[Row], setting: str, neuron: str, measure: str) -> list[float]:
     """One value per seed, in the order of seeds."""
-    by_seed = {row["seed"]: row["value"] for row in rows if _is(row, setting, neuron, measure)}
-    return [by_seed[seed] for seed in sorted(by_seed)]
-
-
-def _is(row: Row, setting: str, neuron: str, measure: str) -> bool:
-    return (row["setting"], row["neuron"], row["measure"]) == (setting, neuron, measure)
+    return list(by_seed(rows, setting=setting, neuron=neuron, measure=measure).values())
 
 
 def gains(rows: Sequence[Row], setting: str, measure: str) -> list[float]:

@@ -25,7 +25,7 @@ from bioadapt import build_primitive
 from bioadapt.circuits.spiking_network import constants_at_birth, fire
 from bioadapt.circuits.spine_pruning import SpineSchedule, add_spines, finalize
 from bioadapt.primitives.base import Context
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, parser, publish
 
 PIXELS, CLASSES, STEPS = 64, 10, 4
 CELLS = 128
@@ -219,8 +219,7 @@ def run_seed(seed: int, quick: bool, rates: Mapping[str, float]) -> list[dict[st
 
 def values(rows: Sequence[Mapping[str, Any]], arm: str, amount: float, column: str = "test") -> np.ndarray:
     """A column of one arm and amount, in the order of seeds."""
-    by_seed = {row["seed"]: row[column] for row in rows if row["arm"] == arm and row["amount"] == amount}
-    return np.array([by_seed[seed] for seed in sorted(by_seed)])
+    return np.array(list(by_seed(rows, column, arm=arm, amount=amount).values()))
 
 
 def amounts(rows: Sequence[Mapping[str, Any]], arm: str) -> list[float]:

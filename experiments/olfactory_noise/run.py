@@ -14,7 +14,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from torch import Tensor
 
 from bioadapt.circuits.fly_circuit import Activity, FlyCircuit
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, parser, publish
+from experiments.ledger import COLOURS, Claim, by_seed, markdown, over_seeds, parser, publish
 from experiments.olfactory_noise.trials import accuracy, class_means, delta_rule, noisy_trials, odours
 
 FOLDER = Path(__file__).parent
@@ -90,9 +90,7 @@ def _row(seed: int, sigma: float, arm: str, measure: str, value: float) -> Row:
 
 def values(rows: Sequence[Row], measure: str, sigma: float, arm: str) -> np.ndarray:
     """One value per seed, in the order of seeds."""
-    wanted = (measure, sigma, arm)
-    by_seed = {row["seed"]: row["value"] for row in rows if (row["measure"], row["sigma"], row["arm"]) == wanted}
-    return np.array([by_seed[seed] for seed in sorted(by_seed)])
+    return np.array(list(by_seed(rows, measure=measure, sigma=sigma, arm=arm).values()))
 
 
 def gain(rows: Sequence[Row], measure: str, sigmas: Sequence[float], arm: str, than: str = NONE) -> np.ndarray:

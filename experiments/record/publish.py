@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from scipy.stats import t as student
-
 from bioadapt import BioConfig, list_primitives
 from bioadapt.record import Finding
+from experiments.ledger import over_seeds, paired
 from experiments.record.bench import FAMILIES
 from experiments.record.run import HERE, PLACEBOS, TASKS, Result, identity, read
 
@@ -41,7 +40,7 @@ def findings(results: Sequence[Result]) -> list[Finding]:
             best, scores = at_best(own, name)
             equals = [rival for lora, rival in loras.values() if lora.params <= next_size(loras, best.params)]
             over_equal = differences(scores, equals)
-            low, high = interval(over_equal)
+            low, high = bounds(over_equal)
             found.append(
                 Finding(
                     primitive=name,
@@ -81,7 +80,7 @@ def confirmed(folder: Path) -> list[Finding]:
         if not {LORA_BIO, "lora", *EQUAL, "lora+placebo"} <= arms.keys() or task not in FAMILIES:
             continue
         over_equal = differences(arms[LORA_BIO], [arms[arm] for arm in EQUAL])
-        low, high = interval(over_equal)
+        low, high = bounds(over_equal)
         found.append(
             Finding(
                 primitive=entry["name"],
@@ -122,19 +121,19 @@ def differences(scores: Scores, rivals: Sequence[Scores]) -> list[float]:
     if not common:
         return []
     best = max(rivals, key=lambda rival: statistics.fmean(rival[seed] for seed in common))
-    return [scores[seed] - best[seed] for seed in sorted(common)]
+    return paired(scores, {seed: best[seed] for seed in common})
 
 
 def mean(values: Sequence[float]) -> float:
     return round(statistics.fmean(values), 3) if values else math.nan
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % of Student's t, or nothing where there is one value."""
+def bounds(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Of the interval over seeds, or nothing where there is one value."""
     if len(values) < 2:
         return None, None
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return round(statistics.fmean(values) - half, 3), round(statistics.fmean(values) + half, 3)
+    interval = over_seeds(values)
+    return round(interval.low, 3), round(interval.high, 3)
 
 
 def table(found: Sequence[Finding]) -> str:

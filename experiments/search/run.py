@@ -26,6 +26,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from bioadapt.search import ThompsonSampler
 from bioadapt.search.thompson.features import FeatureMap
+from experiments import ledger
 from experiments.ledger import COLOURS, Claim, markdown, parser, publish
 
 HERE = Path(__file__).resolve().parent
@@ -256,9 +257,8 @@ def paired(
     rows: Sequence[Mapping[str, Any]], problem: str, first: str, second: str, of: str = LAST, against: str = LAST
 ) -> list[float]:
     """One final regret of the first sampler less one of the second, for each seed that both have."""
-    mine = {row["seed"]: row[of] for row in rows if (row["problem"], row["sampler"]) == (problem, first)}
-    theirs = {row["seed"]: row[against] for row in rows if (row["problem"], row["sampler"]) == (problem, second)}
-    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    ours = ledger.by_seed(rows, of, problem=problem, sampler=first)
+    return ledger.paired(ours, ledger.by_seed(rows, against, problem=problem, sampler=second))
 
 
 # What is compared: how the sentence goes on, our regret, the rival's.

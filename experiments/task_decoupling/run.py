@@ -26,7 +26,7 @@ from bioadapt import FlyLoraConfig
 from bioadapt.evaluation import Interval, Task
 from bioadapt.evaluation.training import Schedule, adapt, fit, trainable_parameters, without_progress_bars
 from experiments import sentence_task
-from experiments.ledger import COLOURS, Claim, markdown, over_seeds, publish
+from experiments.ledger import COLOURS, Claim, markdown, over_seeds, paired, publish
 from experiments.sentence_task import BATCH, PROJECTIONS, fresh_encoder, load_task, parser
 
 if TYPE_CHECKING:
@@ -292,8 +292,7 @@ def differences(found: Measured) -> dict[tuple[str, str, float], list[float]]:
     for (first, weight), ours in found.items():
         for (second, other_weight), theirs in found.items():
             if first.startswith("Fly") and not second.startswith("Fly") and weight == other_weight:
-                mine, other = ours[DROP][MEAN], theirs[DROP][MEAN]
-                gaps[first, second, weight] = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+                gaps[first, second, weight] = paired(ours[DROP][MEAN], theirs[DROP][MEAN])
     return gaps
 
 

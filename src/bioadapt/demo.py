@@ -35,7 +35,7 @@ from .evaluation.picture import draw
 from .evaluation.protocol import DEFAULT_ARMS
 from .evaluation.tasks import Overlap
 from .evaluation.tasks.api_search import VALIDATION_LIBRARIES
-from .evaluation.training import History, Schedule, fit, load_encoder, load_stack, transformer_of
+from .evaluation.training import History, Schedule, fit, load_adapted, load_encoder, transformer_of
 from .settings import DEFAULT_TASK, PRIMITIVES, DemoSettings
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def rescore(output: Path) -> None:
         raise RuntimeError("the test rows are not those that were scored after training")
     scored = {}
     for name, folders in job["adapters"].items():
-        test = task.evaluate(load_stack(load_encoder(job["model"], job["device"]), folders))
+        test = task.evaluate(load_adapted(load_encoder(job["model"], job["device"]), folders))
         scored[name] = {
             "scores": test.scores,
             "rows": {metric: rows.tolist() for metric, rows in test.rows.items()},

@@ -63,6 +63,7 @@ def test_the_auxiliary_loss_is_the_mean_over_the_layers():
     assert auxiliary_loss(model).item() == 0.0
 
 
+@pytest.mark.compatible("Training", "transformers: Trainer")
 def test_trainer_with_the_callback_does_what_the_loop_does(tmp_path):
     """The term counts once per step, however many batches the step is made of."""
     arguments = TrainingArguments(
@@ -93,6 +94,7 @@ def test_trainer_with_the_callback_does_what_the_loop_does(tmp_path):
     assert any((value - expected[name]).abs().max() > 1e-3 for name, value in adapter(without).items())
 
 
+@pytest.mark.compatible("Training", "TRL: SFT")
 def test_the_penalty_falls_in_trl(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

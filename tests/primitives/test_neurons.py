@@ -329,7 +329,7 @@ def kv_rate(drive: Tensor, theta, leak, potassium, by_spike, deepening, memory, 
 def response(module, drive: Tensor) -> Tensor:
     """The rate of a spiking unit of gain one at the given currents."""
     currents = drive[:, None]
-    return module.fired(currents, torch.ones_like(currents), torch.ones(1)).detach()[:, 0]
+    return module.fired(currents, torch.ones_like(currents), torch.ones(1), Context()).detach()[:, 0]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

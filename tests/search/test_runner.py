@@ -30,7 +30,8 @@ from helpers.fake_objective import (
 from helpers.processes import until
 from optuna.trial import TrialState
 
-from bioadapt.evaluation.statistics import Evaluation, paired_interval
+from bioadapt.evaluation.comparison import Comparison, Difference, Rivalry
+from bioadapt.evaluation.statistics import Evaluation, Interval, paired_interval
 from bioadapt.search.contest import finale
 from bioadapt.search.settings import budget
 from bioadapt.search.study import Child, Failed, Job, NotFound, Stopped, prepare, run_study, runner
@@ -404,14 +405,15 @@ def test_the_interval_covers_rows_and_seeds():
 )
 def test_the_bio_adapter_wins_only_against_every_rival(against, said):
     rivals = (finale.SAME_SIZE, finale.LORA, finale.BASE) if len(against) > 1 else (finale.BASE,)
-    differences = [
-        {"name": f"{finale.WINNER} - {rival}", "estimate": (low + high) / 2, "low": low, "high": high}
-        for rival, (low, high) in zip(rivals, against, strict=True)
-    ]
-    sentence = finale.verdict(differences, "spearman")
-    assert said in sentence and "model as it comes" in sentence and "spearman" in sentence
-    assert all(f"[{low:+.2f}, {high:+.2f}]" in sentence for low, high in against)
-    assert ("LoRA of the same size" in sentence) == (len(against) > 1)
+    rivalries = []
+    for rival, (low, high) in zip(rivals, against, strict=True):
+        interval, p = Interval((low + high) / 2, low, high, 0.95), 0.5 if low < 0 < high else 0.01
+        difference = Difference("test", rival, "spearman", interval, p, 1.0, seeds=3, rows=100)
+        rivalries.append(Rivalry(rival, (difference,), interval, p))
+    text = finale.verdict(Comparison(finale.WINNER, tuple(rivalries)))
+    assert said in text and "model as it comes" in text and "spearman" in text
+    assert all(f"[{low:+.2f}, {high:+.2f}]" in text for low, high in against)
+    assert (finale.SAME_SIZE in text) == (len(against) > 1)
 
 
 def test_the_winner_of_noise_is_shrunk_to_the_mean():

@@ -216,6 +216,7 @@ def test_a_cache_with_a_memory_can_be_copied_and_pickled(twin):
         torch.testing.assert_close(steps, model(ids()).logits[:, 5:].flip(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.compatible("Graphs", "torch.compile with the default cache")
 @torch.no_grad()
 def test_the_default_cache_compiles_without_a_graph_break():
     model = adapted(qwen(), ["short_term_depression"], target_modules=["1.mlp.down_proj"])

@@ -100,6 +100,7 @@ def test_the_backward_too_is_a_graph():
     assert_equal(trained(compiled, 2, 9), trained(plain, 2, 9))
 
 
+@pytest.mark.compatible("Graphs", "compile_adapters")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 def test_generated_code_gives_the_same():
     plain, compiled = pair(["leaky_integrator"])
@@ -127,6 +128,7 @@ def test_adapters_come_and_go(tmp_path):
     assert {name for name in compiled.state_dict() if ".again." not in name} == set(plain.state_dict())
 
 
+@pytest.mark.compatible("Graphs", "torch.compile of the whole model")
 @torch.no_grad()
 def test_the_whole_model_compiles_on_top():
     plain, compiled = pair(["lateral_inhibition"])

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from accelerate import disk_offload
-from datasets import Dataset
 from helpers.models import BERT, VOCAB, awake, bert, classifier, close, digest, gpt2, output, step, tokens, unchanged
 from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -137,6 +136,7 @@ def test_an_adapter_of_another_purpose_may_be_called_ref():
 
 
 def trainer(model: PeftModel, folder):
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
@@ -150,10 +150,12 @@ def trainer(model: PeftModel, folder):
     return DPOTrainer(model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
 
 
-def test_dpo_over_a_lora(tmp_path):
+@pytest.mark.compatible("Training", "TRL: DPO over a LoRA")
+def test_dpo_over_a_lora(tmp_path, record_property):
     pytest.importorskip("trl")
-    with pytest.raises(ValueError, match='adapter_name="below"'):
+    with pytest.raises(ValueError, match='adapter_name="below"') as refusal:
         trainer(policy("default"), tmp_path)
+    record_property("refused", str(refusal.value))
     model = policy("below")
     ours = trainer(model, tmp_path)
     before = digest(dict(model.named_parameters()))
@@ -175,6 +177,7 @@ def on_disk(folder):
     return model
 
 
+@pytest.mark.compatible("Bases", "offloaded to disk")
 @pytest.mark.parametrize(
     "name", ["neuro_ada", "heterosynaptic_scaling", "synaptic_pruning", "divisive_normalization", "predictive_coding"]
 )
@@ -194,11 +197,13 @@ def test_an_adapter_over_an_offloaded_base_is_the_one_in_memory(name, tmp_path):
     assert close(output(saved[1], tokens()), trained)
 
 
-def test_a_merge_into_offloaded_weights_is_refused(tmp_path):
+@pytest.mark.compatible("Bases", "offloaded to disk")
+def test_a_merge_into_offloaded_weights_is_refused(tmp_path, record_property):
     model = get_peft_model(on_disk(tmp_path), awake(["homeostatic_scaling"], ["c_attn"]))
     before = output(model, tokens())
-    with pytest.raises(ValueError, match="is offloaded"):
+    with pytest.raises(ValueError, match="is offloaded") as refusal:
         model.merge_adapter()
+    record_property("refused", str(refusal.value))
     assert close(output(model, tokens()), before)
 
 

@@ -181,6 +181,7 @@ def _encoder(folder: str):
 SENTENCES = ["Find the index of the largest value.", "Sort an array.", "A short one, a long one, and one in between."]
 
 
+@pytest.mark.compatible("Training", "sentence-transformers")
 def test_sentence_transformers_add_save_and_load(folder, tmp_path):
     model = _encoder(folder)
     plain = model.encode(SENTENCES, convert_to_tensor=True)

@@ -134,8 +134,9 @@ def test_rules_of_which_an_optimiser_holds_a_part_learn_by_the_next_forward():
     assert not torch.equal(trace, before)
 
 
+@pytest.mark.compatible("Several processes", "DeepSpeed, rules that change parameters or read traces")
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
-def test_parameters_of_deepspeed_are_refused_where_its_steps_cannot_be_followed(mark):
+def test_parameters_of_deepspeed_are_refused_where_its_steps_cannot_be_followed(mark, record_property):
     """DeepSpeed itself is not at hand: its marks on the parameters stand for it."""
     model = adapted("hebbian_trace", "synaptic_tagging")
     for parameter in trainable(model):
@@ -145,8 +146,9 @@ def test_parameters_of_deepspeed_are_refused_where_its_steps_cannot_be_followed(
     for learning in learning_of(model):
         for rule in learning.rules():
             rule.announced = True  # as the callback does
-    with pytest.raises(ValueError, match=r"synaptic_tagging changes its parameter 'early'.*DeepSpeed"):
+    with pytest.raises(ValueError, match=r"synaptic_tagging changes its parameter 'early'.*DeepSpeed") as refusal:
         loss_of(model, 1)
+    record_property("refused", str(refusal.value))
 
 
 # -- reference adapters --

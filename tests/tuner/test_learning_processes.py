@@ -166,6 +166,7 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[key].float(), tensor.float(), atol=2e-5, rtol=1e-3, msg=key)
 
 
+@pytest.mark.compatible("Several processes", "DDP")
 def test_replicas_of_two_stacks_agree_and_learn_as_one_process_does(found):
     model = t5()
     expected = trained(model, adamw(model), ROWS, decoder_input_ids=ROWS)
@@ -174,6 +175,7 @@ def test_replicas_of_two_stacks_agree_and_learn_as_one_process_does(found):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
+@pytest.mark.compatible("Several processes", "FSDP2, and an optimiser in parts (ZeRO-1)")
 @pytest.mark.parametrize("case", [parts_of_the_optimiser, shards])
 def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
     model = bert()
@@ -187,6 +189,7 @@ def test_one_process_that_trains_alone_waits_for_nobody(found):
     assert_close(found(one_process_alone)[0], trained(model, adamw(model), ROWS))
 
 
+@pytest.mark.compatible("Several processes", "FSDP1")
 def test_flat_shards_save_as_one_process_does_or_are_refused(found):
     model = bert(["hebbian_trace", "lateral_inhibition"])
     expected = trained(model, adamw(model), ROWS)
@@ -201,5 +204,6 @@ def test_every_parameter_can_be_sharded(name):
     assert [key for key, parameter in parameters if not parameter.is_contiguous()] == []
 
 
+@pytest.mark.compatible("Several processes", "tensor parallelism")
 def test_layers_that_are_divided_are_refused_by_name_or_compute_the_same(found):
     assert found(divided_layers) == [{}, {}]

@@ -141,6 +141,7 @@ def test_a_mask_of_pairs_hides_padding_as_a_mask_of_tokens_does(side):
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.compatible("Serving", "generate with a static cache")
 @torch.no_grad()
 def test_a_static_cache_with_padding_on_the_left_decodes_the_same():
     model, prompt = adapted(qwen()), torch.cat([torch.zeros(1, 3).long(), ids(1, 5)], 1)

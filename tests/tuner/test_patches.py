@@ -66,6 +66,7 @@ def test_a_forward_that_somebody_put_on_the_model_still_runs():
     assert model.unload().forward is counted
 
 
+@pytest.mark.compatible("Training", "accelerate")
 def test_what_accelerate_wraps_it_unwraps():
     base = bert()
     base.add_adapter(awake(["short_term_depression"], ["output.dense"]))
@@ -79,6 +80,7 @@ def test_what_accelerate_wraps_it_unwraps():
     assert torch.equal(unwrapped.forward(**tokens()).last_hidden_state, wanted)
 
 
+@pytest.mark.compatible("Graphs", "torch.export with dynamic shapes")
 @pytest.mark.parametrize(
     "primitive",
     ["lateral_inhibition", "short_term_depression", "predictive_coding", "complementary_fast_weights", "neuro_ada"],

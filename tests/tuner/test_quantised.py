@@ -56,6 +56,7 @@ def _inputs() -> torch.Tensor:
     return torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.compatible("Bases", "bitsandbytes, 4 and 8 bits")
 @pytest.mark.parametrize("named", PRIMITIVES)
 def test_adapters_act_train_and_go(bits, named, tmp_path):
     inputs, base = _inputs(), quantised(bits)
@@ -79,6 +80,7 @@ def test_adapters_act_train_and_go(bits, named, tmp_path):
     assert close(output(loaded, inputs), output(model, inputs), 1e-5)
 
 
+@pytest.mark.compatible("Bases", "bitsandbytes, 4 and 8 bits: merging")
 @pytest.mark.parametrize("seen", [False, True], ids=["never run", "run before"])
 @pytest.mark.parametrize("named", ["mergeable", "mergeable weight"])
 def test_merging_rounds_once_and_unmerging_restores(bits, named, seen):

@@ -244,6 +244,7 @@ def test_each_sample_is_served_by_its_own_adapter(kind):
     assert torch.equal(output(model, inputs), alone["other"])  # the active one again
 
 
+@pytest.mark.compatible("Serving", "beam search")
 def test_samples_keep_their_adapter_in_beam_search():
     base = gpt2()
     config = awake(["k_winners_take_all", "lateral_inhibition"])

@@ -57,6 +57,7 @@ def together(run, arguments):
         return list(pool.map(begin, arguments))
 
 
+@pytest.mark.compatible("Serving", "threads")
 @torch.no_grad()
 @pytest.mark.parametrize("build", [bert, qwen], ids=["encoder", "decoder"])
 def test_each_thread_has_its_own_mask(build):
@@ -67,6 +68,7 @@ def test_each_thread_has_its_own_mask(build):
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.compatible("Serving", "threads")
 @torch.no_grad()
 def test_each_thread_decodes_by_itself():
     model, given = adapted(qwen()), requests(6)
@@ -79,6 +81,7 @@ def test_each_thread_decodes_by_itself():
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.compatible("Serving", "adapters by request")
 @torch.no_grad()
 def test_each_thread_asks_for_its_own_adapters_and_heads():
     torch.manual_seed(0)
@@ -127,6 +130,7 @@ def test_recomputation_in_another_thread_has_the_mask_of_its_forward():
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.compatible("Several processes", "nn.DataParallel")
 @torch.no_grad()
 @pytest.mark.parametrize("by_name", [False, True], ids=["called", "by its forward"])
 def test_replicas_run_their_own_tensors(by_name):

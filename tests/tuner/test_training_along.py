@@ -223,6 +223,7 @@ def _classifying(seed: int = 1) -> PeftModel:
     return get_peft_model(under, awake("pointwise", modules_to_save=None))
 
 
+@pytest.mark.compatible("Training", "transformers: Trainer, resuming with a LoRA that trains along")
 def test_a_trainer_resumes_both(tmp_path):
     through = _classifying()
     _trainer(through, tmp_path / "through").train()

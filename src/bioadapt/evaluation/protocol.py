@@ -37,7 +37,7 @@ from .tasks import DIGITS, Overlap, Task, is_name, list_tasks, load_task
 from .tasks.cuts import drawn, with_validation
 from .tasks.files import read_overlap
 from .tasks.task import SENTENCES, TableTask
-from .training import Diverged, History, Schedule, fit, load_stack, transformer_of, without_progress_bars
+from .training import Diverged, History, Schedule, fit, load_adapted, transformer_of, without_progress_bars
 
 ALL = "all"
 _TUNING_SEED = 0
@@ -413,7 +413,7 @@ def evaluate(
 
 def _fresh(model: str, task: Task, device: str | None, adapters: Sequence[str], folder: str) -> Any:
     encoder = load_model(model, task, device, folder)
-    return load_stack(encoder, adapters) if adapters else encoder
+    return load_adapted(encoder, adapters) if adapters else encoder
 
 
 def _bio_config(settings: EvaluationSettings) -> BioConfig:

@@ -110,7 +110,7 @@ def _holder(encoder: Any) -> Any:
     return encoder if hasattr(encoder, "tokens") or hasattr(encoder, "features") else encoder[0]
 
 
-def load_stack(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> SentenceTransformer:
+def load_adapted(encoder: SentenceTransformer, folders: Sequence[str | Path]) -> SentenceTransformer:
     """Put saved adapters into an encoder, the first one at the bottom; all of them frozen."""
     for folder in folders:
         adapt(encoder, partial(PeftModel.from_pretrained, model_id=str(folder)))

@@ -1,7 +1,8 @@
 """Every place of torch and transformers that bioadapt changes, or reads though it is not public, each with its reason.
 
 What is changed is one model, and changed back when its last adapter goes; of caches it is the classes. Each place has
-a test in `tests/tuner/test_patches.py` that fails when it moves.
+a test in `tests/tuner/test_patches.py` that fails when it moves. One file because whoever asks what bioadapt changes of
+other libraries should find all of it here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ One file because the phases hand on what one study records of them.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,19 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import Progress
 
-from ..._extras import require
+from ..._extras import require, versions
 from ..._words import suggest
 from ...evaluation import Task, load_task
 from ...evaluation.tasks import is_name
-from ...evaluation.training import adapt, load_stack, transformer_of
+from ...evaluation.training import adapt, load_adapted, transformer_of
 from ...settings import DEFAULT_MODEL, DEFAULT_TASK, check_names
 from ..report import write_report
 from ..report.wording import count
 from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
-from ..study import Child, Job, Report, open_storage, prepare, run_study
+from ..study import Child, Job, open_storage, prepare, run_study
 from ..study.tickets import count_tickets, count_used, runs_here, this_worker
-from .cost import Pace, told, trainings
+from .cost import Pace, cost_in_words, trainings
 from .finale import (
     WINNER,
     Confirmation,
@@ -51,9 +50,8 @@ from .finale import (
     open_test,
     shrinkage,
     summary,
-    verdict,
 )
-from .lora import USUAL, LoraObjective, targets_of, train_lora
+from .lora import USUAL, LoraObjective, SavedLora, targets_of
 from .objective import Bench, BioObjective, searchable, without_test
 from .own import Training, first_trials, in_words, search_with
 from .script import winner_script
@@ -228,7 +226,8 @@ class Search:
         if self.name in optuna.get_all_study_names(open_storage(self.storage)):
             return self._begun()
         study = prepare(self.storage, self.name, 0)
-        study.set_user_attr("settings", {**self._fixed(), "trials": self.settings.trials, **_surroundings()})
+        facts = {"versions": versions("sentence-transformers", "optuna"), "machine": _machine()}
+        study.set_user_attr("settings", {**self._fixed(), "trials": self.settings.trials, **facts})
         study.set_user_attr("task", self.task.describe())
         study.set_user_attr("space", self.space.record())
         return study
@@ -245,7 +244,7 @@ class Search:
         if "pace" not in study.user_attrs:
             with Child(Pace(self._bench, self.space)) as child:
                 study.set_user_attr("pace", child.call(None))
-        self._say(told(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
+        self._say(cost_in_words(phases, self.settings, self.task.sizes, study.user_attrs["pace"]))
 
     def _used(self, name: str) -> int:
         """How many trials of a study have ended."""
@@ -342,7 +341,7 @@ class Search:
             "shrinkage": shrinkage(study, self.space, number),
             "configurations_tried": tried,
             "test_accesses": sum(tested.values()),
-            "verdict": " ".join([verdict(record["differences"], record["metric"]), *notes]),
+            "verdict": " ".join([record["verdict"], *notes]),
             "script": winner_script(
                 self.settings,
                 in_memory=self._in_memory,
@@ -379,21 +378,6 @@ class Search:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class SavedLora:
-    """Trains a LoRA again and saves it; what runs in the child. Called with its parameters."""
-
-    bench: Bench
-    seed: int
-    folder: str
-
-    def __call__(self, params: Mapping[str, Any], report: Report) -> tuple[float, int]:
-        encoder = self.bench.encoder(self.seed)
-        model, history = train_lora(self.bench, encoder, params, self.seed)
-        model.save_pretrained(self.folder)
-        return history.validation[-1][1], lora_size(model)
 
 
 def search(
@@ -443,7 +427,7 @@ def search(
 
 def _load_given(encoder: Any, folder: str) -> None:
     try:
-        load_stack(encoder, [folder])
+        load_adapted(encoder, [folder])
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(f"lora {folder!r} could not be loaded: {str(error).splitlines()[0]}") from error
 
@@ -455,17 +439,6 @@ def _best(study: Study) -> Any:
     return study.best_trial
 
 
-def _surroundings() -> dict[str, Any]:
-    packages = ("bioadapt", "torch", "transformers", "peft", "sentence-transformers", "optuna")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from its sources
-            continue
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "device": _device()}
-    return {"versions": versions, "machine": machine}
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+def _machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "device": device}

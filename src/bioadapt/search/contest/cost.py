@@ -1,4 +1,4 @@
-"""What a search costs, told before it begins: how many trainings each phase has, and how long they take."""
+"""What a search costs, said before it begins: how many trainings each phase has, and how long they take."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trainings(settings: SearchSettings, tuned: int, tried: int, *, confirmed: bo
     return {phase: count for phase, count in phases.items() if count}
 
 
-def told(
+def cost_in_words(
     phases: Mapping[str, int], settings: SearchSettings, rows: Mapping[str, int], pace: Mapping[str, float]
 ) -> str:
     """The cost in a sentence.

@@ -13,7 +13,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ... import add_scores
-from ...evaluation import Evaluation, paired_interval
+from ...evaluation import Comparison, Evaluation, compare
+from ...evaluation.comparison import LOSS, WIN
 from ...evaluation.training import History, transformer_of
 from ..space import Configuration, SearchSpace, save_adapters
 from ..study import Report
@@ -208,14 +209,13 @@ def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
-    seeds = max(map(len, by_name.values()))
-    # A contender with one result is the model as it comes, which is the same for every seed.
-    every = {name: list(own) * (seeds if len(own) == 1 else 1) for name, own in by_name.items()}
-    differences = []
-    for name in by_name:
-        if name != WINNER:
-            interval = paired_interval(_evaluations(every[WINNER], metric), _evaluations(every[name], metric), metric)
-            differences.append({"name": f"{WINNER} - {name}", **asdict(interval)})
+    evaluations = {name: _evaluations(own, metric) for name, own in by_name.items()}
+    comparison = compare({"test": evaluations}, {"test": metric}, WINNER)
+    differences = [
+        {"name": f"{WINNER} - {difference.rival}", **asdict(difference.interval)}
+        for rivalry in comparison.rivalries
+        for difference in rivalry.differences
+    ]
     return {
         "metric": metric,
         "contenders": [
@@ -229,6 +229,7 @@ def summary(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]
             for name, own in by_name.items()
         ],
         "differences": differences,
+        "verdict": verdict(comparison),
         "test_accesses": len(results),
     }
 
@@ -275,22 +276,17 @@ def caveats(winners: int, trials: int, lora_trials: int | None) -> list[str]:
     return sentences
 
 
-def verdict(differences: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Whether the winner is better than every rival, worse than one, or neither, in one sentence.
+def verdict(comparison: Comparison) -> str:
+    """Whether the winner is better than every rival, worse than one, or neither, and a sentence on each rival.
 
     One rival alone says little: the LoRA of the same size trains as long as both stages together and may overfit where
     the smaller one does not, and neither need be better than the model as it comes.
     """
-    words = {SAME_SIZE: "the LoRA of the same size", LORA: "the tuned LoRA", BASE: "the model as it comes"}
-    by_name = {record["name"]: record for record in differences}
-    against_rivals = {rival: by_name[name] for rival in words if (name := f"{WINNER} - {rival}") in by_name}
-    against = [
-        f"{record['estimate']:+.2f} [{record['low']:+.2f}, {record['high']:+.2f}] against {words[rival]}"
-        for rival, record in against_rivals.items()
-    ]
-    sizes = f"{', '.join(against)}, in points of {metric} on test"
-    if any(record["high"] < 0 for record in against_rivals.values()):
-        return f"The bio adapter loses here: {WINNER} has {sizes}."
-    if all(record["low"] > 0 for record in against_rivals.values()):
-        return f"The bio adapter wins here: {WINNER} has {sizes}."
-    return f"Undecided: {WINNER} has {sizes}, and is not better than every rival by an interval that excludes zero."
+    verdicts = {difference.verdict for rivalry in comparison.rivalries for difference in rivalry.differences}
+    if LOSS in verdicts:
+        opening = "The bio adapter loses here."
+    elif verdicts == {WIN}:
+        opening = "The bio adapter wins here."
+    else:
+        opening = "Undecided: the bio adapter is not better than every rival here."
+    return f"{opening} {comparison.verdict}"

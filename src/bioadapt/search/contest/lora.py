@@ -12,7 +12,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from ...evaluation import arms
-from ...evaluation.training import History, adapt, transformer_of
+from ...evaluation.training import History, adapt, trainable_parameters, transformer_of
 from ...tuner.targets import block_of
 from ..study import Report
 from .objective import Bench
@@ -108,6 +108,21 @@ class LoraObjective:
         encoder = self.bench.encoder(self.seed)
         _, history = train_lora(self.bench, encoder, params, self.seed, self.start, report)
         return history.validation[-1][1]
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """Trains a LoRA again and saves it; what runs in the child. Called with its parameters."""
+
+    bench: Bench
+    seed: int
+    folder: str
+
+    def __call__(self, params: Mapping[str, Any], report: Report) -> tuple[float, int]:
+        encoder = self.bench.encoder(self.seed)
+        model, history = train_lora(self.bench, encoder, params, self.seed)
+        model.save_pretrained(self.folder)
+        return history.validation[-1][1], trainable_parameters(model)
 
 
 def train_lora(

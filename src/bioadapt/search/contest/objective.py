@@ -19,7 +19,7 @@ from ...evaluation.prefix import cached_prefix
 from ...evaluation.statistics import better
 from ...evaluation.tasks.cuts import with_validation
 from ...evaluation.tasks.task import SENTENCES
-from ...evaluation.training import History, Schedule, adapt, fit, load_stack, trainable_parameters
+from ...evaluation.training import History, Schedule, adapt, fit, load_adapted, trainable_parameters
 from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
 
@@ -83,7 +83,7 @@ class Bench:
         """The model as it comes, over a saved LoRA if ``below`` names one, which is frozen then."""
         torch.manual_seed(seed)
         encoder = load_model(self.model, self.task, self.device, self.models)
-        return encoder if below is None else load_stack(encoder, [below])
+        return encoder if below is None else load_adapted(encoder, [below])
 
     def validate(self, encoder: Any) -> float:
         """Score on the validation split, in percent."""

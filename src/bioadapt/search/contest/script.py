@@ -48,7 +48,7 @@ def winner_script(
             "adapt(model, lambda plain: get_peft_model(plain, lora))\n" + train.format(chosen["learning_rate"])
         )
     elif settings.lora != NO_LORA:
-        body += f"load_stack(model, [{settings.lora!r}])\n"
+        body += f"load_adapted(model, [{settings.lora!r}])\n"
     if configs:
         calls = ",\n".join(config_call(config, seed="seed") for config in configs)
         body += (
@@ -65,7 +65,7 @@ def winner_script(
         "from bioadapt.evaluation import load_task\n"
         "from bioadapt.evaluation.models import load_model\n"
         "from bioadapt.evaluation.tasks.cuts import with_validation\n"
-        "from bioadapt.evaluation.training import Schedule, adapt, fit, load_stack, transformer_of\n"
+        "from bioadapt.evaluation.training import Schedule, adapt, fit, load_adapted, transformer_of\n"
         "from bioadapt.search import add_adapters\n\n"
         + ("# rows: what was given to search(task=rows)\n" if in_memory else "")
         + f"task = with_validation({_load_call(settings, in_memory)})\n"

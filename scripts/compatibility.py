@@ -1,0 +1,88 @@
+"""Write docs/compatibility.md from a run of the tests that its cells stand for: those marked with `compatible`.
+
+    python scripts/compatibility.py [REPORT]
+
+REPORT is what `pytest -m compatible --junitxml=REPORT` has written; without it the tests are run first, which takes
+some minutes. A test that refuses something keeps the sentence by `record_property("refused", ...)`, and one that meets
+a limit of another library by `record_property("limit", ...)`. A cell whose tests failed, or were skipped all, is red:
+the page is written nonetheless, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "trl", "sentence-transformers")
+RED = "**fails**"
+INTRODUCTION = """# What works with what
+
+Every line was tried out: `make compatibility` runs the tests behind them on a CPU and writes this page from what they
+found, with {versions}. "Refused" is what bioadapt says instead of doing something wrong; "limit" is where another
+library ends, for its own methods too.
+"""
+
+
+@dataclass
+class Cell:
+    """What the tests of one line have found."""
+
+    outcomes: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    positive: bool = False  # whether a test passed that has met neither a refusal nor a limit
+
+    def text(self) -> str:
+        if "failed" in self.outcomes or "passed" not in self.outcomes:
+            return RED
+        return "; ".join([*(["works"] if self.positive else []), *dict.fromkeys(self.said)])
+
+
+def cells(report: Path) -> dict[str, dict[str, Cell]]:
+    """The cells by group and line, in the order of the tests."""
+    found: dict[str, dict[str, Cell]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        properties = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
+        said = [f"{name}: {' '.join(value.split())}" for name, value in properties if name in ("refused", "limit")]
+        failed = any(case.find(tag) is not None for tag in ("failure", "error"))
+        outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
+        works = outcome == "passed" and not any(name == "limit" for name, _ in properties)
+        for name, value in properties:
+            if name == "compatible":
+                group, line = value.split(" | ")
+                cell = found.setdefault(group, {}).setdefault(line, Cell())
+                cell.outcomes.append(outcome)
+                cell.said += said
+                cell.positive |= works and ("refused only", "") not in properties
+    return found
+
+
+def page(found: dict[str, dict[str, Cell]]) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES))]
+    for group in sorted(found):
+        rows = [f"| {line} | {cell.text().replace('|', '&#124;')} |" for line, cell in sorted(found[group].items())]
+        parts.append("\n".join([f"\n## {group}\n", "| | |", "|---|---|", *rows, ""]))
+    return "".join(parts)
+
+
+def main(arguments: list[str], path: Path = PAGE) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(arguments[0]) if arguments else Path(folder, "report.xml")
+        if not arguments:
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "compatible", f"--junitxml={report}"]
+            subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        written = page(cells(report))
+    path.write_text(written)
+    return int(RED in written)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
