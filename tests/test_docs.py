@@ -69,10 +69,10 @@ def test_what_is_dear_says_why():
     found = {name: dict.fromkeys(capabilities.COLUMNS, "yes") for name in ("kv_lif", "lateral_inhibition")}
     cost = dict.fromkeys(catalogue.COSTS, "1.0")
     dear = {**cost, "step_ratio": "1.56"}
-    page = catalogue.matrix(found, {"kv_lif": dear, "lateral_inhibition": cost})
+    page = catalogue.matrix(found, {"kv_lif": dear, "lateral_inhibition": cost}, {})
     assert "`kv_lif`: every unit goes through six micro-steps" in page and "`lateral_inhibition`:" not in page
     with pytest.raises(RuntimeError, match="lateral_inhibition takes more"):
-        catalogue.matrix(found, {"lateral_inhibition": dear})
+        catalogue.matrix(found, {"lateral_inhibition": dear}, {})
 
 
 def test_the_overview_links_every_primitive_once_in_the_order_of_the_stages():
