@@ -101,6 +101,25 @@ def confirmed(folder: Path) -> list[Finding]:
     return found
 
 
+def table_of_cells(folder: Path) -> str:
+    """Means over seeds on clean test rows, by task and arm, and what `confirmed` makes of them."""
+    with (folder / "cells.csv").open(newline="", encoding="utf-8") as file:
+        cells = list(csv.DictReader(file))
+    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
+    lines = [
+        f"| task | {' | '.join(arms)} | over the better lora-equal | over the placebo |",
+        "|---" * (len(arms) + 3) + "|",
+    ]
+    for found in confirmed(folder):
+        means = [
+            statistics.fmean(float(c["test_clean"]) for c in cells if (c["task"], c["arm"]) == (found.task, arm))
+            for arm in arms
+        ]
+        over = f"{found.over_equal:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        lines.append(f"| {found.task} | {' | '.join(f'{m:.2f}' for m in means)} | {over} | {found.over_placebo:+.2f} |")
+    return "\n".join(lines)
+
+
 def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
     """The best cell of an arm's first seed, and the scores of all seeds at its rates."""
     own = [result for result in results if result.arm == arm]
@@ -151,6 +170,13 @@ def table(found: Sequence[Finding]) -> str:
     return "\n".join([head, "|---" * (len(TASKS) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
 
 
+def put_into(page: Path, lines: str) -> None:
+    """Between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
+    page.write_text(f"{before}{TABLE[0]}\n{lines}\n{TABLE[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     sure = [finding for cells in sorted(EVIDENCE.glob("*/cells.csv")) for finding in confirmed(cells.parent)]
     known = {(finding.primitive, finding.task) for finding in sure}
@@ -163,10 +189,8 @@ def main() -> None:
         for finding in found:
             row = vars(finding)
             writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    page = HERE / "README.md"
-    text = page.read_text(encoding="utf-8")
-    before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
-    page.write_text(f"{before}{TABLE[0]}\n{table(screened)}\n{TABLE[1]}{after}", encoding="utf-8")
+    put_into(HERE / "README.md", table(screened))
+    put_into(EVIDENCE / "README.md", table_of_cells(EVIDENCE / "joint"))
     runpy.run_path(str(README_TABLE))["update"]()
 
 
