@@ -360,7 +360,7 @@ def of_type(name: str) -> pytest.param:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(of_type, [*CASES, *REMOTE_CODE]))
+@pytest.mark.parametrize("name", [of_type(name) for name in (*CASES, *REMOTE_CODE)])
 def test_defaults_match_exactly_the_residual_writers(name):
     case = CASES.get(name, Case([], model_type=name))
     with torch.device("meta"):
