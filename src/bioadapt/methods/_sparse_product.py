@@ -39,15 +39,15 @@ class Gradients(NamedTuple):
     """What the way back starts from, and where it writes: each of the last two may be None.
 
     Attributes:
-        v, grad, index, values: see above.
+        v, grad, synapses, values: see above; the synapses are the index.
         on_v: becomes grad A.
-        on_values: to the number at (i, j) the sum over tokens of grad_i v[index_ij] is added.
-        order: of the index, None if nobody has it.
+        on_values: to the number at (i, j) the sum over tokens of grad_i v[synapses_ij] is added.
+        order: of the synapses, None if nobody has it.
     """
 
     v: Tensor
     grad: Tensor
-    index: Tensor
+    synapses: Tensor
     values: Tensor
     on_v: Tensor | None
     on_values: Tensor | None
@@ -68,9 +68,9 @@ def _apart(
 
     def both(wanted: Gradients) -> None:
         if wanted.on_v is not None:
-            back(wanted.grad, wanted.index, wanted.values, wanted.on_v)
+            back(wanted.grad, wanted.synapses, wanted.values, wanted.on_v)
         if wanted.on_values is not None:
-            correlate(wanted.v, wanted.index, wanted.grad, wanted.on_values)
+            correlate(wanted.v, wanted.synapses, wanted.grad, wanted.on_values)
 
     return both
 

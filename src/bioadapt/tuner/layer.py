@@ -163,7 +163,7 @@ class BioLayer(MergeableLayer):
             self.unmerge()
         around = self.scope.surroundings
         circuits = self._called(around)
-        base_layer = self._modules["base_layer"]
+        base_layer: Any = self._modules["base_layer"]
         if not circuits:
             return base_layer(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))

@@ -50,7 +50,7 @@ class ShortTermDepression(Modulation):
         recovered, rest, used = context.once(self.constants)
         return past_recurrence("resource", torch.addcmul(rest, used, activity), recovered, context, initial=1.0)
 
-    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
+    def constants(self) -> tuple[Tensor, ...]:
         """1 / tau, 1 - 1 / tau and -U: (groups,) each."""
         recovered = 1 / (1 + nn.functional.softplus(self.recovery))
         rest = 1 - recovered
