@@ -84,7 +84,7 @@ class Row:
     decode_time: float
     kernels: int | None
     graph_breaks: int | None
-    fullgraph: bool
+    fullgraph: bool | None
 
 
 class Traffic(TorchDispatchMode):
@@ -273,7 +273,7 @@ def table(
     steps: dict[str, tuple[int, int]],
     decodes: dict[str, tuple[tuple[int, int], tuple[int, int]]],
     times: dict[str, float],
-    graphs: dict[str, tuple[int | None, int | None, bool]],
+    graphs: dict[str, tuple[int | None, int | None, bool | None]],
 ) -> list[Row]:
     """One row for each method, from what has been counted and timed of all; the fewest operations first."""
     rows = []
@@ -309,8 +309,9 @@ def table(
 def report(rows: list[Row]) -> str:
     median = {
         name: statistics.median(getattr(row, name) for row in rows)
-        for name in ("step_operations_ratio", "step_mib_ratio", "kernels")
+        for name in ("step_operations_ratio", "step_mib_ratio")
     }
+    compiled = [row for row in rows if row.kernels is not None]
     many = [
         f"{row.method} ({row.step_operations_ratio:g})" for row in rows if row.step_operations_ratio > MOST_OPERATIONS
     ]
@@ -321,8 +322,9 @@ def report(rows: list[Row]) -> str:
     return (
         f"Medians to LoRA r=8: operations of a step {median['step_operations_ratio']:.2f} (bar {OPERATIONS_BAR}), "
         f"bytes {median['step_mib_ratio']:.2f} (bar {BYTES_BAR}); decoding time: {decoding}.\n"
-        f"Compiled: {median['kernels']:g} kernels in the median, {sum(row.graph_breaks or 0 for row in rows)} graph "
-        f"breaks, {sum(row.fullgraph for row in rows)} of {len(rows)} whole models in one graph.\n"
+        f"Compiled: {statistics.median([row.kernels or 0 for row in compiled]):g} kernels in the median, "
+        f"{sum(row.graph_breaks or 0 for row in compiled)} graph breaks, "
+        f"{sum(bool(row.fullgraph) for row in compiled)} of {len(compiled)} whole models in one graph.\n"
         f"More than {MOST_OPERATIONS:g} times LoRA's operations: {', '.join(many) or 'none'}."
     )
 

@@ -33,7 +33,7 @@ from transformers import StaticCache
 
 from bioadapt import compile_adapters
 
-NAMES = ("lateral_inhibition", "homeostatic_scaling", "fly_lora", "short_term_depression", "predictive_coding")
+NAMES = ("lateral_inhibition", "fly_lora", "short_term_depression")
 THREADS, TEXTS, TOKENS, NEW = 8, 32, 16, 16
 
 
@@ -123,7 +123,7 @@ def ratios(models: dict[str, nn.Module], run: Callable[[str], object], rounds: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="a primitive; may be given several times")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = {name: served(name) for name in (LORA, *(options.only or NAMES))}
