@@ -151,7 +151,7 @@ def test_the_ranking_has_every_mechanism_of_the_record_and_says_how_many_were_no
 
 def test_the_page_on_speed_says_what_was_measured():
     page = (DOCS / "speed.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"benchmarks/results/[\w.-]+\.csv", page)
+    (table,) = re.findall(r"benchmarks/results/intel[\w.-]+\.csv", page)
     with (DOCS.parent / table).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for kind in ("pointwise", "causal", "weight"):
@@ -163,6 +163,35 @@ def test_the_page_on_speed_says_what_was_measured():
     assert f"IA3 is at {others['ia3']:.2f} of the LoRA, C3A at {others['c3a']:.2f}" in page
     kept = statistics.median(float(row["saved_ratio"]) for row in rows if row["family"] == "primitive")
     assert f"are {kept:.2f} times a LoRA's" in page
+
+def test_the_page_on_speed_says_what_is_launched_and_served():
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    results = {}
+    for kind in ("launches", "serving"):
+        (table,) = re.findall(rf"benchmarks/results/{kind}-[\w.-]+\.csv", page)
+        with (DOCS.parent / table).open(encoding="utf-8") as file:
+            results[kind] = list(csv.DictReader(file))
+    rows = [row for row in results["launches"] if row["kind"]]
+    assert {row["method"] for row in rows} == set(list_primitives())
+    causal, others = ([row for row in rows if (row["kind"] == "causal") is flag] for flag in (True, False))
+    for name, column, these in (
+        ("operations of a training step", "step_operations_ratio", rows),
+        ("bytes that they move", "step_mib_ratio", rows),
+        ("operations of a decoding step", "decode_operations_ratio", rows),
+        ("time of a decoding step, `causal`", "decode_time", causal),
+        ("time of a decoding step, the others", "decode_time", others),
+    ):
+        ratios = {row["method"]: float(row[column]) for row in these}
+        most = max(ratios, key=ratios.__getitem__)
+        assert f"| {name} | {statistics.median(ratios.values()):.2f} | {ratios[most]:.2f} (`{most}`) |" in page
+    compiled = [row for row in rows if row["kernels"]]
+    middle = statistics.median(int(row["kernels"]) for row in compiled)
+    assert f"is {middle:g} kernels in the median of {len(compiled)} primitives" in page
+    assert {row["graph_breaks"] for row in compiled} == {"0"} and {row["fullgraph"] for row in compiled} == {"True"}
+    for row in results["serving"]:
+        assert f"| `{row['method']}` | {row['threads']} | {row['mixed_batch']} | {row['static_cache']} |" in page
+        assert row["compiled_again"] == "0"
+
 
 
 def test_a_page_says_how_far_a_loras_rate_brings_it_and_why_not_further(monkeypatch):
