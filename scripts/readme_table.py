@@ -107,7 +107,7 @@ def of_the_record() -> str:
     return (
         f"[{len(names)} mechanisms](experiments/record/README.md) were screened so far beside a LoRA, on {len(tasks)} "
         f"tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the best placebo; "
-        f"{single} rest on one seed, {confirmed} are confirmed."
+        f"{single} rest on one seed; {confirmed} wins are confirmed."
     )
 
 

@@ -164,6 +164,7 @@ def test_the_page_on_speed_says_what_was_measured():
     kept = statistics.median(float(row["saved_ratio"]) for row in rows if row["family"] == "primitive")
     assert f"are {kept:.2f} times a LoRA's" in page
 
+
 def test_the_page_on_speed_says_what_is_launched_and_served():
     page = (DOCS / "speed.md").read_text(encoding="utf-8")
     results = {}
@@ -191,7 +192,6 @@ def test_the_page_on_speed_says_what_is_launched_and_served():
     for row in results["serving"]:
         assert f"| `{row['method']}` | {row['threads']} | {row['mixed_batch']} | {row['static_cache']} |" in page
         assert row["compiled_again"] == "0"
-
 
 
 def test_a_page_says_how_far_a_loras_rate_brings_it_and_why_not_further(monkeypatch):

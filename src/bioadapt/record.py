@@ -98,6 +98,8 @@ def suggest(
 ) -> list[Suggestion]:
     """Mechanisms that were measured, the one furthest over a LoRA of its size first, losses last.
 
+    Those that were measured on fewer of the tasks than others come after these, since one task says little of the next.
+
     Args:
         task: a task of the record, or a family of tasks; None for all of them.
         merges: only those that can become part of a weight.
@@ -121,4 +123,5 @@ def suggest(
             factor = statistics.median(finding.factor for finding in own)
             zero_scale = statistics.median(finding.zero_scale for finding in own)
             suggestions.append(Suggestion(name, over_equal, over_placebo, factor, zero_scale, tuple(own)))
-    return sorted(suggestions, key=lambda suggestion: -suggestion.over_equal)
+    most = max((len(suggestion.findings) for suggestion in suggestions), default=0)
+    return sorted(suggestions, key=lambda one: (len(one.findings) < most, -one.over_equal))
