@@ -17,7 +17,7 @@ from bioadapt.circuits.spiking_network import (
     constants_at_birth,
     fire,
 )
-from bioadapt.primitives.dendritic.kv_lif import KvLif, _rate, _slopes
+from bioadapt.primitives.dendritic.kv_lif import KvLif, _factors, _rate, _slopes
 from experiments.kv_lif import run
 from experiments.kv_lif.training import accuracy, fit
 
@@ -66,7 +66,7 @@ class TestTheCataloguesNeuron:
     def test_under_a_constant_drive_counts_what_the_primitive_counts(self, steps):
         constants, drive = KvLif(1, 1).constants().detach(), torch.linspace(0, 8, 500)
         spikes, _ = fire(drive.expand(1, steps, -1), constants)
-        torch.testing.assert_close(spikes.mean(1)[0], _rate(drive, constants, steps), rtol=0, atol=1e-6)
+        torch.testing.assert_close(spikes.mean(1)[0], _rate(drive, _factors(constants), steps), rtol=0, atol=1e-6)
 
     def test_has_the_surrogate_slopes_of_the_primitive(self):
         """By the drive and by all six constants, against the backward that the primitive has written out."""
