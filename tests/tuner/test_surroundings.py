@@ -173,7 +173,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind():
     before = model(input_ids=ids).last_hidden_state
     with pytest.raises(Exception):  # noqa: B017 - whatever the model itself raises for a token it does not have
         model(input_ids=ids + 100)
-    assert all(layer.scope.surroundings is None for layer in model.base_model.layers())
+    assert all(layer.scope.flow.around is None for layer in model.base_model.layers())
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)
 
 

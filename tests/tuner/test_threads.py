@@ -180,5 +180,5 @@ def test_an_interrupted_call_leaves_no_trace():
     with pytest.raises(KeyboardInterrupt):
         model(**given)
     hook.remove()
-    assert all(layer.scope.surroundings is None for layer in model.base_model.layers())
+    assert all(layer.scope.flow.around is None for layer in model.base_model.layers())
     assert torch.equal(model(**given).last_hidden_state, wanted)

@@ -63,7 +63,7 @@ class Costs(Bare):
                 primitive(x, context)
             counts.append(calls.count)
         few, many = counts
-        assert many <= 2 * few, f"{subject.name}: {few} tensor operations on 64 tokens, {many} on eight times as many"
+        assert many <= 2.5 * few, f"{subject.name}: {few} tensor operations on 64 tokens, {many} on eight times as many"
 
     @pytest.mark.parametrize("widths", [EVEN], indirect=True, ids=AS_WIDTHS)
     def test_compiles_without_a_graph_break(self, subject: Subject) -> None:
