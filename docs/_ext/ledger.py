@@ -16,7 +16,7 @@ from typing import Any
 from catalogue import table
 
 README, CLAIMS, VALUES, PICTURE = "README.md", "claims.csv", "results.csv", "results.png"
-RECORD = "record"  # the screen of all mechanisms claims nothing; it has a page of its own
+APART = ("record", "evidence")  # comparisons with LoRAs, which claim nothing; each has a page of its own
 NEEDED = (README, CLAIMS, VALUES, PICTURE)
 COLUMNS = ("claim", "measure", "side", "bound", "estimate", "low", "high", "seeds", "verdict", "note")
 VERDICTS = ("supported", "undecided", "not supported", "not testable here")
@@ -58,7 +58,7 @@ def found_in(experiments: Path) -> list[Path]:
         RuntimeError: there are none, or some lack files.
     """
     folders = sorted(
-        p for p in experiments.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")) and p.name != RECORD
+        p for p in experiments.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")) and p.name not in APART
     )
     lacking = {folder.name: [name for name in NEEDED if not (folder / name).is_file()] for folder in folders}
     broken = [f"{name} lacks {', '.join(files)}" for name, files in lacking.items() if files]
