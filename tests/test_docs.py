@@ -195,8 +195,11 @@ def test_the_page_on_speed_says_what_is_launched_and_served():
 
 
 def test_a_page_says_how_far_a_loras_rate_brings_it_and_why_not_further(monkeypatch):
+    with catalogue.RATES.open(encoding="utf-8") as file:
+        measured = {row["name"]: float(row["zero_scale"]) for row in csv.DictReader(file)}
     for name in list_primitives():
         assert "times as far as that of a LoRA r=8" in catalogue.learning(name)
+        assert measured[name] == primitive_info(name).fresh_zero_scale, f"python benchmarks/rates.py --only {name}"
     assert "know nothing of the loss; it moves" in catalogue.learning("oja_subspace")
     monkeypatch.setattr(catalogue, "SLOW", {})
     with pytest.raises(KeyError, match="oja_subspace"):

@@ -1,5 +1,6 @@
 """The experiments' scripts on tiny data: what they count, how they go on after a stop, and that merging is exact."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("matplotlib")
 from peft import get_peft_model
 
 from bioadapt.testing.hosts import HOSTS
+from experiments import cells
 from experiments.ledger import over_seeds
 from experiments.task_decoupling import run
 
@@ -252,3 +254,25 @@ def test_a_finished_run_trains_nothing_again_and_more_seeds_add_to_it(staged):
     assert (trained, log) == ([], [])
     experiment().run(seeds=2)
     assert [seed for _, _, seed in trained] == [1, 1, 1]
+
+
+@dataclass(frozen=True)
+class Training:
+    task: str
+    rate: float
+
+
+@dataclass(frozen=True)
+class Trained(Training):
+    params: int = 0
+
+
+def test_cells_are_found_again_by_what_was_trained(tmp_path):
+    path = tmp_path / "cells.csv"
+    assert not list(cells.read(path, Trained))
+    for result in (Trained("stsb", 1e-3, 8), Trained("a, b", 2e-3, 9)):
+        cells.append(path, result)
+    assert list(cells.read(path, Trained)) == [Trained("stsb", 1e-3, 8), Trained("a, b", 2e-3, 9)]
+    assert {cells.identity(one, Training) for one in cells.read(path, Trained)} == {
+        Training("stsb", 1e-3), Training("a, b", 2e-3)
+    }  # fmt: skip

@@ -16,17 +16,17 @@ a candidate, which `bioadapt evaluate` confirms or refutes.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 
 from bioadapt import BioConfig
+from experiments.cells import append, identity, read
 from experiments.record.bench import FAMILIES, Bench
 from experiments.record.placebo import GeluBottleneck as GeluBottleneck  # registers the placebos
 
@@ -92,7 +92,7 @@ class Front:
     def __init__(self, data_dir: Path, output: Path) -> None:
         self.data_dir, self.output = data_dir, output
         self.benches: dict[str, Bench] = {}
-        self.results = {identity(result): result for result in read(output)}
+        self.results = {identity(result, Cell): result for result in read(output, Result)}
 
     def run(self, cell: Cell) -> Result:
         if cell not in self.results:
@@ -112,34 +112,8 @@ class Front:
             model = get_peft_model(model, config)
             for parameter in kept:
                 parameter.requires_grad_(True)
-        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        seconds = bench.train(model, {"": cell.rate}, cell.seed)
-        dev = bench.score(model)
-        while isinstance(model, PeftModel):
-            model = model.unload()
-        bench.upper = model.requires_grad_(False)
-        return Result(**asdict(cell), params=params, dev=round(dev, 3), seconds=round(seconds, 1))
-
-
-def identity(cell: Cell) -> Cell:
-    return Cell(**{field.name: getattr(cell, field.name) for field in fields(Cell)})
-
-
-def read(path: Path) -> Iterator[Result]:
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                numbers = {name: float(row[name]) for name in ("rate", "dev", "seconds")}
-                yield Result(row["task"], row["arm"], int(row["seed"]), params=int(row["params"]), **numbers)
-
-
-def append(path: Path, result: Result) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(asdict(result))
+        params, dev, seconds = bench.run(model, {"": cell.rate}, cell.seed)
+        return Result(**asdict(cell), params=params, dev=dev, seconds=seconds)
 
 
 def best(results: Sequence[Result]) -> dict[tuple[str, str], float]:
@@ -186,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for arm in options.arm:
             for task in options.task or FAMILIES:
                 front_of(front, arm, task, options.seed)
-    lines = table(list(read(options.output)))
+    lines = table(list(read(options.output, Result)))
     print(lines)
     if options.output.parent == HERE:
         page = HERE / "README.md"

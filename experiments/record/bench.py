@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
@@ -116,6 +117,17 @@ class Bench:
         if len(self.states["train"]) == 2:
             return cosent(*vectors.chunk(2), labels.float())
         return contrastive(vectors, labels)
+
+    def run(self, model: PeftModel, rates: dict[str, float], seed: int) -> tuple[int, float, float]:
+        """Train and score adapters over the upper blocks and take them out again: their size, the score, seconds."""
+        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        seconds = self.train(model, rates, seed)
+        dev = self.score(model)
+        plain: Any = model
+        while isinstance(plain, PeftModel):
+            plain = plain.unload()
+        self.upper = plain.requires_grad_(False)
+        return params, round(dev, 3), round(seconds, 1)
 
     def train(self, model: nn.Module, rates: dict[str, float], seed: int) -> float:
         """Train all that asks for a gradient; ``rates`` by a part of the parameter's name, "" for the rest. Seconds."""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from bioadapt import BioConfig, list_primitives
 from bioadapt.record import Finding
+from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
 from experiments.record.bench import FAMILIES
-from experiments.record.run import HERE, PLACEBOS, TASKS, Result, identity, read
+from experiments.record.run import HERE, PLACEBOS, TASKS, Cell, Result
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
@@ -124,7 +125,7 @@ def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
     """The best cell of an arm's first seed, and the scores of all seeds at its rates."""
     own = [result for result in results if result.arm == arm]
     best = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
-    same = [result for result in own if replace(identity(result), seed=0) == identity(best)]
+    same = [result for result in own if replace(identity(result, Cell), seed=0) == identity(best, Cell)]
     return best, {result.seed: result.dev for result in same}
 
 
@@ -180,7 +181,7 @@ def put_into(page: Path, lines: str) -> None:
 def main() -> None:
     sure = [finding for cells in sorted(EVIDENCE.glob("*/cells.csv")) for finding in confirmed(cells.parent)]
     known = {(finding.primitive, finding.task) for finding in sure}
-    screened = findings(list(read(HERE / "cells.csv")))
+    screened = findings(list(read(HERE / "cells.csv", Result)))
     found = [*(finding for finding in screened if (finding.primitive, finding.task) not in known), *sure]
     found.sort(key=lambda finding: (finding.primitive, finding.task))
     with RECORD.open("w", newline="", encoding="utf-8") as file:

@@ -12,17 +12,17 @@ screen decides what is worth a confirmation on fresh rows, it confirms nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from bioadapt import BioConfig, list_primitives, primitive_info
+from experiments.cells import append, identity, read
 from experiments.record import placebo
 from experiments.record.bench import Bench
 
@@ -62,15 +62,15 @@ class Screen:
     def __init__(self, data_dir: Path, output: Path, rows: int = ROWS) -> None:
         self.data_dir, self.output, self.rows = data_dir, output, rows
         self.benches: dict[str, Bench] = {}
-        self.results = {identity(result): result for result in read(output)}
+        self.results = {identity(result, Cell): result for result in read(output, Result)}
 
     def run(self, cell: Cell) -> Result:
         """The result of a cell, from the file if it is there."""
-        if identity(cell) not in self.results:
-            result = self.results[identity(cell)] = self._train(cell)
+        if cell not in self.results:
+            result = self.results[cell] = self._train(cell)
             append(self.output, result)
             print(f"{cell.task} {cell.arm} seed {cell.seed}, rate {cell.rate:g} x {cell.factor:g}: {result.dev:.2f}")
-        return self.results[identity(cell)]
+        return self.results[cell]
 
     def _train(self, cell: Cell) -> Result:
         if cell.task not in self.benches:
@@ -86,13 +86,8 @@ class Screen:
                 if "lora_" in name:
                     parameter.requires_grad_(True)
             rates = {"lora_": cell.rate, "": cell.rate * cell.factor}
-        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        seconds = bench.train(model, rates, cell.seed)
-        dev = bench.score(model)
-        while isinstance(model, PeftModel):
-            model = model.unload()
-        bench.upper = model
-        return Result(**asdict(cell), params=params, dev=round(dev, 3), seconds=round(seconds, 1))
+        params, dev, seconds = bench.run(model, rates, cell.seed)
+        return Result(**asdict(cell), params=params, dev=dev, seconds=seconds)
 
     def best_rate(self, task: str) -> float:
         """Of LoRA r=8 by its first seed."""
@@ -131,28 +126,6 @@ def _lora(arm: str) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
 
 
-def identity(cell: Cell) -> Cell:
-    return Cell(**{field.name: getattr(cell, field.name) for field in fields(Cell)})
-
-
-def read(path: Path) -> Iterator[Result]:
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                given = {name: row[name] for name in ("task", "arm")}
-                numbers = {name: float(row[name]) for name in ("rate", "factor", "zero_scale", "dev", "seconds")}
-                yield Result(**given, **numbers, seed=int(row["seed"]), params=int(row["params"]))
-
-
-def append(path: Path, result: Result) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(asdict(result))
-
-
 def table(results: Sequence[Result]) -> str:
     """Every arm's mean difference to LoRA r=8 over the tasks, at the best factor of each, best arm first."""
     lora: dict[tuple[str, int], float] = {}
@@ -167,7 +140,7 @@ def table(results: Sequence[Result]) -> str:
             own = [result for result in results if result.arm == arm and result.task == task]
             if own:
                 first = max((result for result in own if result.seed == 0), key=lambda result: result.dev)
-                kept = [result for result in own if replace(identity(result), seed=0) == identity(first)]
+                kept = [result for result in own if replace(identity(result, Cell), seed=0) == identity(first, Cell)]
                 by_task[task] = [result.dev - lora[task, result.seed] for result in kept]
         means = {task: statistics.fmean(found) for task, found in by_task.items()}
         mean = statistics.fmean(means.values())
@@ -184,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
     options = parser.parse_args(argv)
     if options.table:
-        print(table(list(read(options.output))))
+        print(table(list(read(options.output, Result))))
         return
     torch.set_num_threads(1)
     Screen(options.data_dir, options.output).everything()

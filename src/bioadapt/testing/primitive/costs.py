@@ -63,7 +63,8 @@ class Costs(Bare):
                 primitive(x, context)
             counts.append(calls.count)
         few, many = counts
-        assert many <= 2.5 * few, f"{subject.name}: {few} tensor operations on 64 tokens, {many} on eight times as many"
+        # A scan has three levels more over eight times as many tokens, a loop eight times as many operations.
+        assert many <= 2 * few + 8, f"{subject.name}: {few} operations on 64 tokens, {many} on eight times as many"
 
     @pytest.mark.parametrize("widths", [EVEN], indirect=True, ids=AS_WIDTHS)
     def test_compiles_without_a_graph_break(self, subject: Subject) -> None:
