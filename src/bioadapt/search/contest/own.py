@@ -59,9 +59,8 @@ class ModelObjective(SpaceObjective):
             model = add_adapters(model, configs)
         else:
             model.requires_grad_(False)
-        torch.manual_seed(
-            self.seed
-        )  # the same dropout and order of rows for all trials, unless the training seeds anew
+        # The same dropout and order of rows for all trials, unless the training seeds anew.
+        torch.manual_seed(self.seed)
         return self.train(model, configuration.learning_rate, report)
 
 
