@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER --table
 
 One line of cells.csv is one training. `arm` is `lora-r8` and so on, or `NAME` for the mechanism or placebo NAME over a
-LoRA r=8. The LoRA's rate is chosen on the validation split; a mechanism is tried at that rate, a quarter and four times
-of it, and gets further seeds at the best. What is chosen and scored on the same split flatters all arms alike: the
-screen decides what is worth a confirmation on fresh rows, it confirms nothing.
+LoRA r=8. The rate of the LoRA is chosen on the validation split. A mechanism is tried at it, gets further seeds at the
+best of what was tried, and then four times and a quarter of that rate. What is chosen and scored on the same split
+flatters all arms alike: the screen decides what is worth a confirmation on fresh rows, it confirms nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS, EPOCHS = 640, 2
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RANKS = (8, 16, 32)
 SEEDS = 3
-FACTORS = (1.0, 0.25, 4.0)
+FACTORS = (1.0, 4.0, 0.25)
 PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
 
 
@@ -94,26 +94,48 @@ class Screen:
         return max(RATES, key=lambda rate: self.run(Cell(task, "lora-r8", 0, rate)).dev)
 
     def everything(self) -> None:
-        """All cells, the cheapest tasks and the least tried mechanisms first, so that the screen may stop anywhere."""
+        """All cells in an order in which the screen may stop anywhere.
+
+        Every mechanism is tried once at the LoRA's rate; further seeds and rates go to what leads first.
+        """
         for task in TASKS:
             for rank in RANKS:
                 self.run(Cell(task, f"lora-r{rank}", 0, self.best_rate(task)))
         arms = list_primitives()
         random.Random(0).shuffle(arms)
         arms = [*PLACEBOS, *(arm for arm in arms if arm not in PLACEBOS)]
-        for factor in FACTORS:
-            for task in TASKS:
-                for arm in sorted(arms, key=lambda arm: sum(result.arm == arm for result in self.results.values())):
-                    if not any(result.factor == factor for result in self._tried(task, arm)):
-                        scale = primitive_info(arm).fresh_zero_scale
-                        self.run(Cell(task, arm, 0, self.best_rate(task), factor, scale))
+        for task in TASKS:
+            for arm in sorted(arms, key=lambda arm: sum(result.arm == arm for result in self.results.values())):
+                if not any(result.factor == FACTORS[0] for result in self._tried(task, arm)):
+                    self._try(task, arm, FACTORS[0])
         for seed in range(1, SEEDS):
             for task in TASKS:
                 for rank in RANKS:
                     self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
-                for arm in arms:
+            for arm in self._leading_first(arms):
+                for task in TASKS:
                     best = max(self._tried(task, arm), key=lambda result: result.dev)
                     self.run(Cell(task, arm, seed, best.rate, best.factor, best.zero_scale))
+        for factor in FACTORS[1:]:
+            for arm in self._leading_first(arms):
+                for task in TASKS:
+                    if not any(result.factor == factor for result in self._tried(task, arm)):
+                        self._try(task, arm, factor)
+
+    def _try(self, task: str, arm: str, factor: float) -> None:
+        self.run(Cell(task, arm, 0, self.best_rate(task), factor, primitive_info(arm).fresh_zero_scale))
+
+    def _leading_first(self, arms: list[str]) -> list[str]:
+        """By the sum of their differences to LoRA r=8 in the first seed's cells."""
+
+        def lead(arm: str) -> float:
+            return sum(
+                max(result.dev for result in self._tried(task, arm))
+                - max(result.dev for result in self._tried(task, "lora-r8"))
+                for task in TASKS
+            )
+
+        return sorted(arms, key=lead, reverse=True)
 
     def _tried(self, task: str, arm: str) -> list[Result]:
         """What the first seed has tried of an arm; another ``zero_scale`` of earlier days is another rate."""
