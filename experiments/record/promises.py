@@ -129,11 +129,11 @@ class Promise:
 
 
 PROMISES = {
-    "stsb-noisy": Promise("noise", NoisyText, lambda info: info.stage in ("sensory_gain", "competition")),
+    "delayed-response": Promise("memory", DelayedResponse, lambda info: info.kind == "causal"),
+    "stackoverflow-few": Promise("few rows", FewRows, lambda info: info.gain),
     "sst2-order": Promise("order", WordOrder, lambda info: info.kind == "causal"),
     "stackoverflow-kept": Promise("forgetting", SecondTask, lambda info: info.stage == "plasticity"),
-    "stackoverflow-few": Promise("few rows", FewRows, lambda info: info.gain),
-    "delayed-response": Promise("memory", DelayedResponse, lambda info: info.kind == "causal"),
+    "stsb-noisy": Promise("noise", NoisyText, lambda info: info.stage in ("sensory_gain", "competition")),
 }
 
 
