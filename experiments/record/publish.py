@@ -211,7 +211,8 @@ def main() -> None:
     put_into(HERE / "README.md", table(beside))
     put_into(HERE / "README.md", promised(beside), "promises")
     put_into(HERE / "README.md", table([finding for finding in screened if finding.alone], ALONE_TASKS), "alone")
-    put_into(EVIDENCE / "README.md", table_of_cells(EVIDENCE / "joint"))
+    for cells in sorted(EVIDENCE.glob("*/cells.csv")):
+        put_into(EVIDENCE / "README.md", table_of_cells(cells.parent), cells.parent.name)
     runpy.run_path(str(README_TABLE))["update"]()
 
 
