@@ -1,11 +1,11 @@
 """Write docs/compatibility.md from a run of the tests that its cells stand for: those marked with `compatible`.
 
-    python scripts/compatibility.py [REPORT]
+    python scripts/compatibility.py [REPORT ...]
 
-REPORT is what `pytest -m compatible --junitxml=REPORT` has written; without it the tests are run first, which takes
-some minutes. A test that refuses something keeps the sentence by `record_property("refused", ...)`, and one that meets
-a limit of another library by `record_property("limit", ...)`. A cell whose tests failed, or were skipped all, is red:
-the page is written nonetheless, and the exit status is 1.
+REPORT is what `pytest -m compatible --junitxml=REPORT` has written, in one run or in several; without it the tests are
+run first, which takes some minutes. A test that refuses something keeps the sentence by `record_property("refused",
+...)`, and one that meets a limit of another library by `record_property("limit", ...)`. A cell whose tests failed, or
+were skipped all, is red: the page is written nonetheless, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +28,10 @@ INTRODUCTION = """# What works with what
 
 Every line was tried out: `make compatibility` runs the tests behind them on a CPU and writes this page from what they
 found, with {versions}. "Refused" is what bioadapt says instead of doing something wrong; "limit" is where another
-library ends, for its own methods too.
+library ends, for its own methods too. The suite fails when a line fails here, is missing, or has lost its tests.
 """
+MANY = 20  # a group with more lines has those with the same text in one row
+BETWEEN = " · "
 
 
 @dataclass
@@ -45,10 +48,10 @@ class Cell:
         return "; ".join([*(["works"] if self.positive else []), *dict.fromkeys(self.said)])
 
 
-def cells(report: Path) -> dict[str, dict[str, Cell]]:
+def cells(reports: Iterable[Path]) -> dict[str, dict[str, Cell]]:
     """The cells by group and line, in the order of the tests."""
     found: dict[str, dict[str, Cell]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         properties = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
         said = [f"{name}: {' '.join(value.split())}" for name, value in properties if name in ("refused", "limit")]
         failed = any(case.find(tag) is not None for tag in ("failure", "error"))
@@ -68,18 +71,33 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
     """The whole page."""
     parts = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES))]
     for group in sorted(found):
-        rows = [f"| {line} | {cell.text().replace('|', '&#124;')} |" for line, cell in sorted(found[group].items())]
-        parts.append("\n".join([f"\n## {group}\n", "| | |", "|---|---|", *rows, ""]))
+        texts = {line: cell.text().replace("|", "&#124;") for line, cell in sorted(found[group].items())}
+        rows = list(texts.items())
+        if len(rows) > MANY:
+            alike = {text: [line for line in texts if texts[line] == text] for text in texts.values()}
+            rows = [(BETWEEN.join(lines), text) for text, lines in alike.items()]
+        table = [f"| {line} | {text} |" for line, text in rows]
+        parts.append("\n".join([f"\n## {group}\n", "| | |", "|---|---|", *table, ""]))
     return "".join(parts)
+
+
+def lines(text: str) -> set[tuple[str, str]]:
+    """Group and line of everything that a page has."""
+    found: set[tuple[str, str]] = set()
+    for section in text.split("\n## ")[1:]:
+        group, _, table = section.partition("\n")
+        rows = [row.split(" | ")[0].removeprefix("| ") for row in table.splitlines() if row.startswith("| ")][1:]
+        found |= {(group, line) for row in rows for line in row.split(BETWEEN)}
+    return found
 
 
 def main(arguments: list[str], path: Path = PAGE) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(arguments[0]) if arguments else Path(folder, "report.xml")
+        reports = [Path(argument) for argument in arguments] or [Path(folder, "report.xml")]
         if not arguments:
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "compatible", f"--junitxml={report}"]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "compatible", f"--junitxml={reports[0]}"]
             subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-        written = page(cells(report))
+        written = page(cells(reports))
     path.write_text(written)
     return int(RED in written)
 

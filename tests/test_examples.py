@@ -20,6 +20,10 @@ notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(notebooks)
 SCRIPTS = [path.stem for path in notebooks.scripts()]
 # What some of them need that the others do not.
+TOOLS = {
+    "lm_harness": pytest.mark.compatible("Without `import bioadapt`", "lm-evaluation-harness"),
+    "text_benchmark": pytest.mark.compatible("Without `import bioadapt`", "MTEB"),
+}
 NEEDS = {"instructions": ["trl"], "four_bits": ["bitsandbytes"], "lm_harness": ["lm_eval"], "text_benchmark": ["mteb"]}
 
 
@@ -35,7 +39,7 @@ def quick(name, monkeypatch, folder):
     return scores, said.getvalue()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TOOLS.get(name, ())) for name in SCRIPTS])
 def test_an_example_runs_and_ends_in_numbers(name, monkeypatch, tmp_path):
     scores, said = quick(name, monkeypatch, tmp_path)
     assert len(scores) >= 2 and all(math.isfinite(value) for value in scores.values())

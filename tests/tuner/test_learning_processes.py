@@ -70,13 +70,18 @@ def parts_of_the_optimiser(rows):
     return trained(model, adamw(model, ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW), rows, run)
 
 
-def shards(rows):
+def shards(rows, **given):
     from torch.distributed.fsdp import fully_shard
 
     model = bert()
-    fully_shard(model.base_model.model.encoder.layer[0])
-    fully_shard(model)
+    fully_shard(model.base_model.model.encoder.layer[0], **given)
+    fully_shard(model, **given)
     return trained(model, adamw(model), rows)
+
+
+def shards_of_what_is_learned(rows):
+    """Parameters stay gathered between forward and backward, as ZeRO-2 leaves them."""
+    return shards(rows, reshard_after_forward=False)
 
 
 def one_process_alone(rows):
@@ -136,7 +141,10 @@ def divided_layers(rows):
     return {}
 
 
-CASES = [replicas_of_two_stacks, parts_of_the_optimiser, shards, one_process_alone, flat_shards, divided_layers]
+CASES = [
+    replicas_of_two_stacks, parts_of_the_optimiser, shards, shards_of_what_is_learned, one_process_alone, flat_shards,
+    divided_layers,
+]  # fmt: skip
 
 
 def process(rank, folder):
@@ -175,8 +183,20 @@ def test_replicas_of_two_stacks_agree_and_learn_as_one_process_does(found):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.compatible("Several processes", "FSDP2, and an optimiser in parts (ZeRO-1)")
-@pytest.mark.parametrize("case", [parts_of_the_optimiser, shards])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            parts_of_the_optimiser,
+            marks=pytest.mark.compatible("Several processes", "ZeroRedundancyOptimizer (as ZeRO-1)"),
+        ),
+        pytest.param(
+            shards_of_what_is_learned,
+            marks=pytest.mark.compatible("Several processes", "FSDP2 without resharding (as ZeRO-2)"),
+        ),
+        pytest.param(shards, marks=pytest.mark.compatible("Several processes", "FSDP2 (as ZeRO-3)")),
+    ],
+)
 def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
     model = bert()
     expected = trained(model, adamw(model), ROWS)
