@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._words import suggest
-from .context import Context, Host
+from .context import Context, Host, in_full
 from .setting import Setting, setting
 
 # Which factor of the path is zero at birth, and what most primitives with a zero there multiply it by, so that a LoRA's
@@ -171,8 +171,8 @@ class Primitive(nn.Module):
         shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
-        # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
-        result = self._changed(x, context, with_x) if self.any_dtype else self._in_fp32(x.float(), context, with_x)
+        # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32, or fp64.
+        result = self._changed(x, context, with_x) if self.any_dtype else self._in_full(in_full(x), context, with_x)
         return (result if result.shape == shape else result.reshape(shape)).to(dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
@@ -188,18 +188,23 @@ class Primitive(nn.Module):
             if self.needs_input:
                 raise ValueError(f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)")
             return context
-        v = as_sequence(v) if self.any_dtype else as_sequence(v).float()
+        v = as_sequence(v) if self.any_dtype else in_full(as_sequence(v))
         return context if v is context.x_in else context.replace(x_in=v)
 
-    def _in_fp32(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        for parameter in self._parameters.values():
-            if parameter is not None and parameter.dtype != torch.float32:
+    def _in_full(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None and tensor.dtype != x.dtype and tensor.is_floating_point():
                 break
         else:
             return self._both_ways(x, context, with_x)
-        # A user (or FSDP) keeps the adapter in half precision: compute with upcast copies of its parameters.
-        upcast = {f"primitive.{name}": parameter.float() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(_Body(self), upcast, (x, context.replace(derived=None), with_x))
+        # A user (or FSDP) keeps the adapter in half precision, or the base in double.
+        return self.computed_in(x.dtype, "_both_ways", x, context.replace(derived=None), with_x)
+
+    def computed_in(self, dtype: torch.dtype, method: str, *given: Any) -> Any:
+        """What a method returns that finds copies of all floating tensors in ``dtype``."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        cast = {f"primitive.{name}": tensor.to(dtype) for name, tensor in tensors if tensor.is_floating_point()}
+        return torch.func.functional_call(_Body(self), cast, (method, *given))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
@@ -321,14 +326,14 @@ class Scaled(Primitive):
 
 
 class _Body(nn.Module):
-    """Gives `torch.func.functional_call` a forward that skips the casts of `Primitive.forward`."""
+    """Gives `torch.func.functional_call` a forward that is any method of a primitive."""
 
     def __init__(self, primitive: Primitive) -> None:
         super().__init__()
         self.primitive = primitive
 
-    def forward(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        return self.primitive._both_ways(x, context, with_x)
+    def forward(self, method: str, *given: Any) -> Any:
+        return getattr(self.primitive, method)(*given)
 
 
 @contextmanager

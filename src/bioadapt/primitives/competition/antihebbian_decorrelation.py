@@ -78,4 +78,4 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
         self.lateral.lerp_(lateral, fresh)
 
     def left_matrix(self) -> Tensor:
-        return self.writer.float() @ self.steady_state() @ self.reader.float()
+        return self.writer @ self.steady_state() @ self.reader
