@@ -130,13 +130,13 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, seeds=5)
+    options = parser(__doc__, seeds=3)
     options.add_argument("folder", type=Path)
     given = options.parse_args(argv)
     folder = given.folder / "quick" if given.quick else given.folder
     base = prepare(folder, given.quick)
     results = evaluate(
-        "new-texts:language_modelling", data_dir=str(folder), model=str(base), primitives=[MEMORY], epochs=3.0,
+        "new-texts:language_modelling", data_dir=str(folder), model=str(base), primitives=[MEMORY], epochs=2.0,
         arms=["zero-shot", "lora", "lora-equal", "lora+bio", "lora+placebo"], batch_size=16, device="cpu",
         seeds=1 if given.quick else given.seeds, limit=40 if given.quick else None, output=str(folder / "cells"),
     )  # fmt: skip
