@@ -292,6 +292,69 @@ def test_a_mask_of_which_nothing_tells_what_it_marks_is_refused_by_name(name):
     pointwise(x, **{name: SOME})
 
 
+REAL = SOME.bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mask", "attn_bias", "src_mask", "padding", "seen"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda real: real[1].expand(5, 5),
+        lambda real: real[:, None].expand(2, 5, 5),
+        lambda real: real[:, None, None].expand(2, 1, 5, 5),
+        lambda real: real[:, None].expand(2, 5, 5).repeat_interleave(2, 0),
+        lambda real: real[:, None, None],
+        lambda real: real[..., None],
+        lambda real: {"full": real[:, None, None]},
+        lambda real: [real],
+    ],
+    ids=["T T", "B T T", "B 1 T T", "B heads", "B 1 1 T", "B T 1", "dict", "list"],
+)
+def test_masks_of_every_shape_are_refused_where_nothing_tells_what_they_mark(name, form):
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match=rf"lin reads its tokens in time, but {name}.* nothing tells which"):
+        model(x, **{name: form(REAL)})
+    with pytest.raises(ValueError, match=rf"lin reads its tokens in time, but {name}.* nothing tells which"):
+        model(x, **{name: form(~REAL)})
+
+
+@torch.no_grad()
+def test_pairs_under_any_name_are_read_where_their_numbers_tell():
+    torch.manual_seed(0)
+    model, x = adapted(Mixing(), ["short_term_depression"], target_modules=["lin"], causal=True), torch.randn(2, 5, 16)
+    alone = model(x), model(x[1:, 2:])
+    assert torch.equal(model(x, attn_bias=torch.where(causal(5), 0.0, -torch.inf)), alone[0])
+    for order in (causal(5), ~causal(5)):  # which tokens see which, or which do not
+        assert torch.equal(model(x, mask=order), alone[0])
+    found = model(x, mask=torch.where(pairs(REAL, causal(5)), 0.0, LOWEST).expand(2, 4, 5, 5))
+    assert torch.equal(found[0], alone[0][0])
+    torch.testing.assert_close(found[1:, 2:], alone[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 4, 5, 5\) differs between heads"):
+        model(x, mask=torch.stack([causal(5), torch.ones(5, 5).bool()] * 2).expand(2, 4, 5, 5))
+
+
+@torch.no_grad()
+def test_a_mask_of_something_else_is_named_and_left_aside():
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    with pytest.warns(UserWarning, match=r"patch_mask \(2, 3\) is not read by adapters"):
+        found = model(x, patch_mask=torch.tensor([[1, 0, 1]] * 2))
+    assert torch.equal(found, model(x))
+    with pytest.raises(ValueError, match=r"lengths \(2,\) may mark padding"):
+        model(x, lengths=torch.tensor([5, 3]))
+    assert torch.equal(model(x, lengths=torch.tensor([5, 5])), model(x))
+
+
+@torch.no_grad()
+def test_padding_that_a_model_of_ones_own_adds_is_named():
+    class Padding(Mixing):
+        def forward(self, x):
+            return self.lin(nn.functional.pad(x, (0, 0, 0, 3)))[:, :5]
+
+    with pytest.warns(UserWarning, match="Padding was given 5 tokens and makes 8 of them"):
+        own(Padding)(torch.randn(2, 5, 16))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*SAY_SOMETHING_ELSE, "cross_attn_head_mask", "past_observed_mask", "decoder_mask"])
 def test_masks_that_say_something_else_are_not_read(name):

@@ -171,7 +171,7 @@ class Primitive(nn.Module):
         shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
         x = as_sequence(x)
-        # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32, or fp64.
+        # Top-k, exponentials and long sums flip or overflow in half precision: mechanisms compute in fp32, or fp64.
         result = self._changed(x, context, with_x) if self.any_dtype else self._in_full(in_full(x), context, with_x)
         return (result if result.shape == shape else result.reshape(shape)).to(dtype)
 
