@@ -133,6 +133,8 @@ class Demo:
         """One arm, trained at each of its rates; the test rows see the best of them alone."""
         if name == ZERO_SHOT:
             encoder, _ = self.recipe.build(name, self.settings.seed)
+            if self.task.sizes.get("validation"):  # the start of all: a fresh adapter changes nothing
+                self._start = self.task.evaluate(encoder, "validation").scores[self.task.metrics[0]]
             return Contender(name, self.task.evaluate(encoder))
         rates, scores = self._rates(name), {}
         best: tuple[float, Any, int, History] | None = None
@@ -159,14 +161,16 @@ class Demo:
         per_epoch = 2 if self.task.sizes.get("validation") else 0
         with self._bar(f"training {name} at {rate:g}", 1) as step:
             history = fit(
-                encoder, self.task, schedule, validations_per_epoch=per_epoch, start=self._start, progress=step
-            )
-        if history.validation:
-            # A fresh adapter changes nothing: before training the score is the same for all.
-            self._start = history.validation[0][1]
-            self._say(
-                f"{name} at rate {rate:g}, validation: {self.task.metrics[0]} {self._start:.2f} -> "
-                f"{history.validation[-1][1]:.2f}"
+                encoder,
+                self.task,
+                schedule,
+                validations_per_epoch=per_epoch,
+                start=self._start,
+                progress=step,
+                report=lambda steps, score: self._say(
+                    f"{name} at rate {rate:g}, {steps} steps, validation: {self.task.metrics[0]} {self._start:.2f} -> "
+                    f"{score:.2f}"
+                ),
             )
         return encoder, count, history
 
