@@ -83,5 +83,8 @@ def test_what_examples_have_reached_in_full_is_kept():
 
 def test_the_list_names_every_example():
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"[{name}.py]({name}.py)" in listed for name in SCRIPTS)
-    assert all(f"examples/{name}.py" in (ROOT / "docs" / "index.md").read_text("utf-8") for name in SCRIPTS)
+    home, page = ((ROOT / "docs" / file).read_text("utf-8") for file in ("index.md", "examples.md"))
+    for name in SCRIPTS:
+        assert f"[{name}.py]({name}.py)" in listed
+        assert f"[`{name}.py`](examples.md#{name})" in home
+        assert f"## {name}\n" in page and f"literalinclude}} ../examples/{name}.py" in page

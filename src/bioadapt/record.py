@@ -13,7 +13,6 @@ from functools import cache
 from importlib.resources import files
 
 from ._words import suggest as nearest
-from .registry import list_primitives, primitive_info
 
 PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
 """Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
@@ -123,6 +122,8 @@ def suggest(
     known = sorted({finding.task for finding in record()} | {finding.family for finding in record()})
     if task is not None and task not in known:
         raise ValueError(f"task={task!r}: {nearest(task, known)}")
+    from .registry import list_primitives, primitive_info  # with torch, which a wrong task need not wait for
+
     suggestions = []
     for name in list_primitives():
         info, own = primitive_info(name), [finding for finding in findings(name) if _answers(finding, task)]
