@@ -17,6 +17,9 @@ from ._words import suggest as nearest
 PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
 """Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
 
+DOUBT = 4
+"""A mechanism that was trained so many times is believed half as what was measured, half as the mean of all."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -104,7 +107,8 @@ def suggest(
 ) -> list[Suggestion]:
     """Mechanisms that were measured beside a LoRA, the one furthest over a LoRA of its size first, losses last.
 
-    Those that were measured on fewer of the tasks than others come after these, since one task says little of the next.
+    One task and one seed say little of the next: the fewer there are of a mechanism, the closer its rank is to that of
+    the mean of all.
 
     Args:
         task: a task of the record, or a family of tasks; None for all but those of `PROMISES`.
@@ -131,8 +135,14 @@ def suggest(
             factor = statistics.median(finding.factor for finding in own)
             zero_scale = statistics.median(finding.zero_scale for finding in own)
             suggestions.append(Suggestion(name, over_equal, over_placebo, factor, zero_scale, tuple(own)))
-    most = max((len(suggestion.findings) for suggestion in suggestions), default=0)
-    return sorted(suggestions, key=lambda one: (len(one.findings) < most, -one.over_equal))
+    usual = statistics.fmean(one.over_equal for one in suggestions) if suggestions else 0.0
+
+    def expected(one: Suggestion) -> float:
+        runs = sum(finding.seeds for finding in one.findings)
+        measured = sum(finding.seeds * finding.over_equal for finding in one.findings)
+        return (measured + DOUBT * usual) / (runs + DOUBT)
+
+    return sorted(suggestions, key=expected, reverse=True)
 
 
 def _answers(finding: Finding, task: str | None) -> bool:
