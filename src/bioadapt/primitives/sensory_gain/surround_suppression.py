@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bioadapt.primitives._state import Recollection
 from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_index, positive
 from bioadapt.primitives.time import is_symbol
@@ -133,6 +134,10 @@ class SurroundSuppression(Scaled):
     def over_time(self, z: Tensor, context: Context) -> Tensor:
         """Along the one axis of z (B, T, groups, width), block by block, each with what lies within reach of it."""
         steps = z.shape[1]
+        if steps == 1 and context.state is not None and context.mask is None and context.resets is None:
+            past = context.state.latest("features", REACH)
+            if past is not None:
+                return self.newest(z, past, context.state, context)
         if context.mask is not None:
             z = z.masked_fill(~context.mask[..., None, None], 0.0)
         document, first, first_document = documents(z, context)
@@ -172,6 +177,26 @@ class SurroundSuppression(Scaled):
             total = total + weight[..., None] * near.narrow(1, REACH - lag, steps)
             norm = norm + weight
         return total / norm.clamp(min=1e-30)[..., None]
+
+    def newest(self, z: Tensor, past: Tensor, state: Recollection, context: Context) -> Tensor:
+        """The same for the one token z (B, 1, groups, width) that follows those of the past (B, n <= REACH, ...)."""
+        document = state.latest("documents", REACH)
+        assert document is not None
+        own = document.amax(1, keepdim=True).clamp_(min=0)
+        state.append("features", z, keep=REACH)
+        state.append("documents", own, keep=REACH)
+        near = torch.cat([past, z], 1)
+        weight = context.once(self.profile)[:, -near.shape[1] :]
+        valid = torch.cat([document == own, own >= 0], 1).to(z.dtype)
+        narrow, wide = (weight / (valid @ weight.mT)[..., None]).chunk(2, 1)
+        kernel = (narrow - wide).mul_(valid[:, None])
+        return torch.matmul(kernel[:, :, None], near.transpose(1, 2)).transpose(1, 2)
+
+    def profile(self) -> Tensor:
+        """The Gaussians of the centres, then of the surrounds, before they are normalized: (2 groups, REACH + 1)."""
+        width = torch.cat(self.widths())
+        lag = torch.arange(REACH, -1, -1, device=width.device, dtype=width.dtype)
+        return torch.exp(lag.square() / (-2 * width.square())[:, None])
 
     def visible(
         self, document: Tensor, first: Tensor | None, blocks: int, behind: int, ahead: int, context: Context
