@@ -169,7 +169,7 @@ class SurroundSuppression(Scaled):
 
     @staticmethod
     def _averaged(width: Tensor, near: Tensor, there: Tensor, document: Tensor, both_ways: bool, steps: int) -> Tensor:
-        total, norm = 0.0, 0.0
+        total = norm = near.new_zeros(1)
         for lag in range(-REACH if both_ways else 0, REACH + 1):
             place = there.narrow(1, REACH - lag, steps)
             exists = ((place == document) & (place != NOWHERE)).to(near.dtype)
