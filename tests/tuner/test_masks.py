@@ -153,6 +153,22 @@ def test_a_static_cache_with_padding_on_the_left_decodes_the_same():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_window_that_slides_over_a_static_cache_decodes_the_same(padding):
+    torch.manual_seed(0)
+    tokens = dict(vocab_size=50, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    config = transformers.MistralConfig(num_key_value_heads=1, sliding_window=4, **SIZES, **tokens)
+    model = adapted(transformers.MistralForCausalLM(config), target_modules=["down_proj"])
+    prompt = torch.cat([torch.zeros(2, padding).long(), ids(2, 6)], 1)
+    options = dict(input_ids=prompt, attention_mask=(prompt != 0).long(), max_new_tokens=6, do_sample=False)
+    given = dict(options, return_dict_in_generate=True, output_logits=True)
+    dynamic, static = model.generate(**given), model.generate(**given, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=1e-5, rtol=1e-4)
+    full = model(dynamic.sequences[:, padding:], use_cache=False).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(static.logits, 1), full, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_padded_sound_equals_sound_alone():
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(

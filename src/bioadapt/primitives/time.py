@@ -26,7 +26,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
-    if torch.compiler.is_compiling() and not _exporting():
+    if torch.compiler.is_compiling() and not exporting():
         return _solved(decay, drive, initial, backwards)
     if is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)
@@ -50,10 +50,10 @@ def _(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> 
     return drive.new_empty(drive.shape)
 
 
-def _exporting() -> bool:
-    """Whether the graph is to run where operations of ours are not known."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch before 2.7 cannot be asked
-    return asked is None or asked()
+def exporting() -> bool:
+    """Whether a graph is made that is to run elsewhere, where few operations are known."""
+    asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch before 2.7 cannot be asked
+    return asked()
 
 
 def is_short(steps: int) -> bool:

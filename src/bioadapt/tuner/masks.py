@@ -205,6 +205,8 @@ def _by_pair(name: str, mask: Tensor, batch: int, steps: int, past: int | Tensor
     past = _as_number(past)
     if past is None:
         past = keys - steps
+    if not isinstance(past, Tensor) and steps == 1 and keys <= past:  # a window that slides along: the newest is last
+        return Tokens(seen[:, :, -1], None, torch.zeros_like(seen[:, :, -1]))
     if not isinstance(past, Tensor) and not 0 <= past <= keys - steps:
         raise Unclear(f"{name} of shape {tuple(mask.shape)} has no column for each of {past} + {steps} tokens")
     own = torch.arange(steps, device=mask.device) + past  # the column of each token
