@@ -44,7 +44,7 @@ test-wheel:
 
 # The examples that other people's tools take part in, which are installed for it.
 test-tools: $(READY)
-	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[tools]"
+	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) "lm-eval[hf]" mteb onnx onnxruntime onnxscript
 	$(PY) -m pytest -q tests/test_examples.py -k "lm_harness or text_benchmark or merge_convert_distil" $(ARGS)
 
 lint: $(READY)
