@@ -84,6 +84,16 @@ def shards_of_what_is_learned(rows):
     return shards(rows, reshard_after_forward=False)
 
 
+def shards_in_half_precision(rows):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = bert()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model.base_model.model.encoder.layer[0], mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return trained(model, adamw(model, torch.optim.SGD), rows)
+
+
 def one_process_alone(rows):
     if dist.get_rank():
         return {}
@@ -142,7 +152,8 @@ def divided_layers(rows):
 
 
 CASES = [
-    replicas_of_two_stacks, parts_of_the_optimiser, shards, shards_of_what_is_learned, one_process_alone, flat_shards,
+    replicas_of_two_stacks, parts_of_the_optimiser, shards, shards_of_what_is_learned, shards_in_half_precision,
+    one_process_alone, flat_shards,
     divided_layers,
 ]  # fmt: skip
 
@@ -202,6 +213,27 @@ def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
     expected = trained(model, adamw(model), ROWS)
     for saved in found(case):
         assert_close(saved, expected)
+
+
+@pytest.mark.compatible("Several processes", "FSDP2 with mixed precision")
+def test_what_is_divided_computes_in_half_precision_and_keeps_its_own(found):
+    """The same as one process whose forwards read copies of all parameters in half precision."""
+    model = bert()
+    born = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+
+    def run(**given):
+        half = {key: parameter.bfloat16() for key, parameter in model.named_parameters()}
+        return torch.func.functional_call(model, half, (), given)
+
+    expected = trained(model, adamw(model, torch.optim.SGD), ROWS, run)
+    first, second = found(shards_in_half_precision)
+    assert not isinstance(first, str), first
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    for key, tensor in expected.items():
+        assert first[key].dtype == tensor.dtype
+        # What two forwards in bf16 round otherwise than one, of how far the tensor has moved; 1e-6 for those at rest.
+        moved = (tensor - born[key]).float().norm()
+        assert (first[key] - tensor).float().norm() <= 0.05 * moved + 1e-6, key
 
 
 def test_one_process_that_trains_alone_waits_for_nobody(found):

@@ -168,12 +168,14 @@ class Primitive(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             with autocast_off(x.device.type):
                 return self.forward(x, context, with_x=with_x)
-        shape, dtype = x.shape, x.dtype
         context = self._complete(context or Context(), x)
-        x = as_sequence(x)
+        sequence = as_sequence(x)
         # Top-k, exponentials and long sums flip or overflow in half precision: mechanisms compute in fp32, or fp64.
-        result = self._changed(x, context, with_x) if self.any_dtype else self._in_full(in_full(x), context, with_x)
-        return (result if result.shape == shape else result.reshape(shape)).to(dtype)
+        if self.any_dtype:
+            result = self._changed(sequence, context, with_x)
+        else:
+            result = self._in_full(in_full(sequence), context, with_x)
+        return (result if sequence is x else result.reshape(x.shape)).to(x.dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""

@@ -418,10 +418,21 @@ def front_aligned(compute: Callable[[Tensor, Context], Tensor], x: Tensor, conte
     """
     if context.mask is None:
         return compute(x, context)
-    order = torch.argsort(~context.mask, dim=1, stable=True)
+    order, places = front_order(context.mask)
     mask = context.mask.gather(1, order)
     moved = _rows(x, order).masked_fill(~mask[..., None], 0.0)
-    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), order.argsort(1))
+    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), places)
+
+
+def front_order(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens before padding, each in its order: which token stands at each place, and the place of each, (B, T).
+
+    A stable sort, by what formats of exported models know.
+    """
+    real, padding = mask.cumsum(1), (~mask).cumsum(1)
+    places = torch.where(mask, real, real[:, -1:] + padding) - 1
+    steps = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
+    return torch.zeros_like(places).scatter(1, places, steps), places
 
 
 def _rows(x: Tensor, order: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ class AdapterCircuit(nn.Module):
         if self.alone is None:
             itself = y.view_as(y)  # before the primitives read it: see `Scaled`
             return self(y, context, state).add_(itself).to(y.dtype)
-        read = in_full(y) if self.in_full else y
-        return self[self.alone](read, self._own(self.alone, context, state), with_x=True).to(y.dtype)
+        return self[self.alone](y, self._own(self.alone, context, state), with_x=True)
 
     def _own(self, name: str, context: Context, state: Recollection | None) -> Context:
         return context if state is None else context.replace(state=state.part(name))

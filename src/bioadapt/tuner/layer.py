@@ -92,7 +92,7 @@ class BioLayer(MergeableLayer):
     @property
     def reads_tokens(self) -> bool:
         """Whether the output depends on where tokens stand and which of them are padding."""
-        return any(circuit.reads_tokens for circuit in self.circuits.values())
+        return any([circuit.reads_tokens for circuit in self.circuits.values()])
 
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
         """Add an adapter.
@@ -245,15 +245,23 @@ class BioLayer(MergeableLayer):
         layer's own if None.
         """
         site = site or self.site
-        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
+        alone = len(circuits) == 1 and not apart and around.adapter_names is None and not site.spatial
         reading = [name for name, circuit in circuits.items() if circuit.reads_tokens]
+        if alone and not reading and not self.training:  # where tokens stand, and how they lie, makes no difference
+            check_whole(y, site, self.path)
+            (circuit,) = circuits.values()
+            x_in = v if site.reads_features and v.shape[:-1] == y.shape[:-1] else None
+            bias = self._constant(v) if circuit.reads_weight else None
+            context = Context(x_in, bias, observing=False, derived=around.derived)  # type: ignore[arg-type]
+            return self._of_circuit(circuit, "applied", y, context, None)
+        layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
         counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
         tokens = self._tokens(layout, around, circuits, bool(reading), counted)
         context = self._context(layout, v, around, circuits, site, tokens)
         states = self._states(reading, layout, around, counted) if reading else {}
         features = layout.to_sequence(y)
         check_whole(features, site, self.path)
-        if len(circuits) == 1 and not apart and around.adapter_names is None and not layout.spatial:
+        if alone:
             ((name, circuit),) = circuits.items()
             changed = layout.restore(self._of_circuit(circuit, "applied", features, context, states.get(name)))
         else:
@@ -326,13 +334,11 @@ class BioLayer(MergeableLayer):
     ) -> Context:
         if tokens is not NOTHING:
             tokens = tokens.to(v.device)
-        reads_weight = any(circuit.reads_weight for circuit in circuits.values())
+        reads_weight = any([circuit.reads_weight for circuit in circuits.values()])
         return Context(
-            x_in=layout.input_to_sequence(v, site),
-            bias=self._constant(v) if reads_weight else None,
-            mask=tokens.mask,
-            positions=tokens.positions,
-            resets=tokens.resets,
+            layout.input_to_sequence(v, site),
+            self._constant(v) if reads_weight else None,
+            *tokens,
             bidirectional=not self.causal or len(layout.grid or ()) > 1,
             observing=torch.is_grad_enabled(),
             observations=[],

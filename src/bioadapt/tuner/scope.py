@@ -231,20 +231,20 @@ class Scope:
 
     @property
     def carries_state(self) -> bool:
-        return any(layer.carries_state for layer in self.layers)
+        return any([layer.carries_state for layer in self.layers])
 
     @property
     def reads_tokens(self) -> bool:
-        return any(layer.reads_tokens for layer in self.layers)
+        return any([layer.reads_tokens for layer in self.layers])
 
     # -- a forward --
 
     def run(self, stack: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         before = self.flow.around
-        keep = None
-        if "logits_to_keep" in self.arguments and self.reads_tokens:
+        keep, reads_tokens = None, self.reads_tokens
+        if reads_tokens:
             keep, args, kwargs = patches.ask_for_all_logits(self.arguments, args, kwargs)
-        found = self._read(stack, {**dict(zip(self.arguments, args, strict=False)), **kwargs})
+        found = self._read(stack, {**dict(zip(self.arguments, args, strict=False)), **kwargs}, reads_tokens)
         self.flow.around = found
         try:
             output = forward(*args, **kwargs)
@@ -258,14 +258,13 @@ class Scope:
         found.memory = None
         return output if keep is None else patches.keep_logits(output, keep)
 
-    def _read(self, stack: nn.Module, given: dict[str, Any]) -> Surroundings:
+    def _read(self, stack: nn.Module, given: dict[str, Any], reads_tokens: bool) -> Surroundings:
         found = Surroundings(
             stack, live=stack.training and torch.is_grad_enabled(), adapter_names=self.flow.adapter_names
         )
         if found.live:
             self.learning.begin()
             patches.carry_through_recomputation(self.checkpointing, self._carried)
-        reads_tokens = self.reads_tokens
         self._read_tokens(found, given)
         self._read_cache(found, given, reads_tokens)
         self._read_masks(stack, found, given, reads_tokens)

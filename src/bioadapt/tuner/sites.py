@@ -162,17 +162,18 @@ class Layout(NamedTuple):
             shape = y.shape if site.spatial < 0 or y.dim() == site.spatial + 2 else (1, *y.shape)
             grid = tuple(shape[2:])
             return cls(y.shape, True, (shape[0], max(math.prod(grid), 1)), grid or None)
-        if y.dim() == 1:
-            return cls(y.shape, False, (1, 1), None)
-        if y.dim() == 2:
-            rows = y.shape[0]
-            if axes is not None and axes.unbatched:
-                return cls(y.shape, False, (1, rows), None)
-            flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
-            return cls(y.shape, False, tokens if flattened else (rows, 1), None)
-        if axes is not None and axes.time_first and y.dim() == 3:
-            return cls(y.shape, False, (y.shape[1], y.shape[0]), None, time_first=True)
-        return cls(y.shape, False, (y.shape[0], math.prod(y.shape[1:-1])), None)
+        shape = y.shape
+        if axes is not None and axes.time_first and len(shape) == 3:
+            return cls(shape, False, (shape[1], shape[0]), None, time_first=True)
+        if len(shape) > 2:
+            return cls(shape, False, (shape[0], math.prod(shape[1:-1])), None)
+        if len(shape) == 1:
+            return cls(shape, False, (1, 1), None)
+        rows = shape[0]
+        if axes is not None and axes.unbatched:
+            return cls(shape, False, (1, rows), None)
+        flattened = tokens is not None and tokens[1] > 1 and rows == tokens[0] * tokens[1]
+        return cls(shape, False, tokens if flattened else (rows, 1), None)
 
     def to_sequence(self, y: Tensor) -> Tensor:
         if not self.spatial:

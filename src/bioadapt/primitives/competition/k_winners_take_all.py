@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Primitive, setting
+from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
 from bioadapt.registry import register_primitive
 
 
@@ -18,13 +18,13 @@ class _Silencing(Fused):
         winners = _winners(x, k)
         ctx.save_for_backward(x, scale, winners)
         ctx.with_x = with_x
-        lost = _without(x.neg().contiguous(), winners)
+        lost = _without(x.neg(), winners)
         return torch.addcmul(x, lost, scale, out=lost) if with_x else lost.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale, winners = ctx.saved_tensors
-        on_losers = _without(grad.neg().contiguous(), winners)
+        on_losers = _without(grad.neg(), winners)
         on_scale = (on_losers * x).sum(tuple(range(x.dim() - 1)))
         on_x = torch.addcmul(grad, on_losers, scale, out=on_losers) if ctx.with_x else on_losers.mul_(scale)
         return on_x, on_scale, None, None
@@ -40,10 +40,9 @@ def _winners(x: Tensor, k: int) -> Tensor:
 
 
 def _without(x: Tensor, places: Tensor) -> Tensor:
-    """x, contiguous and overwritten, with zeros at places of its flattened form."""
+    """x, which is overwritten, with zeros at places of its flattened form."""
     # Writing at indices, not comparing with a threshold, so that ties cannot change k.
-    x.view(-1).index_fill_(0, places, 0.0)
-    return x
+    return x.reshape(-1).index_fill_(0, places, 0.0).view(x.shape)
 
 
 def silencing(x: Tensor, k: int, scale: Tensor, with_x: bool = False) -> Tensor:
@@ -71,10 +70,9 @@ class KWinnersTakeAll(Primitive):
 
     fraction: float = setting(0.25, low=0.05, high=0.9, meaning="share of the units that win")
 
-    @property
-    def winners(self) -> int:
-        """k, the number of units that pass."""
-        return math.ceil(self.fraction * self.d_out - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    def build(self, host: Host) -> None:
+        # How many units pass. In `transform` a compiler would take the number for one that varies.
+        self.winners = math.ceil(self.fraction * self.d_out - 1e-9)  # 0.07 * 100 is 7.000000000000001
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         winners = x.abs().topk(self.winners, dim=-1).indices
