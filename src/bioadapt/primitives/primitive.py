@@ -204,9 +204,14 @@ class Primitive(nn.Module):
 
     def computed_in(self, dtype: torch.dtype, method: str, *given: Any) -> Any:
         """What a method returns that finds copies of all floating tensors in ``dtype``."""
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        cast = {f"primitive.{name}": tensor.to(dtype) for name, tensor in tensors if tensor.is_floating_point()}
-        return torch.func.functional_call(_Body(self), cast, (method, *given))
+        cast = {
+            f"primitive.{name}": tensor.to(dtype)
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+            if tensor.is_floating_point() and tensor.dtype != dtype
+        }
+        return (
+            torch.func.functional_call(_Body(self), cast, (method, *given)) if cast else getattr(self, method)(*given)
+        )
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
