@@ -18,14 +18,15 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+
+from bioadapt._extras import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 LIBRARIES = (
-    "torch", "transformers", "peft", "accelerate", "trl", "sentence-transformers", "bitsandbytes", "torchao", "hqq",
-    "optimum-quanto", "onnx", "onnxruntime", "timm", "diffusers",
+    "accelerate", "trl", "sentence-transformers", "bitsandbytes", "torchao", "hqq", "optimum-quanto", "onnx",
+    "onnxruntime", "timm", "diffusers", "lm-eval", "mteb",
 )  # fmt: skip
 RED = "**fails**"
 WORDS = {"refused": "refused", "refused only": "refused", "limit": "limit"}  # by the name of a property
@@ -77,7 +78,8 @@ def cells(reports: Iterable[Path]) -> dict[str, dict[str, Cell]]:
 
 def page(found: dict[str, dict[str, Cell]]) -> str:
     """The whole page."""
-    parts = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in LIBRARIES))]
+    installed = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in versions(*LIBRARIES).items())
+    parts = [INTRODUCTION.format(versions=installed)]
     for group in sorted(found):
         texts = {line: cell.text().replace("|", "&#124;") for line, cell in sorted(found[group].items())}
         rows = list(texts.items())

@@ -181,7 +181,7 @@ def test_help_and_typing_errors_load_nothing_heavy():
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom bioadapt.cli import app\n"
         "words = ['--help', '--version', 'search --help', 'search --trails 3', 'list --stage memry', 'serch']\n"
-        "for words in (*words, 'suggest --task stsbb'):\n"
+        "for words in (*words, 'suggest --task stsbb', 'show lateral_inhibtion'):\n"
         "    CliRunner().invoke(app, words.split())\n"
         "print([name for name in ('torch', 'numpy', 'peft', 'transformers', 'optuna') if name in sys.modules])"
     )

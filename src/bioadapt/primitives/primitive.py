@@ -221,8 +221,13 @@ class Primitive(nn.Module):
 
     def computed_in(self, dtype: torch.dtype, method: str, *given: Any) -> Any:
         """What a method returns that finds copies of all floating tensors in ``dtype``."""
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        cast = {f"primitive.{name}": tensor.to(dtype) for name, tensor in tensors if tensor.is_floating_point()}
+        cast = {
+            f"primitive.{name}": tensor.to(dtype)
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+            if tensor.is_floating_point() and tensor.dtype != dtype
+        }
+        if not cast:
+            return getattr(self, method)(*given)
         return torch.func.functional_call(_Body(self), cast, (method, *given))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
