@@ -52,7 +52,7 @@ class Fused(torch.autograd.Function):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "backward" in vars(cls):
-            cls.backward = staticmethod(_without_autocast(cls.backward))
+            setattr(cls, "backward", staticmethod(_without_autocast(cls.backward)))  # noqa: B010  # mypy knows methods only
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
