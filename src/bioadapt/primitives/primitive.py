@@ -209,9 +209,9 @@ class Primitive(nn.Module):
             for name, tensor in (*self.named_parameters(), *self.named_buffers())
             if tensor.is_floating_point() and tensor.dtype != dtype
         }
-        return (
-            torch.func.functional_call(_Body(self), cast, (method, *given)) if cast else getattr(self, method)(*given)
-        )
+        if not cast:
+            return getattr(self, method)(*given)
+        return torch.func.functional_call(_Body(self), cast, (method, *given))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:

@@ -26,7 +26,7 @@ class _Votes(Fused):
     def forward(ctx: Any, x: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
         heights, middle = _heights(weights.shape[0])
         _, up, down = _powers(x, scale, weights.shape[0])
-        total = _series([x.new_tensor(height) for height in heights], middle, up, down)
+        total = _series([x.new_full((), height) for height in heights], middle, up, down)
         votes = _series([height * row for height, row in zip(heights, weights, strict=True)], middle, up, down)
         votes.div_(total)
         ctx.save_for_backward(x, scale, weights, votes, total)

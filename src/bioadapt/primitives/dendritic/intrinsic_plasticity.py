@@ -77,7 +77,8 @@ class IntrinsicPlasticity(LocalRule, Scaled):
         with torch.no_grad():
             u = x / frame
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
-        self.watch(u, rate, context)
+        if self.training:
+            self.watch(u, rate, context)
         return excess(x, frame, rate, self.slope.clone(), scale, self.target)
 
     @torch.no_grad()

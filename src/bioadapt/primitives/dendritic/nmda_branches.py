@@ -12,10 +12,9 @@ from bioadapt.primitives.frames import check_indices, group_index, positive, rea
 from bioadapt.registry import register_primitive
 
 
-def branch_spikes(drive: Tensor, threshold: Tensor, steepness: Tensor) -> Tensor:
+def branch_spikes(drive: Tensor, steepness: Tensor, offset: Tensor, rest: Tensor) -> Tensor:
     """The sigmoid response of each branch above its response at rest: drive (..., M) -> (..., M)."""
-    rest = torch.sigmoid(-steepness * threshold)
-    return torch.sigmoid(steepness * (drive - threshold)) - rest
+    return torch.addcmul(offset, steepness, drive).sigmoid() - rest
 
 
 @register_primitive(
@@ -59,9 +58,13 @@ class NmdaBranches(Primitive):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         v = context.x_in
         drive = (v @ context.once(self.wiring)) / token_scale(v)
-        threshold = context.once(nn.functional.softplus, self.threshold)
-        steepness = context.once(nn.functional.softplus, self.steepness)
-        return (token_scale(x) * branch_spikes(drive, threshold, steepness)) @ self.soma.T
+        return nn.functional.linear(token_scale(x) * branch_spikes(drive, *context.once(self.response)), self.soma)
+
+    def response(self) -> tuple[Tensor, Tensor, Tensor]:
+        """beta, -beta theta and sigmoid(-beta theta), (branches,) each."""
+        steepness = nn.functional.softplus(self.steepness)
+        offset = -steepness * nn.functional.softplus(self.threshold)
+        return steepness, offset, offset.sigmoid()
 
     def wiring(self) -> Tensor:
         """The weights of the synapses, each in the column of its branch: (n, branches)."""

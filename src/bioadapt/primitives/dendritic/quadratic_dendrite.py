@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import read_in, read_out, token_scale
@@ -40,10 +40,10 @@ class QuadraticDendrite(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         v = context.x_in
-        drive = (v @ self.branches.T) / token_scale(v)
+        drive = nn.functional.linear(v, self.branches) / token_scale(v)
         if self.mode == "ndi":
             return modulated(x, drive, self.writer)
-        return (token_scale(x) * self.interaction(drive)) @ self.writer.T
+        return nn.functional.linear(token_scale(x) * self.interaction(drive), self.writer)
 
     def interaction(self, drive: Tensor) -> Tensor:
         """Products of the two drives of each pair: (..., 2 rank) -> (..., rank)."""

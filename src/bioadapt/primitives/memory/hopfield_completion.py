@@ -42,8 +42,9 @@ class HopfieldCompletion(Latent):
         self.log_beta = nn.Parameter(torch.full((1,), math.log(2)))
 
     def code(self, drive: Tensor, context: Context) -> Tensor:
+        keys = context.once(self.keys)
         for _ in range(SWEEPS):
-            drive = self.recalled(drive, context.once(self.keys))
+            drive = self.recalled(drive, keys)
         return drive
 
     def recalled(self, state: Tensor, keys: Tensor) -> Tensor:

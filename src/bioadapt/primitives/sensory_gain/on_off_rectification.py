@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Fused, Host, Scaled
-from bioadapt.primitives.frames import positive, token_scale
+from bioadapt.primitives.frames import measured_scale, positive, token_scale
 from bioadapt.registry import register_primitive
 
 
@@ -17,7 +17,7 @@ class _Halves(Fused):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, on: Tensor, off: Tensor, high: Tensor, low: Tensor) -> Tensor:
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]).add_(1e-6).sqrt_()
+        scale = measured_scale(x)
         ctx.save_for_backward(x, scale, on, off, high, low)
         rise, fall = _rectified(x, scale, high, low)
         return rise.mul_(on).addcmul_(fall, off).mul_(scale)
@@ -40,7 +40,7 @@ class _Halves(Fused):
 def _rectified(x: Tensor, scale: Tensor, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """[u - high]_+ and -[-u - low]_+ of u = x / scale."""
     u = x * scale.reciprocal()
-    rise = torch.sub(u, high).clamp_(min=0)
+    rise = torch.sub(u, high).relu_()
     return rise, u.add_(low).clamp_(max=0)
 
 
