@@ -8,8 +8,9 @@ the world (padding, positions, the layer's input, what was said in earlier decod
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,8 +35,24 @@ class _Unrecorded:
         pass
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Users who call ``loss.backward()`` within autocast have the backward run in it as well."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with autocast_off(grads[0].device.type):
+            return backward(ctx, *grads)
+
+    return run
+
+
 class Fused(torch.autograd.Function):
     """An equation with a backward of its own; where nothing is recorded, its forward alone runs."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "backward" in vars(cls):
+            cls.backward = staticmethod(_without_autocast(cls.backward))
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

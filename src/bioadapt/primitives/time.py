@@ -26,7 +26,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
-    if torch.compiler.is_compiling() and not exporting():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return _solved(decay, drive, initial, backwards)
     if is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)
@@ -48,12 +48,6 @@ def _solved(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: boo
 @_solved.register_fake
 def _(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> Tensor:
     return drive.new_empty(drive.shape)
-
-
-def exporting() -> bool:
-    """Whether a graph is made that is to run elsewhere, where few operations are known."""
-    asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch before 2.7 cannot be asked
-    return asked()
 
 
 def is_short(steps: int) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
-from bioadapt.primitives.time import exporting
 from bioadapt.registry import register_primitive
 
 
@@ -35,7 +34,7 @@ def _winners(x: Tensor, k: int) -> Tensor:
     """Where in the flattened x the k entries of largest magnitude of each row are: (..., d) -> (rows k,)."""
     rows = x.abs().flatten(0, -2)
     # Read as integers, magnitudes keep their order, and no comparison has to look for NaN.
-    if not exporting():
+    if not torch.compiler.is_exporting():
         rows = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
     chosen = rows.topk(k, dim=-1, sorted=False).indices
     return (chosen + torch.arange(0, rows.numel(), rows.shape[-1], device=x.device)[:, None]).flatten()

@@ -18,7 +18,7 @@ def active(z: Tensor, threshold: Tensor) -> Tensor:
 def code_after(drive: Tensor, overlap: Tensor, threshold: Tensor, rate: float, steps: int) -> Tensor:
     """The code after ``steps`` of competition: drive (..., m), overlap (m, m), threshold (m,) -> (..., m)."""
     # Beyond the inverse of the overlaps' norm the steps would overshoot and grow; a row sum bounds that norm.
-    safe = overlap.detach().abs().sum(1).amax().reciprocal().clamp(max=rate)
+    safe = overlap.detach().abs().sum(1).amax(0).reciprocal().clamp(max=rate)
     itself = torch.eye(len(overlap), device=overlap.device, dtype=overlap.dtype)
     # With c = z - S(z), what the threshold holds back, a step is drive + (I - eta G) z + eta (G - I) c.
     pulled, released = itself - safe * overlap, safe * (overlap - itself)

@@ -59,7 +59,9 @@ class Numerics(Bare):
         expected = primitive(x, context)
         with torch.autocast("cpu", torch.bfloat16):
             found = primitive(x, context)
+            found.square().mean().backward()  # within it too, though that is advised against
         assert_identical(found, expected, f"{subject.name} under autocast")
+        assert_finite(gradients(primitive), f"{subject.name} under autocast")
 
     def test_settings_at_the_ends_of_their_ranges(self, subject: Subject) -> None:
         for name, spec in subject.info.settings.items():
