@@ -60,7 +60,10 @@ def objective_of(count: int, steps: int):
 
     def train_and_score(model, learning_rate, report):
         """What the search calls for every trial; everything but the adapter is frozen."""
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:  # one trial may have no adapter
+            return score(model)
+        optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=0)
         for step in range(1, steps + 1):
             model.train()
             torch.nn.functional.cross_entropy(logits(model, ~held_out), labels[~held_out]).backward()

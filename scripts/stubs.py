@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 from bioadapt import catalogue, list_primitives, primitive_info, ready
+from bioadapt.registry import _aliases
 
 PACKAGE = Path(catalogue.__file__).parent
 _NOTE = "Written by scripts/stubs.py from the registry; not to be edited."
@@ -17,7 +18,8 @@ def catalogue_stub() -> str:
     """All built-in primitives."""
     names = [name for name in list_primitives() if primitive_info(name).factory.__module__.startswith("bioadapt.")]
     head = f'"""Every primitive as a function of its settings.\n\n{_NOTE}\n"""\n\nfrom typing import Any, Literal\n'
-    return "\n".join([head, *(_function(name, getattr(catalogue, name)) for name in names)])
+    further = [f"{spelling} = {name}" for spelling, name in sorted(_aliases.items()) if name in names]
+    return "\n".join([head, *(_function(name, getattr(catalogue, name)) for name in names), *further, ""])
 
 
 def ready_stub() -> str:

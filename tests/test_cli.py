@@ -180,7 +180,8 @@ def test_help_and_typing_errors_load_nothing_heavy():
     """Which is why they are answered at once."""
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom bioadapt.cli import app\n"
-        "for words in ('--help', '--version', 'search --help', 'search --trails 3', 'list --stage memry', 'serch'):\n"
+        "words = ['--help', '--version', 'search --help', 'search --trails 3', 'list --stage memry', 'serch']\n"
+        "for words in (*words, 'suggest --task stsbb', 'show lateral_inhibtion'):\n"
         "    CliRunner().invoke(app, words.split())\n"
         "print([name for name in ('torch', 'numpy', 'peft', 'transformers', 'optuna') if name in sys.modules])"
     )

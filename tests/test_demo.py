@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -105,6 +106,19 @@ def test_the_text_says_what_came_out_and_how_it_was_chosen(run):
     assert "not the seed of training" in printed
     assert "learning rate is the best of 0.001, 0.003 on the validation rows" in printed
     assert "12 train, 12 validation, 12 test" in printed
+
+
+def test_an_improvement_is_shown_while_the_rest_still_trains(run, contenders):
+    """The bio adapter first, then what it is compared with; the start is the same for all."""
+    printed = run[2]
+    lines = re.findall(r"(\S+) at rate (\S+), (\d) steps, validation: mrr@10 ([\d.]+) -> ([\d.]+)", printed)
+    assert [line[0] for line in lines[:4]] == ["lora+bio"] * 4 and len({line[3] for line in lines}) == 1
+    assert printed.index("zero-shot, test:") < printed.index("lora+bio at rate") < printed.index("lora at rate")
+    ends = {(name, float(rate)): float(score) for name, rate, steps, _, score in lines if steps == "3"}
+    for name in ROWS[1:]:
+        for rate, score in contenders[name]["learning_rates"].items():
+            assert ends[name, float(rate)] == pytest.approx(score, abs=0.01)
+            assert contenders[name]["validation"][0][1] == pytest.approx(float(lines[0][3]), abs=0.01)
 
 
 def test_each_difference_has_an_interval(run):

@@ -55,6 +55,9 @@ def fresh(tmp_path_factory):
     return folder / "bin" / "python"
 
 
+@pytest.mark.compatible(
+    "Without `import bioadapt`", "AutoPeftModel, PeftModel, AutoModel, pipeline, sentence-transformers"
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the loaders run in forked processes")
 def test_every_loader_works_under_run(saved):
     pytest.importorskip("sentence_transformers")
@@ -63,6 +66,7 @@ def test_every_loader_works_under_run(saved):
     assert done.stdout.split()[::2] == ["auto_peft", "peft_model", "auto_model", "of_pipeline", "sentence_transformer"]
 
 
+@pytest.mark.compatible("Without `import bioadapt`", "`bioadapt enable`, `bioadapt disable`")
 def test_an_environment_is_enabled_and_disabled_again(fresh):
     begins = "import sys; print('bioadapt' in sys.modules, 'torch' in sys.modules)"
     knows = "import peft; print('BIO' in peft.PeftType.__members__, 'BIO' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"

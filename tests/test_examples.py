@@ -20,6 +20,10 @@ notebooks = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(notebooks)
 SCRIPTS = [path.stem for path in notebooks.scripts()]
 # What some of them need that the others do not.
+TOOLS = {
+    "lm_harness": pytest.mark.compatible("Without `import bioadapt`", "lm-evaluation-harness"),
+    "text_benchmark": pytest.mark.compatible("Without `import bioadapt`", "MTEB"),
+}
 NEEDS = {"instructions": ["trl"], "four_bits": ["bitsandbytes"], "lm_harness": ["lm_eval"], "text_benchmark": ["mteb"]}
 
 
@@ -35,7 +39,7 @@ def quick(name, monkeypatch, folder):
     return scores, said.getvalue()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TOOLS.get(name, ())) for name in SCRIPTS])
 def test_an_example_runs_and_ends_in_numbers(name, monkeypatch, tmp_path):
     scores, said = quick(name, monkeypatch, tmp_path)
     assert len(scores) >= 2 and all(math.isfinite(value) for value in scores.values())
@@ -79,5 +83,8 @@ def test_what_examples_have_reached_in_full_is_kept():
 
 def test_the_list_names_every_example():
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"[{name}.py]({name}.py)" in listed for name in SCRIPTS)
-    assert all(f"examples/{name}.py" in (ROOT / "docs" / "index.md").read_text("utf-8") for name in SCRIPTS)
+    home, page = ((ROOT / "docs" / file).read_text("utf-8") for file in ("index.md", "examples.md"))
+    for name in SCRIPTS:
+        assert f"[{name}.py]({name}.py)" in listed
+        assert f"[`{name}.py`](examples.md#{name})" in home
+        assert f"## {name}\n" in page and f"literalinclude}} ../examples/{name}.py" in page

@@ -21,7 +21,7 @@ from equations import as_html
 from bioadapt import list_primitives, primitive_info
 from bioadapt.portrait import portrait
 from bioadapt.primitives.names import STAGES
-from bioadapt.record import Finding, record, suggest
+from bioadapt.record import PROMISES, Finding, record, suggest
 from bioadapt.registry import PrimitiveInfo
 
 HERE = Path(__file__).resolve().parent.parent
@@ -175,8 +175,11 @@ def use(info: PrimitiveInfo) -> str:
 def evidence(found: Sequence[Finding]) -> list[str]:
     """What was measured, task by task, or that nothing was."""
     if not found:
-        return ["**Evidence.** Not measured beside a LoRA yet; its mechanism is tested, its worth is not."]
-    return ["**Evidence**, in points, beside a LoRA r=8 on all-MiniLM-L6-v2:\n", *(f"- {finding}" for finding in found)]
+        return ["**Evidence.** Not measured yet; its mechanism is tested, its worth is not."]
+    return [
+        "**Evidence**, in points, beside a LoRA r=8 ([how](../record.md)):\n",
+        *(f"- {finding}" for finding in found),
+    ]
 
 
 def rate(info: PrimitiveInfo) -> str:
@@ -205,7 +208,7 @@ def learning(name: str) -> str:
 
 def ranking() -> str:
     """The record as a table, in the order of `suggest`, and how many mechanisms were not measured."""
-    families, rows = tuple(dict.fromkeys(finding.family for finding in record())), []
+    families, rows = tuple(dict.fromkeys(f.family for f in record() if f.family not in PROMISES)), []
     for one in suggest():
         sure = "confirmed" if all(finding.stage == "confirmed" for finding in one.findings) else "screen"
         by_family = {finding.family: f"{finding.over_equal:+.2f}" for finding in one.findings}

@@ -27,7 +27,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig, 
 
 from bioadapt import BioConfig
 from experiments.cells import append, identity, read
-from experiments.record.bench import FAMILIES, Bench
+from experiments.record.bench import FAMILIES, Bench, TextBench
 from experiments.record.placebo import GeluBottleneck as GeluBottleneck  # registers the placebos
 
 HERE = Path(__file__).parent
@@ -103,10 +103,10 @@ class Front:
 
     def _train(self, cell: Cell) -> Result:
         if cell.task not in self.benches:
-            self.benches[cell.task] = Bench(cell.task, self.data_dir, TRAIN_ROWS, DEV_ROWS, EPOCHS)
+            self.benches[cell.task] = TextBench(cell.task, self.data_dir, TRAIN_ROWS, DEV_ROWS, EPOCHS)
         bench = self.benches[cell.task]
         torch.manual_seed(cell.seed)
-        model = bench.upper
+        model: Any = bench.model
         for config in configurations(cell.arm, cell.seed):
             kept = [parameter for parameter in model.parameters() if parameter.requires_grad]
             model = get_peft_model(model, config)

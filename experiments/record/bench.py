@@ -1,4 +1,4 @@
-"""Cheap cells: the upper two blocks of MiniLM are adapted, and what the lower four compute is computed once.
+"""Cheap cells: a small model, or the upper two blocks of MiniLM, where what the lower four compute is computed once.
 
 A cell trains on some rows of a task and scores its validation split; the test split is never read here.
 """
@@ -53,7 +53,75 @@ class _GivenStates(nn.Module):
 
 
 class Bench:
-    """One task: its rows as the hidden states that enter the adapted blocks.
+    """Trains what is put into ``model`` on the rows that a subclass knows, scores it and takes it out again.
+
+    Attributes:
+        model: what is adapted.
+        lora_targets: names of its layers on which a LoRA sits.
+        labels: of the ``train`` and ``dev`` rows.
+        epochs: of a training.
+    """
+
+    model: PreTrainedModel
+    lora_targets: tuple[str, ...] = ("query", "value")
+    labels: dict[str, np.ndarray]
+    epochs: int
+
+    def loss(self, model: nn.Module, chosen: np.ndarray) -> Tensor:
+        """Of the training rows with these numbers."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module) -> float:
+        """Of the validation split, in percent."""
+        raise NotImplementedError
+
+    def run(self, model: PeftModel, rates: dict[str, float], seed: int) -> tuple[int, float, float]:
+        """Train and score adapters and take them out again: their size, the score, seconds."""
+        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        seconds = self.train(model, rates, seed)
+        dev = self.score(model)
+        plain: Any = model
+        while isinstance(plain, PeftModel):
+            plain = plain.unload()
+        self.model = plain.requires_grad_(False)
+        return params, round(dev, 3), round(seconds, 1)
+
+    def train(self, model: nn.Module, rates: dict[str, float], seed: int) -> float:
+        """Train all that asks for a gradient; ``rates`` by a part of the parameter's name, "" for the rest. Seconds."""
+        torch.manual_seed(seed)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rate = next(rate for part, rate in rates.items() if part in name)
+                groups.setdefault(rate, []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
+        )
+        batches = list(self._batches(seed))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (WARM_UP * len(batches)), 1 - step / len(batches))
+        )
+        model.train()
+        started = time.process_time()
+        for chosen in batches:
+            loss = self.loss(model, chosen) + auxiliary_loss(model)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        return time.process_time() - started
+
+    def _batches(self, seed: int) -> Iterator[np.ndarray]:
+        source = np.random.default_rng(seed)
+        for _ in range(self.epochs):
+            order = source.permutation(len(self.labels["train"]))
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                yield order[start : start + BATCH]
+
+
+class TextBench(Bench):
+    """One set of texts: its rows as the hidden states that enter the adapted blocks.
 
     Args:
         task: one of `FAMILIES`.
@@ -69,7 +137,7 @@ class Bench:
         model = encoder[0].model.eval().requires_grad_(False)
         blocks = model.encoder.layer
         wanted = {"train": train_rows, "dev": dev_rows}
-        splits = {split: read(data_dir / task / f"{split}.tsv.gz", rows) for split, rows in wanted.items()}
+        splits = {split: self.rows(data_dir / task / f"{split}.tsv.gz", rows) for split, rows in wanted.items()}
         self.labels = {split: given.labels for split, given in splits.items()}
         model.encoder.layer = blocks[:FROZEN_BLOCKS]
         self.states = {
@@ -77,7 +145,11 @@ class Bench:
         }
         model.encoder.layer = blocks[FROZEN_BLOCKS:]
         model.embeddings = _GivenStates()
-        self.upper: PreTrainedModel = model
+        self.model = model
+
+    def rows(self, path: Path, count: int) -> Rows:
+        """The first ``count`` rows of a split's file."""
+        return read(path, count)
 
     @staticmethod
     def _lower(encoder: Any, model: nn.Module, texts: list[str]) -> list[Tensor]:
@@ -117,50 +189,6 @@ class Bench:
         if len(self.states["train"]) == 2:
             return cosent(*vectors.chunk(2), labels.float())
         return contrastive(vectors, labels)
-
-    def run(self, model: PeftModel, rates: dict[str, float], seed: int) -> tuple[int, float, float]:
-        """Train and score adapters over the upper blocks and take them out again: their size, the score, seconds."""
-        params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        seconds = self.train(model, rates, seed)
-        dev = self.score(model)
-        plain: Any = model
-        while isinstance(plain, PeftModel):
-            plain = plain.unload()
-        self.upper = plain.requires_grad_(False)
-        return params, round(dev, 3), round(seconds, 1)
-
-    def train(self, model: nn.Module, rates: dict[str, float], seed: int) -> float:
-        """Train all that asks for a gradient; ``rates`` by a part of the parameter's name, "" for the rest. Seconds."""
-        torch.manual_seed(seed)
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rate = next(rate for part, rate in rates.items() if part in name)
-                groups.setdefault(rate, []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
-        )
-        batches = list(self._batches(seed))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (WARM_UP * len(batches)), 1 - step / len(batches))
-        )
-        model.train()
-        started = time.process_time()
-        for chosen in batches:
-            loss = self.loss(model, chosen) + auxiliary_loss(model)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        return time.process_time() - started
-
-    def _batches(self, seed: int) -> Iterator[np.ndarray]:
-        source = np.random.default_rng(seed)
-        for _ in range(self.epochs):
-            order = source.permutation(len(self.labels["train"]))
-            for start in range(0, len(order) - BATCH + 1, BATCH):
-                yield order[start : start + BATCH]
 
     def score(self, model: nn.Module) -> float:
         """Of the validation split, in percent: Spearman, average precision, V-measure, accuracy of a linear probe."""

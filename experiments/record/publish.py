@@ -18,48 +18,51 @@ from bioadapt.record import Finding
 from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
 from experiments.record.bench import FAMILIES
-from experiments.record.run import HERE, PLACEBOS, TASKS, Cell, Result
+from experiments.record.promises import PROMISES
+from experiments.record.run import ALONE, ALONE_TASKS, HERE, PLACEBOS, TASKS, Cell, Result
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
 EVIDENCE = HERE.parent / "evidence"
 LORA_BIO, EQUAL = "lora+bio", ("lora-equal@lora-sites", "lora-equal@bio-sites")
-LORA, TABLE = "lora-r8", ("<!-- table -->", "<!-- end of table -->")
+LORA = "lora-r8"
 Scores = Mapping[int, float]  # by seed
 
 
 def findings(results: Sequence[Result]) -> list[Finding]:
-    """One for every mechanism and task that has a cell."""
+    """One for every mechanism and task that has a cell, and one for the mechanism alone where that was tried."""
     found = []
-    for task in TASKS:
+    for task in (*TASKS, *PROMISES):
         own = [result for result in results if result.task == task]
-        loras = {arm: at_best(own, arm) for arm in {result.arm for result in own if result.arm.startswith("lora-")}}
-        placebos = [at_best(own, arm)[1] for arm in PLACEBOS if any(result.arm == arm for result in own)]
-        for name in list_primitives():
-            if name in PLACEBOS or not any(result.arm == name for result in own):
-                continue
-            best, scores = at_best(own, name)
-            equals = [rival for lora, rival in loras.values() if lora.params <= next_size(loras, best.params)]
-            over_equal = differences(scores, equals)
-            low, high = bounds(over_equal)
-            found.append(
-                Finding(
-                    primitive=name,
-                    family=FAMILIES[task],
-                    task=task,
-                    over_lora=mean(differences(scores, [loras[LORA][1]])),
-                    over_equal=mean(over_equal),
-                    over_placebo=mean(differences(scores, placebos)),
-                    low=low,
-                    high=high,
-                    seeds=len(over_equal),
-                    factor=best.factor,
-                    zero_scale=best.zero_scale,
-                    params=best.params,
-                    stage="screen",
-                )
-            )
-    return sorted(found, key=lambda finding: (finding.primitive, finding.task))
+        arms = {result.arm for result in own}
+        loras = {arm: at_best(own, arm) for arm in arms if arm.startswith("lora-")}
+        for way in ("", ALONE):
+            placebos = [at_best(own, arm + way)[1] for arm in PLACEBOS if arm + way in arms]
+            for name in list_primitives():
+                if name not in PLACEBOS and name + way in arms:
+                    best, scores = at_best(own, name + way)
+                    equals = [rival for lora, rival in loras.values() if lora.params <= next_size(loras, best.params)]
+                    over_equal = differences(scores, equals)
+                    low, high = bounds(over_equal)
+                    found.append(
+                        Finding(
+                            primitive=name,
+                            family=PROMISES[task].family if task in PROMISES else FAMILIES[task],
+                            task=task,
+                            over_lora=mean(differences(scores, [loras[LORA][1]])),
+                            over_equal=mean(over_equal),
+                            over_placebo=mean(differences(scores, placebos)),
+                            low=low,
+                            high=high,
+                            seeds=len(over_equal),
+                            factor=best.factor,
+                            zero_scale=best.zero_scale,
+                            params=best.params,
+                            stage="screen",
+                            alone=way == ALONE,
+                        )
+                    )
+    return sorted(found, key=lambda finding: (finding.primitive, finding.task, finding.alone))
 
 
 def confirmed(folder: Path) -> list[Finding]:
@@ -97,6 +100,7 @@ def confirmed(folder: Path) -> list[Finding]:
                 zero_scale=entry["zero_scale"],
                 params=int(own[LORA_BIO]["params"]),
                 stage="confirmed",
+                alone=False,
             )
         )
     return found
@@ -156,26 +160,47 @@ def bounds(values: Sequence[float]) -> tuple[float | None, float | None]:
     return round(interval.low, 3), round(interval.high, 3)
 
 
-def table(found: Sequence[Finding]) -> str:
+def table(found: Sequence[Finding], tasks: Iterable[str] = TASKS) -> str:
     """Mechanisms by their mean difference to a LoRA of their size, nulls and losses with the rest."""
     by_name: dict[str, dict[str, Finding]] = {}
     for finding in found:
-        by_name.setdefault(finding.primitive, {})[finding.task] = finding
+        if finding.task in tasks:
+            by_name.setdefault(finding.primitive, {})[finding.task] = finding
     lines = []
     for name, own in by_name.items():
         over_equal = statistics.fmean(finding.over_equal for finding in own.values())
         over_placebo = statistics.fmean(finding.over_placebo for finding in own.values())
-        cells = " | ".join(f"{own[task].over_equal:+.2f}" if task in own else "" for task in TASKS)
+        cells = " | ".join(in_words(own[task]) if task in own else "" for task in tasks)
         lines.append((over_equal, f"| {name} | {cells} | {over_equal:+.2f} | {over_placebo:+.2f} |"))
-    head = f"| mechanism | {' | '.join(TASKS)} | mean | over the placebo |"
-    return "\n".join([head, "|---" * (len(TASKS) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
+    head = f"| mechanism | {' | '.join(tasks)} | mean | over the placebo |"
+    return "\n".join([head, "|---" * (len(list(tasks)) + 3) + "|", *(line for _, line in sorted(lines, reverse=True))])
 
 
-def put_into(page: Path, lines: str) -> None:
+def in_words(finding: Finding) -> str:
+    interval = "" if finding.low is None else f" [{finding.low:+.2f}, {finding.high:+.2f}]"
+    return f"{finding.over_equal:+.2f}{interval}"
+
+
+def promised(found: Sequence[Finding]) -> str:
+    """One table for each promise, the mechanism that keeps it best on top."""
+    tables = []
+    for task, promise in PROMISES.items():
+        own = sorted((finding for finding in found if finding.task == task), key=lambda one: -one.over_equal)
+        lines = [
+            f"| {one.primitive} | {in_words(one)} | {one.over_lora:+.2f} | {one.over_placebo:+.2f} | {one.seeds} |"
+            for one in own
+        ]
+        head = f"| {promise.family} (`{task}`) | over an equal LoRA | over the LoRA | over the placebo | seeds |"
+        tables.append("\n".join([head, "|---" * 5 + "|", *lines]))
+    return "\n\n".join(tables)
+
+
+def put_into(page: Path, lines: str, mark: str = "table") -> None:
     """Between the marks of a page."""
+    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     text = page.read_text(encoding="utf-8")
-    before, after = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
-    page.write_text(f"{before}{TABLE[0]}\n{lines}\n{TABLE[1]}{after}", encoding="utf-8")
+    before, after = text.split(first)[0], text.split(last)[1]
+    page.write_text(f"{before}{first}\n{lines}\n{last}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -190,8 +215,12 @@ def main() -> None:
         for finding in found:
             row = vars(finding)
             writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    put_into(HERE / "README.md", table(screened))
-    put_into(EVIDENCE / "README.md", table_of_cells(EVIDENCE / "joint"))
+    beside = [finding for finding in screened if not finding.alone]
+    put_into(HERE / "README.md", table(beside))
+    put_into(HERE / "README.md", promised(beside), "promises")
+    put_into(HERE / "README.md", table([finding for finding in screened if finding.alone], ALONE_TASKS), "alone")
+    for cells in sorted(EVIDENCE.glob("*/cells.csv")):
+        put_into(EVIDENCE / "README.md", table_of_cells(cells.parent), cells.parent.name)
     runpy.run_path(str(README_TABLE))["update"]()
 
 

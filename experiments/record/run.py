@@ -1,12 +1,15 @@
 """The screen: every mechanism over a LoRA on four tasks, trained together with it, on validation splits alone.
 
     OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER    # hours; resumes; appends to cells.csv
+    OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER --part promises
     OMP_NUM_THREADS=1 python -m experiments.record.run --data-dir FOLDER --table
 
-One line of cells.csv is one training. `arm` is `lora-r8` and so on, or `NAME` for the mechanism or placebo NAME over a
-LoRA r=8. The rate of the LoRA is chosen on the validation split. A mechanism is tried at it, gets further seeds at the
-best of what was tried, and then four times and a quarter of that rate. What is chosen and scored on the same split
-flatters all arms alike: the screen decides what is worth a confirmation on fresh rows, it confirms nothing.
+One line of cells.csv is one training. `arm` is `lora-r8` and so on, `NAME` for the mechanism or placebo NAME over a
+LoRA r=8, or `NAME alone`. The rate of the LoRA is chosen on the validation split. A mechanism is tried at it, gets
+further seeds at the best of what was tried, and then four times and a quarter of that rate. What is chosen and scored
+on the same split flatters all arms alike: the screen decides what is worth a confirmation on fresh rows, it confirms
+nothing. Its parts: `tasks`; `promises`, where mechanisms are asked what their biology promises (see `promises.py`);
+and `alone`, without a LoRA.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from bioadapt import BioConfig, list_primitives, primitive_info
 from experiments.cells import append, identity, read
 from experiments.record import placebo
-from experiments.record.bench import Bench
+from experiments.record.bench import Bench, TextBench
+from experiments.record.promises import PROMISES
 
 HERE = Path(__file__).parent
 TASKS = ("stackoverflow", "sst2", "stsb", "snli")  # one of each family
@@ -33,6 +38,8 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RANKS = (8, 16, 32)
 SEEDS = 3
 FACTORS = (1.0, 4.0, 0.25)
+PARTS = ("tasks", "promises", "alone")
+ALONE, ALONE_FACTORS, ALONE_TASKS = " alone", (1.0, 4.0), TASKS[:2]
 PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
 
 
@@ -73,57 +80,84 @@ class Screen:
         return self.results[cell]
 
     def _train(self, cell: Cell) -> Result:
-        if cell.task not in self.benches:
-            self.benches[cell.task] = Bench(cell.task, self.data_dir, self.rows, self.rows, EPOCHS)
-        bench = self.benches[cell.task]
+        bench = self._bench(cell.task)
+        name = cell.arm.removesuffix(ALONE)
         torch.manual_seed(cell.seed)
-        model: PeftModel = get_peft_model(bench.upper, _lora(cell.arm))
-        rates = {"": cell.rate}
-        if not cell.arm.startswith("lora-"):
-            entry = {"name": cell.arm, "zero_scale": cell.zero_scale}
-            model = get_peft_model(model, BioConfig([entry], seed=cell.seed))
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
+        model: Any = bench.model
+        if name == cell.arm:
+            model = get_peft_model(model, _lora(cell.arm, bench))
+        if not name.startswith("lora-"):
+            model = get_peft_model(model, BioConfig([{"name": name, "zero_scale": cell.zero_scale}], seed=cell.seed))
+            for parameter_name, parameter in model.named_parameters():
+                if "lora_" in parameter_name:
                     parameter.requires_grad_(True)
-            rates = {"lora_": cell.rate, "": cell.rate * cell.factor}
-        params, dev, seconds = bench.run(model, rates, cell.seed)
+        params, dev, seconds = bench.run(model, {"lora_": cell.rate, "": cell.rate * cell.factor}, cell.seed)
         return Result(**asdict(cell), params=params, dev=dev, seconds=seconds)
+
+    def _bench(self, task: str) -> Bench:
+        if task not in self.benches:
+            if task in PROMISES:
+                self.benches[task] = PROMISES[task].bench(self.data_dir, self.rows, EPOCHS)
+            else:
+                self.benches[task] = TextBench(task, self.data_dir, self.rows, self.rows, EPOCHS)
+        return self.benches[task]
 
     def best_rate(self, task: str) -> float:
         """Of LoRA r=8 by its first seed."""
         return max(RATES, key=lambda rate: self.run(Cell(task, "lora-r8", 0, rate)).dev)
 
-    def everything(self) -> None:
-        """All cells in an order in which the screen may stop anywhere.
+    def tasks(self) -> None:
+        """All cells of the four tasks in an order in which the screen may stop anywhere.
 
         Every mechanism is tried once at the LoRA's rate; further seeds and rates go to what leads first.
         """
+        arms = _shuffled(list_primitives())
         for task in TASKS:
-            for rank in RANKS:
-                self.run(Cell(task, f"lora-r{rank}", 0, self.best_rate(task)))
-        arms = list_primitives()
-        random.Random(0).shuffle(arms)
-        arms = [*PLACEBOS, *(arm for arm in arms if arm not in PLACEBOS)]
-        for task in TASKS:
+            self._loras(task, 0)
             for arm in sorted(arms, key=lambda arm: sum(result.arm == arm for result in self.results.values())):
-                if not any(result.factor == FACTORS[0] for result in self._tried(task, arm)):
-                    self._try(task, arm, FACTORS[0])
+                self._try(task, arm, FACTORS[0])
         for seed in range(1, SEEDS):
             for task in TASKS:
-                for rank in RANKS:
-                    self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
+                self._loras(task, seed)
             for arm in self._leading_first(arms):
                 for task in TASKS:
-                    best = max(self._tried(task, arm), key=lambda result: result.dev)
-                    self.run(Cell(task, arm, seed, best.rate, best.factor, best.zero_scale))
+                    self._again(task, arm, seed)
         for factor in FACTORS[1:]:
             for arm in self._leading_first(arms):
                 for task in TASKS:
-                    if not any(result.factor == factor for result in self._tried(task, arm)):
-                        self._try(task, arm, factor)
+                    self._try(task, arm, factor)
+
+    def promises(self) -> None:
+        """What is asked of some mechanisms alone, each with all its seeds before the next one is asked."""
+        for task, promise in PROMISES.items():
+            asked = [name for name in list_primitives() if name not in PLACEBOS and promise.of(primitive_info(name))]
+            for seed in range(SEEDS):
+                self._loras(task, seed)
+            for arm in _shuffled(asked):
+                self._try(task, arm, FACTORS[0])
+                for seed in range(1, SEEDS):
+                    self._again(task, arm, seed)
+
+    def alone(self) -> None:
+        """Without a LoRA."""
+        for factor in ALONE_FACTORS:
+            for task in ALONE_TASKS:
+                for arm in _shuffled(list_primitives()):
+                    self._try(task, f"{arm}{ALONE}", factor)
+
+    def _loras(self, task: str, seed: int) -> None:
+        for rank in RANKS:
+            self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
+
+    def _again(self, task: str, arm: str, seed: int) -> None:
+        """With another seed, at the best of what the first one has tried."""
+        best = max(self._tried(task, arm), key=lambda result: result.dev)
+        self.run(Cell(task, arm, seed, best.rate, best.factor, best.zero_scale))
 
     def _try(self, task: str, arm: str, factor: float) -> None:
-        self.run(Cell(task, arm, 0, self.best_rate(task), factor, primitive_info(arm).fresh_zero_scale))
+        if not any(result.factor == factor for result in self._tried(task, arm)):
+            scale = primitive_info(arm.removesuffix(ALONE)).fresh_zero_scale
+            self.run(Cell(task, arm, 0, self.best_rate(task), factor, scale))
 
     def _leading_first(self, arms: list[str]) -> list[str]:
         """By the sum of their differences to LoRA r=8 in the first seed's cells."""
@@ -143,9 +177,16 @@ class Screen:
         return [result for result in own if result.seed == 0]
 
 
-def _lora(arm: str) -> LoraConfig:
+def _lora(arm: str, bench: Bench) -> LoraConfig:
     rank = int(arm.removeprefix("lora-r")) if arm.startswith("lora-") else RANKS[0]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(bench.lora_targets))
+
+
+def _shuffled(names: Sequence[str]) -> list[str]:
+    """Placebos first, the rest in an order that is always the same and has nothing to do with the names."""
+    rest = [name for name in names if name not in PLACEBOS]
+    random.Random(0).shuffle(rest)
+    return [*PLACEBOS, *rest]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -176,13 +217,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="holds TASK/{train,dev}.tsv.gz")
     parser.add_argument("--output", type=Path, default=HERE / "cells.csv")
+    parser.add_argument("--part", choices=PARTS, help="all, if not given")
     parser.add_argument("--table", action="store_true", help="print what there is, train nothing")
     options = parser.parse_args(argv)
     if options.table:
         print(table(list(read(options.output, Result))))
         return
     torch.set_num_threads(1)
-    Screen(options.data_dir, options.output).everything()
+    screen = Screen(options.data_dir, options.output)
+    for part in [options.part] if options.part else PARTS:
+        getattr(screen, part)()
 
 
 if __name__ == "__main__":

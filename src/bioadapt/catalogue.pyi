@@ -922,3 +922,8 @@ def vip_disinhibition(
         groups: number G of channel groups with interneurons of their own; an integer from 1 to 256.
         zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
     """
+
+dendritic_branches = nmda_branches
+dopamine_gain = dopamine_rpe
+precision_weighted_prediction_error = precision_weighted_error
+synaptic_scaling = homeostatic_scaling

@@ -7,6 +7,8 @@ mistake is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import re
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,8 @@ from rich.table import Table
 
 from ._commands import FAILED, answered, new_console, options_of, say, say_json, stop
 from ._version import __version__
-from .primitives.names import check_filter
+from ._words import suggest as suggest_names
+from .primitives.names import ENTRY_POINT_GROUP, check_filter
 from .settings import DemoSettings, EvaluationSettings, SearchSettings
 
 if TYPE_CHECKING:
@@ -38,10 +41,22 @@ def main() -> None:
     app()
 
 
-def _names(incomplete: str) -> list[str]:
-    """The names of the built-in primitives, for a shell that completes them: too early to import the registry."""
+def _built_in(pattern: str = r"^def (\w+)") -> list[str]:
+    """The names of the built-in primitives, where it is too early to import the registry, and torch with it."""
     stub = Path(__file__).with_name("catalogue.pyi").read_text(encoding="utf-8")
-    return [name for name in re.findall(r"^def (\w+)", stub, re.MULTILINE) if name.startswith(incomplete)]
+    return re.findall(pattern, stub, re.MULTILINE)
+
+
+def _names(incomplete: str) -> list[str]:
+    """For a shell that completes them."""
+    return [name for name in _built_in() if name.startswith(incomplete)]
+
+
+def _check_name(name: str) -> None:
+    """Answer a misspelt name at once, unless a package may have brought it."""
+    known = _built_in(r"^(?:def )?(\w+)(?= = |\()")  # further spellings, too
+    if name not in known and "bioadapt.registry" not in sys.modules and not entry_points(group=ENTRY_POINT_GROUP):
+        raise ValueError(f"unknown primitive {name!r}; {suggest_names(name, known)}")
 
 
 _Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
@@ -103,6 +118,8 @@ def show(
     as_json: _Json = False,
 ) -> None:
     """Show all about one primitive."""
+    with answered():
+        _check_name(name)
     from .registry import primitive_info
 
     with answered():

@@ -50,6 +50,8 @@ _FOLDERS = {
     if ARMS[name].lora or ARMS[name].sized_as
     if ARMS[name].over in ("", "bio")
 }
+# What the library is for is shown first, then all that it is compared with.
+_IN_TURN = (ZERO_SHOT, LORA_BIO, *(name for name in CONTENDERS if name not in (ZERO_SHOT, LORA_BIO)))
 
 LEARNING_RATES = (1e-3, 3e-3)
 
@@ -99,6 +101,7 @@ class Demo:
         self.output = Path(settings.output)
         self.output.mkdir(parents=True, exist_ok=True)
         self.contenders: list[Contender] = []
+        self._start: float | None = None
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what stands in ``results.json``.
@@ -108,8 +111,9 @@ class Demo:
         """
         started = time.perf_counter()
         with _progress(self.console) as self._bars:
-            for name in CONTENDERS:
+            for name in _IN_TURN:
                 self._add(self._contender(name))
+            self.contenders.sort(key=lambda contender: CONTENDERS.index(contender.name))
             gap = self._rescore()
             with self._bar("comparing", 1) as step:
                 differences = self._differences()
@@ -129,6 +133,8 @@ class Demo:
         """One arm, trained at each of its rates; the test rows see the best of them alone."""
         if name == ZERO_SHOT:
             encoder, _ = self.recipe.build(name, self.settings.seed)
+            if self.task.sizes.get("validation"):  # the start of all: a fresh adapter changes nothing
+                self._start = self.task.evaluate(encoder, "validation").scores[self.task.metrics[0]]
             return Contender(name, self.task.evaluate(encoder))
         rates, scores = self._rates(name), {}
         best: tuple[float, Any, int, History] | None = None
@@ -155,7 +161,16 @@ class Demo:
         per_epoch = 2 if self.task.sizes.get("validation") else 0
         with self._bar(f"training {name} at {rate:g}", 1) as step:
             history = fit(
-                encoder, self.task, schedule, validations_per_epoch=per_epoch, start=self._known_start(), progress=step
+                encoder,
+                self.task,
+                schedule,
+                validations_per_epoch=per_epoch,
+                start=self._start,
+                progress=step,
+                report=lambda steps, score: self._say(
+                    f"{name} at rate {rate:g}, {steps} steps, validation: {self.task.metrics[0]} {self._start:.2f} -> "
+                    f"{score:.2f}"
+                ),
             )
         return encoder, count, history
 
@@ -172,11 +187,7 @@ class Demo:
     def _add(self, contender: Contender) -> None:
         self.contenders.append(contender)
         scores = ", ".join(f"{metric} {score:.2f}" for metric, score in contender.test.scores.items())
-        self._say(f"{contender.name}: {scores}")
-
-    def _known_start(self) -> float | None:
-        """The validation score before training: a fresh adapter changes nothing, so it is the same for all."""
-        return next((contender.curve[0][1] for contender in self.contenders if contender.curve), None)
+        self._say(f"{contender.name}, test: {scores}")
 
     # -- a fresh process --------------------------------------------------------------------------------------------
 

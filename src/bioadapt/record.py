@@ -13,13 +13,19 @@ from functools import cache
 from importlib.resources import files
 
 from ._words import suggest as nearest
-from .registry import list_primitives, primitive_info
+
+PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
+"""Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
+
+DOUBT = 4
+"""A mechanism that was trained so many times is believed half as what was measured, half as the mean of all."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """One mechanism on one task, trained together with a LoRA r=8, in points of the task's metric.
 
+    ``alone``: in place of that LoRA instead.
     ``over_lora``: more than the LoRA alone; ``over_equal``: more than the best LoRA up to the next size above
     the pair; ``over_placebo``: more than the best of the placebos over the same LoRA (a GELU bottleneck, a linear one,
     plain gains), at the same steps. ``low``, ``high``: the 95 % interval of ``over_equal`` over seeds, None where there
@@ -41,12 +47,14 @@ class Finding:
     zero_scale: float
     params: int
     stage: str
+    alone: bool
 
     def __str__(self) -> str:
         interval = "" if self.low is None or self.high is None else f" [{self.low:+.2f}, {self.high:+.2f}]"
         seeds = f"{self.seeds} seed" + ("s" if self.seeds > 1 else "")
+        way = f"{self.task}, without a LoRA" if self.alone else self.task
         return (
-            f"{self.task}: {self.over_equal:+.2f}{interval} over a LoRA of its size, {self.over_placebo:+.2f} over a "
+            f"{way}: {self.over_equal:+.2f}{interval} over a LoRA of its size, {self.over_placebo:+.2f} over a "
             f"placebo ({self.stage}, {seeds}, {self.factor:g} x the LoRA's rate)"
         )
 
@@ -73,6 +81,7 @@ def _finding(row: dict[str, str]) -> Finding:
         zero_scale=float(row["zero_scale"]),
         params=int(row["params"]),
         stage=row["stage"],
+        alone=row["alone"] == "True",
     )
 
 
@@ -96,12 +105,13 @@ class Suggestion:
 def suggest(
     task: str | None = None, *, merges: bool = False, causal: bool = False, cheap: bool = False
 ) -> list[Suggestion]:
-    """Mechanisms that were measured, the one furthest over a LoRA of its size first, losses last.
+    """Mechanisms that were measured beside a LoRA, the one furthest over a LoRA of its size first, losses last.
 
-    Those that were measured on fewer of the tasks than others come after these, since one task says little of the next.
+    One task and one seed say little of the next: the fewer there are of a mechanism, the closer its rank is to that of
+    the mean of all.
 
     Args:
-        task: a task of the record, or a family of tasks; None for all of them.
+        task: a task of the record, or a family of tasks; None for all but those of `PROMISES`.
         merges: only those that can become part of a weight.
         causal: only those that see no later token, as a language model needs them.
         cheap: only gains, which have a few numbers for each channel.
@@ -112,9 +122,11 @@ def suggest(
     known = sorted({finding.task for finding in record()} | {finding.family for finding in record()})
     if task is not None and task not in known:
         raise ValueError(f"task={task!r}: {nearest(task, known)}")
+    from .registry import list_primitives, primitive_info  # with torch, which a wrong task need not wait for
+
     suggestions = []
     for name in list_primitives():
-        info, own = primitive_info(name), [f for f in findings(name) if task in (None, f.task, f.family)]
+        info, own = primitive_info(name), [finding for finding in findings(name) if _answers(finding, task)]
         wanted = (info.mergeable or not merges) and (info.kind != "global" or not causal) and (info.gain or not cheap)
         if own and wanted:
             over_equal, over_placebo = (
@@ -123,5 +135,16 @@ def suggest(
             factor = statistics.median(finding.factor for finding in own)
             zero_scale = statistics.median(finding.zero_scale for finding in own)
             suggestions.append(Suggestion(name, over_equal, over_placebo, factor, zero_scale, tuple(own)))
-    most = max((len(suggestion.findings) for suggestion in suggestions), default=0)
-    return sorted(suggestions, key=lambda one: (len(one.findings) < most, -one.over_equal))
+    usual = statistics.fmean(one.over_equal for one in suggestions) if suggestions else 0.0
+
+    def expected(one: Suggestion) -> float:
+        runs = sum(finding.seeds for finding in one.findings)
+        measured = sum(finding.seeds * finding.over_equal for finding in one.findings)
+        return (measured + DOUBT * usual) / (runs + DOUBT)
+
+    return sorted(suggestions, key=expected, reverse=True)
+
+
+def _answers(finding: Finding, task: str | None) -> bool:
+    asked = finding.family not in PROMISES if task is None else task in (finding.task, finding.family)
+    return asked and not finding.alone

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._words import suggest
 from .primitives.base import Host, LocalRule, OnWeight, Primitive, Setting
-from .primitives.names import KINDS, STAGES, check_filter
+from .primitives.names import ENTRY_POINT_GROUP, KINDS, STAGES, check_filter
 from .primitives.primitive import MERGES, ZEROS
 
 if TYPE_CHECKING:
     from .record import Finding
 
-ENTRY_POINT_GROUP = "bioadapt.primitives"
 _SECTIONS = ("Biology", "Equation", "Reference")
 
 P = TypeVar("P", bound=type[Primitive])

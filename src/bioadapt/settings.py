@@ -51,7 +51,10 @@ _LIMIT = "About so many rows per split, for a quick look."
 _FOLDER = "Folder of NAME/{train,dev,test}.tsv.gz files; the hub, if not given."
 _TASK = "api-search, stsb, a task of --data-dir, or the path of a .csv or .tsv file or of a folder."
 _ENCODER = "Sentence encoder: a name on the hub or a path."
-_MODEL = "minilm, a name on the hub or a path of what the task is for, or small-vit, small-convnet, small-lm."
+_MODEL = (
+    "minilm, a name on the hub or a path of what the task is for (a model or its config.json), or small-vit, "
+    "small-convnet, small-lm."
+)
 _ROWS = "Rows per training step."
 
 

@@ -214,3 +214,16 @@ def test_a_config_alone_makes_a_model(tmp_path):
     ).save_pretrained(tmp_path / "mine")  # fmt: skip
     model = load_model(str(tmp_path / "mine" / "config.json"), load_task("digits", limit=10), "cpu", tmp_path / "made")
     assert isinstance(model, ImageModel) and model.plain.config.hidden_size == 16
+
+
+def test_a_language_model_is_made_from_a_config_too(tmp_path):
+    from transformers import MistralConfig
+
+    MistralConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+        sliding_window=3,
+    ).save_pretrained(tmp_path / "mine")  # fmt: skip
+    task = LanguageModellingTask("texts", {"train": {"text": TEXTS}})
+    model = load_model(str(tmp_path / "mine" / "config.json"), task, "cpu", tmp_path / "made", steps=1)
+    assert isinstance(model, LanguageModel) and model.model.config.sliding_window == 3
+    assert model.model.config.vocab_size == len(model.tokenizer)

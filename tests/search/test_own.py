@@ -89,6 +89,8 @@ def test_what_means_nothing_without_a_task_is_refused(tmp_path):
         search(objective=print, model=torch.nn.Linear(2, 2), task="stsb")
     with pytest.raises(TypeError, match="search has no setting 'trails' .got 1.; did you mean 'trials'"):
         search(objective=print, model=torch.nn.Linear(2, 2), trails=1)
+    with pytest.raises(ValueError, match=r"objective=3: a function objective\(model, learning_rate, report\)"):
+        search(objective=3, model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="trials 0"):
         search(objective=print, model=torch.nn.Linear(2, 2), trials=0, output=tmp_path)
     with pytest.raises(ValueError, match="model=None: an objective needs the model that it trains"):

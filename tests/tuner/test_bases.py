@@ -106,4 +106,4 @@ def test_what_is_packed_for_inference_is_refused(record_property):
     quantise = torch.ao.quantization.quantize_dynamic
     with pytest.raises(TypeError, match="lin cannot be adapted: Linear packs its weight") as refusal:
         get_peft_model(quantise(plain(), {nn.Linear}), awake(["lateral_inhibition"], ["lin"]))
-    record_property("refused", str(refusal.value))
+    record_property("refused only", str(refusal.value))

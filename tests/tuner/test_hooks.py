@@ -11,6 +11,7 @@ from helpers.models import BERT, VOCAB, awake, bert, classifier, close, digest, 
 from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
     BertConfig,
@@ -195,6 +196,37 @@ def test_an_adapter_over_an_offloaded_base_is_the_one_in_memory(name, tmp_path):
     in_memory, trained, offloaded, trained_offloaded = outputs
     assert close(offloaded, in_memory) and close(trained_offloaded, trained) and not close(trained, in_memory, 1e-4)
     assert close(output(saved[1], tokens()), trained)
+
+
+def divided(folder):
+    """A base of which `device_map` has put the second block onto the disk."""
+    gpt2().save_pretrained(folder / "base")
+    places = ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.ln_f", "lm_head"]
+    places = dict.fromkeys(places, "cpu") | {"transformer.h.1": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=places, offload_folder=str(folder / "offloaded")
+    )
+
+
+@pytest.mark.compatible("Bases", "device_map, a part on disk")
+def test_what_device_map_divides_is_adapted_trained_and_saved(tmp_path):
+    model = get_peft_model(divided(tmp_path), awake(["lateral_inhibition", "neuro_ada"], ["c_attn"]))
+    assert any(parameter.is_meta for parameter in model.parameters())
+    before = output(model, tokens())
+    step(model, tokens())
+    assert not close(output(model, tokens()), before, 1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    assert close(output(PeftModel.from_pretrained(gpt2(), tmp_path / "adapter"), tokens()), output(model, tokens()))
+
+
+@pytest.mark.compatible("Bases", "device_map, a part on disk")
+def test_peft_loads_no_adapter_onto_what_device_map_divides(tmp_path, record_property, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where PEFT writes what it renames
+    for config, folder in ((LoraConfig(**LORA), "lora"), (awake(["lateral_inhibition"], ["c_attn"]), "bio")):
+        get_peft_model(gpt2(), config).save_pretrained(tmp_path / folder)
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            PeftModel.from_pretrained(divided(tmp_path), tmp_path / folder)
+    record_property("limit", "PEFT loads no saved adapter onto it, a LoRA neither: load onto a base in memory")
 
 
 @pytest.mark.compatible("Bases", "offloaded to disk")

@@ -148,7 +148,7 @@ def test_parameters_of_deepspeed_are_refused_where_its_steps_cannot_be_followed(
             rule.announced = True  # as the callback does
     with pytest.raises(ValueError, match=r"synaptic_tagging changes its parameter 'early'.*DeepSpeed") as refusal:
         loss_of(model, 1)
-    record_property("refused", str(refusal.value))
+    record_property("refused only", str(refusal.value))
 
 
 # -- reference adapters --

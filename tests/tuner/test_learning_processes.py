@@ -70,13 +70,28 @@ def parts_of_the_optimiser(rows):
     return trained(model, adamw(model, ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW), rows, run)
 
 
-def shards(rows):
+def shards(rows, **given):
     from torch.distributed.fsdp import fully_shard
 
     model = bert()
-    fully_shard(model.base_model.model.encoder.layer[0])
-    fully_shard(model)
+    fully_shard(model.base_model.model.encoder.layer[0], **given)
+    fully_shard(model, **given)
     return trained(model, adamw(model), rows)
+
+
+def shards_of_what_is_learned(rows):
+    """Parameters stay gathered between forward and backward, as ZeRO-2 leaves them."""
+    return shards(rows, reshard_after_forward=False)
+
+
+def shards_in_half_precision(rows):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = bert()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model.base_model.model.encoder.layer[0], mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return trained(model, adamw(model, torch.optim.SGD), rows)
 
 
 def one_process_alone(rows):
@@ -136,7 +151,11 @@ def divided_layers(rows):
     return {}
 
 
-CASES = [replicas_of_two_stacks, parts_of_the_optimiser, shards, one_process_alone, flat_shards, divided_layers]
+CASES = [
+    replicas_of_two_stacks, parts_of_the_optimiser, shards, shards_of_what_is_learned, shards_in_half_precision,
+    one_process_alone, flat_shards,
+    divided_layers,
+]  # fmt: skip
 
 
 def process(rank, folder):
@@ -175,13 +194,46 @@ def test_replicas_of_two_stacks_agree_and_learn_as_one_process_does(found):
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-@pytest.mark.compatible("Several processes", "FSDP2, and an optimiser in parts (ZeRO-1)")
-@pytest.mark.parametrize("case", [parts_of_the_optimiser, shards])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            parts_of_the_optimiser,
+            marks=pytest.mark.compatible("Several processes", "ZeroRedundancyOptimizer (as ZeRO-1)"),
+        ),
+        pytest.param(
+            shards_of_what_is_learned,
+            marks=pytest.mark.compatible("Several processes", "FSDP2 without resharding (as ZeRO-2)"),
+        ),
+        pytest.param(shards, marks=pytest.mark.compatible("Several processes", "FSDP2 (as ZeRO-3)")),
+    ],
+)
 def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
     model = bert()
     expected = trained(model, adamw(model), ROWS)
     for saved in found(case):
         assert_close(saved, expected)
+
+
+@pytest.mark.compatible("Several processes", "FSDP2 with mixed precision")
+def test_what_is_divided_computes_in_half_precision_and_keeps_its_own(found):
+    """The same as one process whose forwards read copies of all parameters in half precision."""
+    model = bert()
+    born = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+
+    def run(**given):
+        half = {key: parameter.bfloat16() for key, parameter in model.named_parameters()}
+        return torch.func.functional_call(model, half, (), given)
+
+    expected = trained(model, adamw(model, torch.optim.SGD), ROWS, run)
+    first, second = found(shards_in_half_precision)
+    assert not isinstance(first, str), first
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    for key, tensor in expected.items():
+        assert first[key].dtype == tensor.dtype
+        # What two forwards in bf16 round otherwise than one, of how far the tensor has moved; 1e-6 for those at rest.
+        moved = (tensor - born[key]).float().norm()
+        assert (first[key] - tensor).float().norm() <= 0.05 * moved + 1e-6, key
 
 
 def test_one_process_that_trains_alone_waits_for_nobody(found):

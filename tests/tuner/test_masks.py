@@ -153,6 +153,22 @@ def test_a_static_cache_with_padding_on_the_left_decodes_the_same():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_window_that_slides_over_a_static_cache_decodes_the_same(padding):
+    torch.manual_seed(0)
+    tokens = dict(vocab_size=50, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    config = transformers.MistralConfig(num_key_value_heads=1, sliding_window=4, **SIZES, **tokens)
+    model = adapted(transformers.MistralForCausalLM(config), target_modules=["down_proj"])
+    prompt = torch.cat([torch.zeros(2, padding).long(), ids(2, 6)], 1)
+    options = dict(input_ids=prompt, attention_mask=(prompt != 0).long(), max_new_tokens=6, do_sample=False)
+    given = dict(options, return_dict_in_generate=True, output_logits=True)
+    dynamic, static = model.generate(**given), model.generate(**given, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=1e-5, rtol=1e-4)
+    full = model(dynamic.sequences[:, padding:], use_cache=False).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(static.logits, 1), full, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_padded_sound_equals_sound_alone():
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
@@ -290,6 +306,69 @@ def test_a_mask_of_which_nothing_tells_what_it_marks_is_refused_by_name(name):
         assert torch.equal(model(x, **{name: same}), model(x))
     pointwise = get_peft_model(Mixing(), BioConfig("lateral_inhibition", target_modules=["lin"]))
     pointwise(x, **{name: SOME})
+
+
+REAL = SOME.bool()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mask", "attn_bias", "src_mask", "padding", "seen"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda real: real[1].expand(5, 5),
+        lambda real: real[:, None].expand(2, 5, 5),
+        lambda real: real[:, None, None].expand(2, 1, 5, 5),
+        lambda real: real[:, None].expand(2, 5, 5).repeat_interleave(2, 0),
+        lambda real: real[:, None, None],
+        lambda real: real[..., None],
+        lambda real: {"full": real[:, None, None]},
+        lambda real: [real],
+    ],
+    ids=["T T", "B T T", "B 1 T T", "B heads", "B 1 1 T", "B T 1", "dict", "list"],
+)
+def test_masks_of_every_shape_are_refused_where_nothing_tells_what_they_mark(name, form):
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match=rf"lin reads its tokens in time, but {name}.* nothing tells which"):
+        model(x, **{name: form(REAL)})
+    with pytest.raises(ValueError, match=rf"lin reads its tokens in time, but {name}.* nothing tells which"):
+        model(x, **{name: form(~REAL)})
+
+
+@torch.no_grad()
+def test_pairs_under_any_name_are_read_where_their_numbers_tell():
+    torch.manual_seed(0)
+    model, x = adapted(Mixing(), ["short_term_depression"], target_modules=["lin"], causal=True), torch.randn(2, 5, 16)
+    alone = model(x), model(x[1:, 2:])
+    assert torch.equal(model(x, attn_bias=torch.where(causal(5), 0.0, -torch.inf)), alone[0])
+    for order in (causal(5), ~causal(5)):  # which tokens see which, or which do not
+        assert torch.equal(model(x, mask=order), alone[0])
+    found = model(x, mask=torch.where(pairs(REAL, causal(5)), 0.0, LOWEST).expand(2, 4, 5, 5))
+    assert torch.equal(found[0], alone[0][0])
+    torch.testing.assert_close(found[1:, 2:], alone[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 4, 5, 5\) differs between heads"):
+        model(x, mask=torch.stack([causal(5), torch.ones(5, 5).bool()] * 2).expand(2, 4, 5, 5))
+
+
+@torch.no_grad()
+def test_a_mask_of_something_else_is_named_and_left_aside():
+    model, x = own(Mixing), torch.randn(2, 5, 16)
+    with pytest.warns(UserWarning, match=r"patch_mask \(2, 3\) is not read by adapters"):
+        found = model(x, patch_mask=torch.tensor([[1, 0, 1]] * 2))
+    assert torch.equal(found, model(x))
+    with pytest.raises(ValueError, match=r"lengths \(2,\) may mark padding"):
+        model(x, lengths=torch.tensor([5, 3]))
+    assert torch.equal(model(x, lengths=torch.tensor([5, 5])), model(x))
+
+
+@torch.no_grad()
+def test_padding_that_a_model_of_ones_own_adds_is_named():
+    class Padding(Mixing):
+        def forward(self, x):
+            return self.lin(nn.functional.pad(x, (0, 0, 0, 3)))[:, :5]
+
+    with pytest.warns(UserWarning, match="Padding was given 5 tokens and makes 8 of them"):
+        own(Padding)(torch.randn(2, 5, 16))
 
 
 @torch.no_grad()

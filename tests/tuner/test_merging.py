@@ -237,7 +237,6 @@ def test_what_rounding_loses_is_told(dtype, size, lost):
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("name", [name for name in list_primitives() if primitive_info(name).mergeable])
 def test_a_merge_in_double_precision_is_one(name, rank):
-    """The adapter's own numbers are fp32, and its forward is; a weight that passes through fp32 is off by as much."""
     if rank is not None and primitive_info(name).kind == "weight":
         pytest.skip("it has a size of its own")
     torch.manual_seed(0)
@@ -247,8 +246,7 @@ def test_a_merge_in_double_precision_is_one(name, rank):
     wanted = output(model, inputs)
     merged = model.merge_and_unload()
     assert merged.lin0.weight.dtype == torch.float64 and not torch.equal(merged.lin0.weight, before)
-    assert close(output(merged, inputs), wanted, 1e-6)
-    assert not torch.equal(merged.lin0.weight, merged.lin0.weight.float().double()), "it went through fp32"
+    assert close(output(merged, inputs), wanted, 1e-12), "something went through fp32"
 
 
 def test_a_sparse_merge_in_double_precision_changes_its_synapses_alone():

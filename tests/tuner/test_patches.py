@@ -83,7 +83,16 @@ def test_what_accelerate_wraps_it_unwraps():
 @pytest.mark.compatible("Graphs", "torch.export with dynamic shapes")
 @pytest.mark.parametrize(
     "primitive",
-    ["lateral_inhibition", "short_term_depression", "predictive_coding", "complementary_fast_weights", "neuro_ada"],
+    [
+        "lateral_inhibition",
+        "short_term_depression",
+        "predictive_coding",
+        "complementary_fast_weights",
+        "neuro_ada",
+        "surround_suppression",
+        "travelling_wave",
+        "resonate_and_fire",
+    ],
 )
 def test_models_are_exported_for_any_batch_and_length(primitive):
     model = adapted(bert(), [primitive], ["0.output.dense"]).get_base_model()

@@ -77,22 +77,22 @@ def arms_named(names: Sequence[str]) -> tuple[str, ...]:
     """
     if not names:
         raise ValueError(f"arms: at least one is needed; accepted: {', '.join(ASKED)}")
-    found: dict[str, None] = {}
+    ordered: dict[str, None] = {}
     for name in names:
         own = [arm for arm in ARMS if name in (arm, arm.partition("@")[0])]
         if not own:
             raise ValueError(f"arms: unknown arm {name!r}; {suggest(name, ASKED)}")
-        found |= dict.fromkeys(own)
-    return tuple(found)
+        ordered |= dict.fromkeys(own)
+    return tuple(ordered)
 
 
 def rivals_of_equal_size(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """For each asked-for name, the arms of it: of several, the better one counts."""
-    found: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
     for name in names:
         short = name.partition("@")[0]
-        found[short] = (*found.get(short, ()), name)
-    return found
+        groups[short] = (*groups.get(short, ()), name)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class Recipe:
         model = adapt(encoder, partial(get_peft_model, peft_config=self.bio_config(0)))
         config = next(iter(model.peft_config.values()))
         counts = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        found = []
+        places = []
         for path in model.base_model.targeted_module_names:
             own = sum(count for name, count in counts.items() if name.startswith(f"base_model.model.{path}."))
             at_input = config.adapts_input_of(path)
-            found.append(AdaptedModule(path, _features(modules[path])[0 if at_input else 1], at_input, own))
-        return tuple(found)
+            places.append(AdaptedModule(path, _features(modules[path])[0 if at_input else 1], at_input, own))
+        return tuple(places)
 
 
 # -- a LoRA of any size --
@@ -213,11 +213,11 @@ def lora_paths(model: nn.Module) -> list[str]:
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, _BLOCK)}
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", ""), ())
-    found = [path for path in layers if any(path == end or path.endswith(f".{end}") for end in usual)]
-    found = found or [path for path, module in layers.items() if block_of(path) and getattr(module, "groups", 1) == 1]
-    if not found:
+    usable = [path for path in layers if any(path == end or path.endswith(f".{end}") for end in usual)]
+    usable = usable or [path for path, module in layers.items() if block_of(path) and getattr(module, "groups", 1) == 1]
+    if not usable:
         raise ValueError(f"a LoRA finds no linear or convolutional layer in a {type(model).__name__}")
-    return found
+    return usable
 
 
 def lora_config(paths: Sequence[str], rank: int, alpha_per_rank: int = ALPHA_PER_RANK) -> LoraConfig:

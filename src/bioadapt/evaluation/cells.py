@@ -84,17 +84,17 @@ class Cells:
 
     def done(self) -> list[Cell]:
         """All cells that are done; of one that two machines did, the first."""
-        found: dict[tuple[str, str, int], Cell] = {}
+        first: dict[tuple[str, str, int], Cell] = {}
         for cell in _read(self.folder / CELLS, Cell):
-            found.setdefault((cell.task, cell.arm, cell.seed), cell)
-        return list(found.values())
+            first.setdefault((cell.task, cell.arm, cell.seed), cell)
+        return list(first.values())
 
     def trials(self) -> list[Trial]:
         """All trials of learning rates that are done."""
-        found: dict[tuple[str, str, float], Trial] = {}
+        first: dict[tuple[str, str, float], Trial] = {}
         for trial in _read(self.folder / TUNING, Trial):
-            found.setdefault((trial.task, trial.arm, trial.rate), trial)
-        return list(found.values())
+            first.setdefault((trial.task, trial.arm, trial.rate), trial)
+        return list(first.values())
 
     def opened(self) -> int:
         """How often test rows have been opened."""
@@ -209,13 +209,13 @@ def _read(path: Path, kind: Any) -> list[Any]:
         return []
     convert = {"int": int, "float": float, "str": str}
     types = {field.name: convert[str(field.type)] for field in fields(kind)}
-    found = []
+    records = []
     with path.open(encoding="utf-8", newline="") as file:
         for record in csv.DictReader(file):
             if None in record or None in record.values() or record["task"] == "task":
                 continue  # a line that lost its end with a machine's power, or a second header
-            found.append(kind(**{name: kind_(record[name]) for name, kind_ in types.items()}))
-    return found
+            records.append(kind(**{name: kind_(record[name]) for name, kind_ in types.items()}))
+    return records
 
 
 def _file_name(*parts: str) -> str:

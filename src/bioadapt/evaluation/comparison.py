@@ -167,16 +167,16 @@ def compare(
             draws[task, name] = resampled(results[task][name], metrics[task], resamples=resamples, seed=seed)
         return draws[task, name]
 
-    found = []
+    rivalries = []
     for group, names in groups.items():
         tasks = [t for t, arms in results.items() if candidate in arms and any(name in arms for name in names)]
         if tasks:
             chosen = {task: _best(results[task], names, metrics[task]) for task in tasks}
-            found.append(_rivalry(results, metrics, candidate, group, chosen, drawn, level, seed))
-    if not found:
+            rivalries.append(_rivalry(results, metrics, candidate, group, chosen, drawn, level, seed))
+    if not rivalries:
         raise ValueError(f"nothing to compare {candidate!r} with: no task has it and a rival among {sorted(groups)}")
-    corrected = holm({rivalry.rival: rivalry.p for rivalry in found})
-    return Comparison(candidate, tuple(Rivalry(r.rival, r.differences, r.gain, corrected[r.rival]) for r in found))
+    corrected = holm({rivalry.rival: rivalry.p for rivalry in rivalries})
+    return Comparison(candidate, tuple(Rivalry(r.rival, r.differences, r.gain, corrected[r.rival]) for r in rivalries))
 
 
 def _best(arms: Mapping[str, Sequence[Evaluation]], names: Sequence[str], metric: str) -> str:

@@ -147,8 +147,9 @@ def load_model(
     """The model that a task is for: a sentence encoder, an `ImageModel` or a `LanguageModel`.
 
     Args:
-        name: ``minilm``, a name on the hub, a folder, a ``config.json`` of a vision model, or one of ``small-vit``,
-            ``small-convnet`` and ``small-lm``, which are trained on the task's unlabelled rows first.
+        name: ``minilm``, a name on the hub, a folder, a ``config.json`` of a vision model or of a causal language
+            model, or one of ``small-vit``, ``small-convnet`` and ``small-lm``. What has no weights is trained on the
+            task's unlabelled rows first.
         task: says which kind of model it reads.
         device: where to put it; the fastest there is if None.
         folder: where small models are kept once they are trained.
@@ -189,6 +190,8 @@ def kind_of(name: str) -> str | None:
         return None
     if type(config) in AutoModelForImageClassification._model_mapping:
         return IMAGES
+    if Path(name).suffix == ".json":
+        return LANGUAGE
     causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
     return LANGUAGE if causal else SENTENCES
 
@@ -213,7 +216,7 @@ def _made(name: str, task: Task, folder: Path, device: torch.device, steps: int 
         if task.reads == IMAGES:
             _vision_model(name, task, path, device, steps or _IMAGE_STEPS)
         else:
-            _language_model(task, path, device, steps or _TEXT_STEPS)
+            _language_model(name, task, path, device, steps or _TEXT_STEPS)
     return path
 
 
@@ -253,15 +256,11 @@ def _vision_config(name: str, size: int, channels: int) -> Any:
     return config
 
 
-def _language_model(task: Task, path: Path, device: torch.device, steps: int) -> None:
+def _language_model(name: str, task: Task, path: Path, device: torch.device, steps: int) -> None:
     texts = task.texts("train")
     tokenizer = _tokenizer(texts)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=4 * _LENGTH, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    config = _language_config(name, tokenizer)
     model = AutoModelForCausalLM.from_config(config).to(device)
     language, draw = LanguageModel(model, tokenizer), torch.Generator().manual_seed(0)
     sequences = [ids for ids in map(language.tokens, texts) if len(ids) > 1]
@@ -274,6 +273,18 @@ def _language_model(task: Task, path: Path, device: torch.device, steps: int) ->
     _optimise(model, batch, steps)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def _language_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if Path(name).suffix == ".json":
+        config = AutoConfig.from_pretrained(name)
+        config.update({"vocab_size": len(tokenizer), "pad_token_id": None, **special})
+        return config
+    return Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=4 * _LENGTH, tie_word_embeddings=True, **special,
+    )  # fmt: skip
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -127,12 +127,12 @@ class Evaluate:
     @cached_property
     def _overlap(self) -> Overlap:
         """Of all sets of the data folder with each other."""
-        found = Overlap()
+        overlap = Overlap()
         if self.settings.data_dir is not None:
             for name in list_tasks(self.settings.data_dir):
                 if name not in (DEFAULT_TASK, DIGITS):
-                    found.add(load_task(name, self.settings.data_dir))
-        return found
+                    overlap.add(load_task(name, self.settings.data_dir))
+        return overlap
 
     def prepare(self, name: str) -> PreparedTask:
         """A task by name, cut for the protocol: without leaks, with validation rows, and with its test rows sealed.
@@ -223,15 +223,15 @@ class Evaluate:
         started = started if arm == ZERO_SHOT else time.perf_counter()
         encoder, params, history, dev = self._trained(prepared.task, recipe, arm, rate, seed)
         with self._lower_blocks_once(encoder, prepared.test._task):
-            found = prepared.test.open(encoder, arm, seed)
+            opened = prepared.test.open(encoder, arm, seed)
         metric, clean = prepared.task.metrics[0], prepared.test.clean
-        others = {name: round(score, 4) for name, score in found.scores.items() if name != metric}
+        others = {name: round(score, 4) for name, score in opened.scores.items() if name != metric}
         cell = Cell(
-            prepared.task.name, arm, seed, params, dev, found.scores[metric], found.of_rows(clean).scores[metric],
+            prepared.task.name, arm, seed, params, dev, opened.scores[metric], opened.of_rows(clean).scores[metric],
             time.perf_counter() - started, metric, rate, history.steps, prepared.task.sizes.get("train", 0),
             prepared.test.size, len(clean), json.dumps(others),
         )  # fmt: skip
-        self.cells.keep_rows(cell, found, clean)
+        self.cells.keep_rows(cell, opened, clean)
         self.cells.add(cell)
         self._say(
             f"{cell.task}: {arm}, seed {seed}: {metric} {cell.test:.2f}, clean {cell.test_clean:.2f}, dev {dev:.2f}; "

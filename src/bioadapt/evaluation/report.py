@@ -104,19 +104,19 @@ def _differences(candidate: str, rivalry: Rivalry) -> str:
     return f"<h2>{_text(candidate)} against {_text(rivalry.rival)}</h2>{_table(header, rows)}"
 
 
-def _difference(found: Difference) -> tuple[str, ...]:
-    interval = found.interval
+def _difference(difference: Difference) -> tuple[str, ...]:
+    interval = difference.interval
     return (
-        found.task,
-        found.rival,
-        found.metric,
+        difference.task,
+        difference.rival,
+        difference.metric,
         f"{interval.estimate:+.2f}",
         f"[{interval.low:+.2f}, {interval.high:+.2f}]",
-        f"{found.relative:+.1f} %",
-        f"{found.p:.3g}",
-        found.verdict,
-        str(found.seeds),
-        f"{found.rows:,}",
+        f"{difference.relative:+.1f} %",
+        f"{difference.p:.3g}",
+        difference.verdict,
+        str(difference.seeds),
+        f"{difference.rows:,}",
     )
 
 

@@ -242,12 +242,12 @@ def resampled(runs: Sequence[Evaluation], metric: str, *, resamples: int = RESAM
     """
     statistic, count = STATISTICS[metric], len(runs[0].gold)
     generator = np.random.default_rng(seed)
-    found = np.empty((len(runs), resamples))
+    statistics = np.empty((len(runs), resamples))
     for number in range(resamples):
         drawn = generator.integers(count, size=count)
         for place, run in enumerate(runs):
-            found[place, number] = statistic(run.rows[metric][drawn], run.gold[drawn])
-    return found
+            statistics[place, number] = statistic(run.rows[metric][drawn], run.gold[drawn])
+    return statistics
 
 
 def interval(values: np.ndarray, drawn: np.ndarray, *, level: float = LEVEL, seed: int = 0) -> Interval:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from bioadapt.primitives.base import Blend, Context, Fused, Host, LocalRule, OnWeight, Primitive, setting
+from bioadapt.primitives.context import in_full
 from bioadapt.registry import register_primitive
 
 AVERAGING = 0.01  # share of the newest step in the running averages, once a hundred steps have been seen
@@ -114,11 +115,6 @@ def readout(values: Tensor, index: Tensor | None, matrix: Tensor, scale: float) 
     A product with all columns, most of them times zero: gathering the chosen ones is slower on wide layers.
     """
     return _Readout.apply(values, index, matrix, scale)
-
-
-def in_full(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sparse_projection(shape: tuple[int, int], entries: int, size: float, kind: str, source: torch.Generator) -> Tensor:
@@ -384,7 +380,7 @@ class FlyLora(LocalRule, OnWeight):
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         share = 1.0 if self.k == self.r else self.share()
-        return (self.scale * self.B.detach().float() * share) @ self.A, None
+        return (self.scale * self.B.detach() * share) @ self.A, None
 
     def surrogate_error(self) -> float:
         missed, change = self.error.tolist()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, silu
 
-from bioadapt.methods.fly_lora import FlyLora, chosen, in_full, linear
+from bioadapt.methods.fly_lora import FlyLora, chosen, linear
 from bioadapt.primitives.base import Blend, Context, Host, Primitive, setting
+from bioadapt.primitives.context import in_full
 from bioadapt.registry import register_primitive
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bioadapt.methods._wiring import anterior_of, check_expressions, knows, reads_pixels
 from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, setting
+from bioadapt.primitives.context import in_full
 from bioadapt.registry import register_primitive
 
 
@@ -104,13 +105,13 @@ class SanScaling(OnWeight):
 
     def change_of_gain(self) -> Tensor:
         """The gain less one, (d_out,), in fp32 at least."""
-        return self.zero_scale * _wide(self.theta)
+        return self.zero_scale * in_full(self.theta)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         theta = self.change_of_gain()
         if not self.acts_on_output:
             return (0 * theta).expand_as(x)  # in the graph: parallel training asks every gain for a gradient
-        return theta * x if self.shift is None else theta * x + self.zero_scale * _wide(self.shift)
+        return theta * x if self.shift is None else theta * x + self.zero_scale * in_full(self.shift)
 
     @classmethod
     def combine(
@@ -148,13 +149,8 @@ class SanScaling(OnWeight):
         theta = self.change_of_gain().detach() * self.acts_on_output
         if bias is None:
             return theta[:, None] * weight, None
-        shift = 0 if self.shift is None else self.zero_scale * _wide(self.shift.detach())
+        shift = 0 if self.shift is None else self.zero_scale * in_full(self.shift.detach())
         return theta[:, None] * weight, theta * bias + shift
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _unconnected(mode: str, wiring: Any, model_type: str | None) -> str:

@@ -16,12 +16,17 @@ from .local_rule import Observation
 Found = TypeVar("Found")
 
 
+def in_full(tensor: Tensor) -> Tensor:
+    """A tensor in fp32, or in fp64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class Host:
     """What a primitive may read of the layer it is born on.
 
     Args:
-        weight: the frozen base weight as (d_out, d_in) in fp32, or a function that returns it (quantised weights are
-            expanded only if somebody asks); None where there is none.
+        weight: the frozen base weight as (d_out, d_in) in fp32 at least, or a function that returns it (quantised
+            weights are expanded only if somebody asks); None where there is none.
         seed: fixes every frozen random matrix.
     """
 
@@ -30,9 +35,9 @@ class Host:
 
     @cached_property
     def weight(self) -> Tensor | None:
-        """(d_out, d_in) in fp32, or None."""
+        """(d_out, d_in) in fp32 at least, or None."""
         weight = self._weight() if callable(self._weight) else self._weight
-        return None if weight is None else weight.detach().float()
+        return None if weight is None else in_full(weight.detach())
 
     @cached_property
     def level(self) -> float:

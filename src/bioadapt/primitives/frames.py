@@ -187,4 +187,4 @@ def base_weight(host: Host, d_out: int, d_in: int) -> Tensor:
             f"the layer's weight ({d_out}, {d_in}) is on the meta device and has no values, from which the adapter "
             "would begin: load the weights of the base model first"
         )
-    return host.weight.detach().float()
+    return host.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .._words import suggest
 
 STAGES = ("sensory_gain", "competition", "dendritic", "dynamics", "memory", "plasticity")
+ENTRY_POINT_GROUP = "bioadapt.primitives"  # by which packages announce primitives of their own
 KINDS = ("pointwise", "causal", "weight", "global")
 
 

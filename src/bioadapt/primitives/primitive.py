@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._words import suggest
-from .context import Context, Host
+from .context import Context, Host, in_full
 from .setting import Setting, setting
 
 # Which factor of the path is zero at birth, and what most primitives with a zero there multiply it by, so that a LoRA's
@@ -170,11 +170,11 @@ class Primitive(nn.Module):
                 return self.forward(x, context, with_x=with_x)
         context = self._complete(context or Context(), x)
         sequence = as_sequence(x)
-        # Top-k, exponentials and long sums flip or overflow in half precision: every mechanism computes in fp32.
+        # Top-k, exponentials and long sums flip or overflow in half precision: mechanisms compute in fp32, or fp64.
         if self.any_dtype:
             result = self._changed(sequence, context, with_x)
         else:
-            result = self._in_fp32(sequence.float(), context, with_x)
+            result = self._in_full(in_full(sequence), context, with_x)
         return (result if sequence is x else result.reshape(x.shape)).to(x.dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
@@ -190,18 +190,28 @@ class Primitive(nn.Module):
             if self.needs_input:
                 raise ValueError(f"{self.name} reads the layer's input ({self.d_in} features): pass Context(x_in=...)")
             return context
-        v = as_sequence(v) if self.any_dtype else as_sequence(v).float()
+        v = as_sequence(v) if self.any_dtype else in_full(as_sequence(v))
         return context if v is context.x_in else context.replace(x_in=v)
 
-    def _in_fp32(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        for parameter in self._parameters.values():
-            if parameter is not None and parameter.dtype != torch.float32:
+    def _in_full(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None and tensor.dtype != x.dtype and tensor.is_floating_point():
                 break
         else:
             return self._both_ways(x, context, with_x)
-        # A user (or FSDP) keeps the adapter in half precision: compute with upcast copies of its parameters.
-        upcast = {f"primitive.{name}": parameter.float() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(_Body(self), upcast, (x, context.replace(derived=None), with_x))
+        # A user (or FSDP) keeps the adapter in half precision, or the base in double.
+        return self.computed_in(x.dtype, "_both_ways", x, context.replace(derived=None), with_x)
+
+    def computed_in(self, dtype: torch.dtype, method: str, *given: Any) -> Any:
+        """What a method returns that finds copies of all floating tensors in ``dtype``."""
+        cast = {
+            f"primitive.{name}": tensor.to(dtype)
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+            if tensor.is_floating_point() and tensor.dtype != dtype
+        }
+        if not cast:
+            return getattr(self, method)(*given)
+        return torch.func.functional_call(_Body(self), cast, (method, *given))
 
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
@@ -323,14 +333,14 @@ class Scaled(Primitive):
 
 
 class _Body(nn.Module):
-    """Gives `torch.func.functional_call` a forward that skips the casts of `Primitive.forward`."""
+    """Gives `torch.func.functional_call` a forward that is any method of a primitive."""
 
     def __init__(self, primitive: Primitive) -> None:
         super().__init__()
         self.primitive = primitive
 
-    def forward(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        return self.primitive._both_ways(x, context, with_x)
+    def forward(self, method: str, *given: Any) -> Any:
+        return getattr(self.primitive, method)(*given)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Fused
-from .time import recurrence
+from .time import is_symbol, recurrence
 
 
 class _Conjugated(Fused):
@@ -25,10 +25,22 @@ class _Conjugated(Fused):
 
 def rotation(name: str, decay: Tensor, angle: Tensor, drive: Tensor, context: Context) -> Tensor:
     """z_t = decay e^(i angle) z_{t-1} + drive_t from rest: decay and angle (r,), drive (B, T, r) real -> complex."""
+    if is_symbol(drive.shape[1]):
+        return _in_turning_frame(name, decay, angle, drive, context)
     # `recurrence` carries gradients without conjugates, as fits real numbers: conjugating what enters and leaves its
     # backward makes that right for complex ones.
     series = _Conjugated.apply(torch.complex(drive, torch.zeros_like(drive)))
     return _Conjugated.apply(recurrence(name, context.once(_turned, decay, angle), series, context))
+
+
+def _in_turning_frame(name: str, decay: Tensor, angle: Tensor, drive: Tensor, context: Context) -> Tensor:
+    """`rotation` by real numbers, as formats of exported models ask for: in a frame that turns along, parts decay."""
+    steps = drive.shape[1]
+    turned = torch.arange(steps, device=drive.device)[None] if context.mask is None else context.mask.cumsum(1)
+    cosine, sine = (wave(turned[..., None] * angle) for wave in (torch.cos, torch.sin))
+    parts = torch.stack([drive * cosine, -drive * sine], -1)
+    real, imaginary = recurrence(name, decay[:, None], parts, context).unbind(-1)
+    return torch.complex(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
 
 
 def _turned(decay: Tensor, angle: Tensor) -> Tensor:

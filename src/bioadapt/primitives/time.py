@@ -26,7 +26,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
-    if torch.compiler.is_compiling() and not _exporting():
+    if torch.compiler.is_compiling() and not exporting():
         return _solved(decay, drive, initial, backwards)
     if is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)
@@ -50,10 +50,10 @@ def _(decay: Tensor, drive: Tensor, initial: Tensor | None, backwards: bool) -> 
     return drive.new_empty(drive.shape)
 
 
-def _exporting() -> bool:
-    """Whether the graph is to run where operations of ours are not known."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # torch before 2.7 cannot be asked
-    return asked is None or asked()
+def exporting() -> bool:
+    """Whether a graph is made that is to run elsewhere, where few operations are known."""
+    asked = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch before 2.7 cannot be asked
+    return asked()
 
 
 def is_short(steps: int) -> bool:
@@ -418,10 +418,21 @@ def front_aligned(compute: Callable[[Tensor, Context], Tensor], x: Tensor, conte
     """
     if context.mask is None:
         return compute(x, context)
-    order = torch.argsort(~context.mask, dim=1, stable=True)
+    order, places = front_order(context.mask)
     mask = context.mask.gather(1, order)
     moved = _rows(x, order).masked_fill(~mask[..., None], 0.0)
-    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), order.argsort(1))
+    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), places)
+
+
+def front_order(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens before padding, each in its order: which token stands at each place, and the place of each, (B, T).
+
+    A stable sort, by what formats of exported models know.
+    """
+    real, padding = mask.cumsum(1), (~mask).cumsum(1)
+    places = torch.where(mask, real, real[:, -1:] + padding) - 1
+    steps = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
+    return torch.zeros_like(places).scatter(1, places, steps), places
 
 
 def _rows(x: Tensor, order: Tensor) -> Tensor:

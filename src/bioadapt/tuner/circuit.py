@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import BioConfig
 from ..primitives._state import Recollection
 from ..primitives.base import Context, Host, OnWeight, Primitive
+from ..primitives.context import in_full
 from ..primitives.frames import read_in, read_out
 from ..primitives.names import STAGES
 from ..primitives.primitive import autocast_off, born_in_fp32
@@ -56,7 +57,7 @@ class AdapterCircuit(nn.Module):
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
         self.reads_tokens = self.reads_time or any(primitive.reads_positions for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
-        self.in_fp32 = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
+        self.in_full = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):
             self.wake()
 
@@ -83,18 +84,18 @@ class AdapterCircuit(nn.Module):
             nn.init.normal_(self.up, std=0.3 / self.up.shape[1] ** 0.5)
 
     def forward(self, y: Tensor, context: Context, state: Recollection | None = None) -> Tensor:
-        """Features y (B, T, d_out) -> the adapter's change of them, in fp32 unless all primitives take any dtype.
+        """Features y (B, T, d_out) -> the adapter's change of them, in fp32 at least unless all take any dtype.
 
         ``state``: what earlier decoding steps left behind, by primitive; that of the context is not read.
         """
-        if self.in_fp32:
-            y = y.float()
+        if self.in_full:
+            y = in_full(y)
         down, up = self.down, self.up
         if down is None or up is None:
             return self._change(y, context, state)
         with autocast_off(y.device.type):
-            population = y @ down.float().T
-            return (population + self._change(population, context, state)) @ up.float().T
+            population = y @ down.to(y.dtype).T
+            return (population + self._change(population, context, state)) @ up.to(y.dtype).T
 
     def applied(self, y: Tensor, context: Context, state: Recollection | None = None) -> Tensor:
         """y plus its change, in the dtype of y."""
@@ -181,7 +182,9 @@ class AdapterCircuit(nn.Module):
         total_w, total_b = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         for wave in self.waves:
             read = (weight + total_w, None if bias is None or total_b is None else bias + total_b)
-            changes = [self[name].merged_change(weight, bias, read, approximate) for name in wave]
+            changes = [
+                self[name].computed_in(weight.dtype, "merged_change", weight, bias, read, approximate) for name in wave
+            ]
             for dw, db in changes:
                 total_w = total_w + dw
                 total_b = total_b if total_b is None or db is None else total_b + db
@@ -190,7 +193,7 @@ class AdapterCircuit(nn.Module):
 
 def _population_weight(host: Host, down: Tensor) -> Tensor | None:
     """The weight by which the population reads the layer's input, (rank, d_in)."""
-    return None if host.weight is None or host.weight.is_meta else down.to(host.weight.device) @ host.weight
+    return None if host.weight is None or host.weight.is_meta else down.to(host.weight.device) @ host.weight.float()
 
 
 def _waves(primitives: list[Primitive], composition: str) -> list[list[str]]:

@@ -369,7 +369,10 @@ class BioLayer(MergeableLayer):
                 return around.about_encoder(layout.sequence)
             if self.routed or (layout.sequence[1] == 1 and start == 0 and layout.sequence != around.tokens):
                 return NOTHING  # a vector by itself
-            return around.about(layout.sequence)
+            found = around.about(layout.sequence)
+            for unread in around.unread if reads_tokens else ():
+                self._say(unread)
+            return found
         except Unclear as unclear:
             if reads_tokens:
                 raise ValueError(

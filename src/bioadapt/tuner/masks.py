@@ -6,7 +6,7 @@ that, and refused where it says anything else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +33,6 @@ _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_", "memory_")
 SAY_SOMETHING_ELSE = {
     "global_attention_mask": "tokens that all others see",
     "head_mask": "heads of attention that are turned off",
-    "causal_mask": "which tokens see which",
-    "src_mask": "which tokens see which",
-    "tgt_mask": "which tokens see which",
     "perm_mask": "which tokens see which",
     "bool_masked_pos": "patches that are hidden, to be predicted",
     "mask_time_indices": "frames that are hidden, to be predicted",
@@ -47,8 +44,13 @@ SAY_SOMETHING_ELSE = {
     "p_mask": "tokens that cannot be in an answer",
     "table_mask": "tokens of a table, for the loss",
     "loss_mask": "tokens that count in the loss",
-    "labels_mask": "tokens that count in the loss",
+    "cu_seq_lens_q": "where packed documents begin, which positions say as well",
+    "cu_seq_lens_k": "where packed documents begin, which positions say as well",
 }
+
+
+# Words in the names of arguments that may tell which tokens are padding.
+_MAY_TELL = ("mask", "pad", "valid", "attn_bias", "attention_bias", "length", "lens")
 
 
 class Unclear(ValueError):
@@ -71,6 +73,12 @@ class Tokens(NamedTuple):
         mask = None if self.mask is None or bool(self.mask.all()) else self.mask
         return Tokens(mask, self.positions, None if self.resets is None or not bool(self.resets.any()) else self.resets)
 
+    def apart(self) -> bool:
+        """Whether some tokens are not what others are: padding, or of another document."""
+        if torch.compiler.is_compiling() or self.mask is None or self.resets is None:
+            return False
+        return not bool(self.mask.all()) or bool(self.resets[:, 1:].any())
+
     def to(self, device: torch.device) -> Tokens:
         if all(flags is None or flags.device == device for flags in self):
             return self
@@ -87,16 +95,16 @@ def masks_of(stack: nn.Module, given: Mapping[str, Any], side: str) -> tuple[dic
         side: ``decoder_`` where the tokens of the stack are those of its decoder, else nothing.
 
     Returns:
-        Those that tell padding, by name, with ones, or True, at what is none; and those (B, n) of which it is not known
-        what they mark.
+        Those that tell padding, by name, with ones, or True, at what is none; and those of which it is not known what
+        they mark.
     """
     own = f"{side}{_OF_REAL}"
     telling: dict[str, Any] = {} if given.get(own) is None else {own: given[own]}
     unknown: dict[str, Tensor] = {}
     if side:
         return telling, unknown
-    for name, mask in given.items():
-        if name == own or mask is None or "mask" not in name or _says_something_else(name):
+    for name, mask in _one_by_one(given):
+        if name == own or _says_something_else(name):
             continue
         if name in ("src_key_padding_mask", "tgt_key_padding_mask"):
             telling[name] = read_key_padding(name, mask).mask
@@ -106,13 +114,30 @@ def masks_of(stack: nn.Module, given: Mapping[str, Any], side: str) -> tuple[dic
             telling[name] = mask
         elif name == "input_mask" and getattr(getattr(stack, "config", None), "model_type", None) == _PADS_WITH_ONES:
             telling.setdefault(own, 1 - mask.float())
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
+        elif isinstance(mask, Tensor) and mask.dim():
             unknown[name] = mask
     return telling, unknown
 
 
+def _one_by_one(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments that may be masks; those in a collection each by itself."""
+    for name, value in given.items():
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        parts = {name: value}
+        if isinstance(value, Mapping) and not name.endswith(_OF_REAL):
+            parts = {f"{name}[{key!r}]": part for key, part in value.items()}
+        for part, mask in parts.items():
+            if mask is not None and (any(word in part for word in _MAY_TELL) or _is_bool(mask)):
+                yield part, mask
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
 def _says_something_else(name: str) -> bool:
-    return any(name == known or name.endswith(f"_{known}") for known in SAY_SOMETHING_ELSE)
+    return "label" in name or any(name == known or name.endswith(f"_{known}") for known in SAY_SOMETHING_ELSE)
 
 
 def mask_of_encoder(given: Mapping[str, Any]) -> Tensor | None:
@@ -180,6 +205,8 @@ def _by_pair(name: str, mask: Tensor, batch: int, steps: int, past: int | Tensor
     past = _as_number(past)
     if past is None:
         past = keys - steps
+    if not isinstance(past, Tensor) and steps == 1 and keys <= past:  # a window that slides along: the newest is last
+        return Tokens(seen[:, :, -1], None, torch.zeros_like(seen[:, :, -1]))
     if not isinstance(past, Tensor) and not 0 <= past <= keys - steps:
         raise Unclear(f"{name} of shape {tuple(mask.shape)} has no column for each of {past} + {steps} tokens")
     own = torch.arange(steps, device=mask.device) + past  # the column of each token
@@ -233,6 +260,38 @@ def read_key_padding(name: str, mask: Tensor) -> Tokens:
         raise Unclear(f"{name} of shape {tuple(mask.shape)} does not tell which tokens are padding")
     real = _visible(name, mask[None])[0] if mask.is_floating_point() else ~mask.bool()
     return Tokens(real, (real.cumsum(-1) - 1).clamp(min=0))
+
+
+def read_unknown(name: str, mask: Tensor, batch: int, steps: int) -> Tokens | None:
+    """What a mask under a name that tells nothing says of tokens (B, T); None if it is about something else.
+
+    Of pairs it can be told: every token sees itself, and where padding is hidden by numbers, these are large.
+
+    Raises:
+        Unclear: it may mark padding, or what is none.
+    """
+    shape = tuple(mask.shape)
+    if marks_nothing(mask):
+        return NOTHING
+    if shape[-2:] == (steps, steps) and (shape != (batch, steps) or "src_mask" in name or "tgt_mask" in name):
+        if torch.compiler.is_compiling() and mask.dim() == 2:
+            return NOTHING  # one for all samples, and nobody may look whether it is more than an order
+        return _by_pair(name, _of_seen(name, mask.reshape(-1, *shape[-2:]), batch), batch, steps, 0)
+    of_lengths = "len" in name and shape == (batch,)
+    if of_lengths or shape[-1] == steps or shape == (batch, steps, 1):
+        raise Unclear(f"{name} {shape} may mark padding, or what is none, and nothing tells which")
+    return None
+
+
+def _of_seen(name: str, mask: Tensor, batch: int) -> Tensor:
+    """A mask of pairs (n, T, T), of which n may count heads, with True where one sees the other: (B, heads, T, T)."""
+    hidden = not torch.compiler.is_compiling() and mask.is_floating_point() and bool((mask < 0).any())
+    seen = mask > _HIDDEN if hidden else mask.bool()
+    own = seen.diagonal(0, 1, 2)
+    if torch.compiler.is_compiling() or (len(seen) > 1 and len(seen) % batch) or not (hidden or marks_nothing(own)):
+        raise Unclear(f"{name} {tuple(mask.shape)} hides tokens from themselves, and nothing tells which are padding")
+    seen = seen if hidden or bool(own.all()) else ~seen
+    return seen if len(seen) == 1 else seen.unflatten(0, (batch, -1))
 
 
 def marks_nothing(mask: Tensor) -> bool:

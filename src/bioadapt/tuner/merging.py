@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..primitives.context import in_full
 from .sites import Site, offloaded
 from .transparent import Transparent
 
@@ -195,7 +196,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
             return f"{self.site.layer} is not a linear layer"
         bias = self._bias()
         _, db = self.circuits[adapter_name].merged_change(
-            self.site.matrix(self.get_base_weight()), None if bias is None else _wide(bias)
+            self.site.matrix(self.get_base_weight()), None if bias is None else in_full(bias)
         )
         return "it changes the bias as well" if db is not None and torch.count_nonzero(db) else None
 
@@ -208,8 +209,8 @@ class MergeableLayer(Transparent, BaseTunerLayer):
         self.check_mergeable([adapter_name])
         weight, bias = self.get_base_weight(), self._bias()
         matrix = self.site.matrix(weight)
-        dw, _ = self.circuits[adapter_name].merged_change(matrix, None if bias is None else _wide(bias))
-        return self.site.unmatrix(dw, _wide(weight))
+        dw, _ = self.circuits[adapter_name].merged_change(matrix, None if bias is None else in_full(bias))
+        return self.site.unmatrix(dw, in_full(weight))
 
     def _keep_original(self, safe_merge: bool) -> Original:
         self._unpack()
@@ -223,7 +224,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
             data = tuple(None if tensor is None else tensor.clone() for tensor in data)  # it writes in place
             self.below.merge(safe_merge=safe_merge)
         matrix = self.site.matrix(self.get_base_weight())
-        vector = None if bias is None else _wide(bias.detach())
+        vector = None if bias is None else in_full(bias.detach())
         # The tuner below has merged nothing where none of its active adapters sits on this layer.
         merged_below = merges_below and self.below.merged
         return Original(base_weight, data[0], bias, data[1], merged_below, matrix, vector, attributes, state)
@@ -246,7 +247,7 @@ class MergeableLayer(Transparent, BaseTunerLayer):
 
     def _current(self) -> tuple[Tensor, Tensor | None]:
         bias = self._bias()
-        return self.site.matrix(self.get_base_weight()), None if bias is None else _wide(bias)
+        return self.site.matrix(self.get_base_weight()), None if bias is None else in_full(bias)
 
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         holder: BaseTunerLayer = self
@@ -274,10 +275,6 @@ def quantization_backend_of(layer: nn.Module, **kwargs: Any) -> Any:
     PEFT refuses a layer that `torchao.quantize_` has quantised, since it cannot be quantised anew after a merge.
     """
     return resolve_quantization_backend(layer, **{"get_apply_tensor_subclass": _unknown_recipe, **kwargs})
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _lost_in_rounding(before: Tensor, after: Tensor, stored: torch.dtype) -> float:

@@ -22,7 +22,7 @@ from . import patches
 from .compilation import Compilation
 from .decoding import attach_memory, cache_among, derived_with, find_cache, memory_of, refuse_other_states, tokens_in
 from .learning import Learning
-from .masks import NOTHING, Tokens, Unclear, all_real, marks_nothing, mask_of_encoder, masks_of, read_mask
+from .masks import NOTHING, Tokens, Unclear, all_real, mask_of_encoder, masks_of, read_mask, read_unknown
 from .placement import TORCH_STACKS
 
 if TYPE_CHECKING:
@@ -33,20 +33,23 @@ if TYPE_CHECKING:
 class Surroundings:
     """One forward of one stack.
 
-    ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``known``: what is known of them.
-    ``unclear``: why that is not all. ``masks``: its arguments that tell padding, by name. ``unknown``: masks (B, n) of
-    which it is not known what they mark. ``encoder_mask``: (B, n) of what a decoder reads. ``past``: tokens in the
-    cache. ``live``: in a training forward, not in its recomputation. ``adapter_names``: the adapter of each sample,
-    where they differ. ``terms``: what it adds to the loss. ``calls``: by layer, which call of this forward comes next
-    and at which token it begins.
+    ``stack``: the module. ``tokens``: (B, T), where its arguments tell. ``given``: the same in any order, where its
+    first argument looks like tokens and is not called so. ``known``: what is known of the tokens. ``unclear``: why that
+    is not all. ``masks``: its arguments that tell padding, by name. ``unknown``: masks of which it is not known what
+    they mark. ``unread``: what was not understood and is left aside, in words. ``encoder_mask``: (B, n) of what a
+    decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
+    ``adapter_names``: the adapter of each sample, where they differ. ``terms``: what it adds to the loss. ``calls``: by
+    layer, which call of this forward comes next and at which token it begins.
     """
 
     stack: nn.Module | None = None
     tokens: tuple[int, int] | None = None
+    given: tuple[int, int] | None = None
     known: Tokens = NOTHING
     unclear: str | None = None
     masks: dict[str, Any] = field(default_factory=dict)
     unknown: dict[str, Tensor] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     encoder_mask: Tensor | None = None
     memory: Memory | None = None
     past: int | Tensor | None = None
@@ -68,9 +71,9 @@ class Surroundings:
         Raises:
             Unclear: there is padding, and it cannot be told where it is in this layer.
         """
-        for name, mask in self.unknown.items():
-            if tuple(mask.shape) in (sequence, self.tokens) and not marks_nothing(mask):
-                raise Unclear(f"{name} {tuple(mask.shape)} may mark padding, or what is none, and nothing tells which")
+        told = self._told_by_unknown(sequence) if self.unknown else NOTHING
+        if told is not NOTHING:
+            return told
         if sequence == self.tokens:
             if self.unclear is not None:
                 raise Unclear(self.unclear)
@@ -95,6 +98,35 @@ class Surroundings:
                 f"the model was given {self.tokens[1]} tokens and makes {sequence[1]} of them, so that it cannot be "
                 "told which are padding"
             )
+        if self.given is not None and sequence[0] in self.given and sequence[1] > max(self.given):
+            self.unread.append(
+                f"{type(self.stack).__name__} was given {max(self.given)} tokens and makes {sequence[1]} of them: "
+                "adapters read those that it adds like all others, also where they are padding"
+            )
+        return NOTHING
+
+    def _told_by_unknown(self, sequence: tuple[int, int]) -> Tokens:
+        """What masks say of the tokens of a layer whose names tell nothing.
+
+        Raises:
+            Unclear: as in `about`.
+        """
+        for name, mask in self.unknown.items():
+            found = read_unknown(name, mask, *sequence)
+            if found is None and self.tokens not in (None, sequence):
+                found = read_unknown(name, mask, *self.tokens)
+                if found is not None and found.apart():
+                    raise Unclear(
+                        f"{name} {tuple(mask.shape)} does not tell which of the {sequence} tokens are padding"
+                    )
+            if found is None:
+                self.unread.append(
+                    f"{name} {tuple(mask.shape)} is not read by adapters: nothing tells what it says of tokens"
+                )
+            elif found.apart() and self.mask is not None and not torch.equal(self.mask, found.mask):
+                raise Unclear(f"{name} and attention_mask do not say the same of which tokens are padding")
+            elif found.apart():
+                return found
         return NOTHING
 
     def about_encoder(self, sequence: tuple[int, int]) -> Tokens:
@@ -247,6 +279,9 @@ class Scope:
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
                 found.tokens = (tokens.shape[0], tokens.shape[1])
                 break
+        first = next(iter(given.values()), None)
+        if found.tokens is None and isinstance(first, Tensor) and first.dim() == 2 + first.is_floating_point():
+            found.given = (first.shape[0], first.shape[1])
         own = (f"{side}inputs_embeds", "encoder_hidden_states", "attention_mask")
         found.other_inputs = any(
             isinstance(value, Tensor) and value.dim() > 2 and value.is_floating_point() and name not in own

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..primitives.context import in_full
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _READ_BY_KERNELS = ("conv1d", "x_proj", "dt_proj", "out_proj", "norm")  # of the mixers of Mamba and its kin
 _CHANNEL_NORMS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -37,8 +39,7 @@ class Site:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The layer's weight as (d_out, n), in fp32 at least."""
-        weight = weight.detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = in_full(weight.detach())
         if self.weight == "kernel":
             return weight.flatten(1)
         return weight.T if self.weight == "columns" else weight

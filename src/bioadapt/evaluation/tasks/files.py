@@ -126,14 +126,14 @@ def split_files(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: two files of the same split.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         for name, split in SPLITS.items():
             if path.name in [name + kind for kind in TABLES]:
-                if split in found:
-                    raise ValueError(f"{folder}: {found[split].name} and {path.name} are both the {split} rows")
-                found[split] = path
-    return {split: found[split] for split in SPLITS.values() if split in found}
+                if split in paths:
+                    raise ValueError(f"{folder}: {paths[split].name} and {path.name} are both the {split} rows")
+                paths[split] = path
+    return {split: paths[split] for split in SPLITS.values() if split in paths}
 
 
 def read_pictures(folder: Path) -> Rows:

@@ -118,13 +118,13 @@ def as_pixels(images: Sequence[np.ndarray], channels: int, size: int) -> Tensor:
 
 
 def _as_pixels(images: np.ndarray, channels: int, size: int) -> Tensor:
-    found = torch.tensor(images).float() / 127.5 - 1
-    found = found[:, None] if found.dim() == 3 else found.movedim(-1, 1)
-    if found.shape[1] != channels:
-        found = found.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-    if found.shape[-2:] != (size, size):
-        found = nn.functional.interpolate(found, (size, size), mode="bilinear", antialias=True)
-    return found.contiguous()
+    pixels = torch.tensor(images).float() / 127.5 - 1
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(-1, 1)
+    if pixels.shape[1] != channels:
+        pixels = pixels.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if pixels.shape[-2:] != (size, size):
+        pixels = nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return pixels.contiguous()
 
 
 @torch.no_grad()

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
 from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
+from bioadapt.primitives.time import exporting
 from bioadapt.registry import register_primitive
 
 FAINTEST = 1e-6
 MOST_NEGATIVE = 0.9  # size of the smallest eigenvalue of the lateral synapses; at 1 the circuit would blow up
+SQUARINGS = 30  # of what an inverse by products still gets wrong
 
 
 @register_primitive(
@@ -62,10 +64,16 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
 
     def steady_state(self) -> Tensor:
         """(I + Q)^-1, (rank, rank)."""
-        # `inv_ex` asks no accelerator whether it succeeded; the bound on the eigenvalues says that it does.
-        return torch.linalg.inv_ex(
-            self.lateral + torch.eye(self.rank, device=self.lateral.device, dtype=self.lateral.dtype)
-        ).inverse
+        identity = torch.eye(self.rank, device=self.lateral.device, dtype=self.lateral.dtype)
+        matrix = self.lateral + identity
+        if not exporting():
+            # `inv_ex` asks no accelerator whether it succeeded; the bound on the eigenvalues says that it does.
+            return torch.linalg.inv_ex(matrix).inverse
+        # By Newton and Schulz, since formats of exported models know products alone.
+        inverse = matrix.mT / matrix.square().sum()
+        for _ in range(SQUARINGS):
+            inverse = inverse @ (2 * identity - matrix @ inverse)
+        return inverse
 
     def learn(self, fresh: Tensor) -> None:
         together = self.observed_coincidence
@@ -78,4 +86,4 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
         self.lateral.lerp_(lateral, fresh)
 
     def left_matrix(self) -> Tensor:
-        return self.writer.float() @ self.steady_state() @ self.reader.float()
+        return self.writer @ self.steady_state() @ self.reader

@@ -117,4 +117,4 @@ class GapJunction(Primitive):
 
     def left_matrix(self) -> Tensor:
         identity = torch.eye(self.d_out, device=self.conductance.device)
-        return diffusion(identity, self.coupling().float(), self.order)
+        return diffusion(identity, self.coupling(), self.order)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
+from bioadapt.primitives.time import exporting
 from bioadapt.registry import register_primitive
 
 
@@ -34,7 +35,9 @@ def _winners(x: Tensor, k: int) -> Tensor:
     """Where in the flattened x the k entries of largest magnitude of each row are: (..., d) -> (rows k,)."""
     rows = x.abs().flatten(0, -2)
     # Read as integers, magnitudes keep their order, and no comparison has to look for NaN.
-    chosen = rows.view(torch.int32).topk(k, dim=-1, sorted=False).indices
+    if not exporting():
+        rows = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
+    chosen = rows.topk(k, dim=-1, sorted=False).indices
     return (chosen + torch.arange(0, rows.numel(), rows.shape[-1], device=x.device)[:, None]).flatten()
 
 
@@ -47,7 +50,7 @@ def _without(x: Tensor, places: Tensor) -> Tensor:
 def silencing(x: Tensor, k: int, scale: Tensor, with_x: bool = False) -> Tensor:
     """-scale x with zeros at the k entries of largest magnitude, plus x if ``with_x``.
 
-    x (..., d) in fp32, scale (d,) -> (..., d).
+    x (..., d) in fp32 or fp64, scale (d,) -> (..., d).
     """
     return _Silencing.apply(x, scale, k, with_x)
 

@@ -93,8 +93,8 @@ class SynapticPruning(Scaled, OnWeight):
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            left = pruned(self.synapses, self.thresholds().float())
-            return (self.log_factor.float().exp()[:, None] * left - self.synapses).to(weight.device), None
+            left = pruned(self.synapses, self.thresholds())
+            return (self.log_factor.exp()[:, None] * left - self.synapses).to(weight.device), None
 
     @torch.no_grad()
     def harden(self) -> None:

@@ -50,4 +50,4 @@ class OscillatoryGating(Modulation):
         # Reducing the integer first keeps a position in the millions exact; a product reads the table, since the
         # backward of a gather with repeated indices is a slow scatter.
         place = positions[..., None] % PERIOD == torch.arange(PERIOD, device=positions.device)
-        return place.float(), context.once(theta_gamma, self.theta_phase, self.gamma_phase, self.coupling)
+        return place.to(x.dtype), context.once(theta_gamma, self.theta_phase, self.gamma_phase, self.coupling)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import read_in, read_out
 from bioadapt.primitives.latent import Latent
+from bioadapt.primitives.time import front_order
 from bioadapt.registry import register_primitive
 
 
@@ -29,13 +30,15 @@ def lags(name: str, z: Tensor, sites: int, context: Context) -> Tensor:
 
 def _windows(past: Tensor, z: Tensor) -> Tensor:
     """The lags before the first token and at each: past (B, C, N), z (B, T, C) -> (B, 1 + T, C, N)."""
-    return torch.cat([past.flip(-1).mT, z], 1).unfold(1, past.shape[-1], 1).flip(-1)
+    sites, series = past.shape[-1], torch.cat([past.flip(-1).mT, z], 1)
+    # Not `unfold`, which an export for any length cannot follow.
+    return torch.stack([series[:, sites - 1 - lag : series.shape[1] - lag] for lag in range(sites)], -1)
 
 
 def _lags_of_real(past: Tensor, z: Tensor, context: Context) -> Tensor:
     real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if context.mask is None else context.mask
     seen = real.cumsum(1)  # real tokens up to each
-    aligned = _chosen(z, torch.argsort(~real, dim=1, stable=True))
+    aligned = _chosen(z, front_order(real)[0])
     lagged = _chosen(_windows(past, aligned).flatten(2), seen).unflatten(2, past.shape[1:])
     if context.resets is not None:
         sites = past.shape[-1]

@@ -64,5 +64,5 @@ class HebbianTrace(LocalRule, OnWeight):
         self.trace.add_(fresh * self.rate * (self.observed_correlation - self.trace))
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        core = self.plasticity.detach().float() * self.trace
-        return self.writer.detach().float() @ core @ self.reader.detach().float(), None
+        core = self.plasticity.detach() * self.trace
+        return self.writer.detach() @ core @ self.reader.detach(), None

@@ -40,7 +40,7 @@ class HeterosynapticScaling(OnWeight):
 
     def build(self, host: Host) -> None:
         self.rank = min(self.rank, self.d_in)
-        weight = base_weight(host, self.d_out, self.d_in)
+        weight = base_weight(host, self.d_out, self.d_in).float()
         plane = torch.linalg.qr(host.normal("plane", self.d_in, self.rank)).Q.T.contiguous()
         self.register_buffer("plane", plane)
         self.register_buffer("power", weight.square().sum(1).cpu())  # |W_i|^2, (d,)
@@ -49,7 +49,7 @@ class HeterosynapticScaling(OnWeight):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         lost, change = context.once(self.rescaled)
-        bias = None if context.bias is None else -lost * context.bias.float()
+        bias = None if context.bias is None else -lost * context.bias.to(x.dtype)
         low_rank = nn.functional.linear(context.x_in @ self.plane.T, change, bias)
         return torch.addcmul(low_rank, x, lost)
 
@@ -65,6 +65,6 @@ class HeterosynapticScaling(OnWeight):
         return torch.sqrt((self.power + smallest) / (grown.clamp(min=0.0) + smallest))
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        change = self.change.detach().float()
+        change = self.change.detach()
         kappa = self.kappa(change)[:, None]
         return (kappa - 1) * weight + kappa * (change @ self.plane), None

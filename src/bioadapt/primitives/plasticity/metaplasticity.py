@@ -83,4 +83,4 @@ class Metaplasticity(LocalRule, Scaled, OnWeight):
         self.hidden.copy_(after - fresh * lost)
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.writer.detach().float() @ self.binary().detach().float(), None
+        return self.writer.detach() @ self.binary().detach(), None

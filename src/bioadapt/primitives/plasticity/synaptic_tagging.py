@@ -79,7 +79,7 @@ class SynapticTagging(LocalRule, Scaled, OnWeight):
         self.early.copy_(early - fresh * FADING * (early - self.late))
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.early.detach().float() @ self.reader, None
+        return self.early.detach() @ self.reader, None
 
     def wake(self) -> None:
         super().wake()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bioadapt.primitives._state import Recollection
 from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_index, positive
+from bioadapt.primitives.time import is_symbol
 from bioadapt.registry import register_primitive
 
 REACH = 15  # positions that a Gaussian covers on either side
@@ -140,6 +141,8 @@ class SurroundSuppression(Scaled):
         if context.mask is not None:
             z = z.masked_fill(~context.mask[..., None, None], 0.0)
         document, first, first_document = documents(z, context)
+        if is_symbol(steps) and context.state is None:
+            return self.by_lag(z, document, context.bidirectional)
         if context.state is not None:
             first = remembered(context, "features", z, first)
             first_document = remembered(context, "documents", document, first_document)
@@ -155,6 +158,25 @@ class SurroundSuppression(Scaled):
         valid, lag = self.visible(document, first_document if behind else None, blocks, behind, ahead, context)
         change = _Contrast.apply(near, *context.once(self.widths), valid.to(z.dtype), lag.to(z.dtype))
         return change.flatten(1, 2)[:, :steps]
+
+    def by_lag(self, z: Tensor, document: Tensor, both_ways: bool) -> Tensor:
+        """`over_time` for a length that is left open: one position of the window after the other."""
+        steps = z.shape[1]
+        near = nn.functional.pad(z, (0, 0, 0, 0, REACH, REACH))
+        there = nn.functional.pad(document, (REACH, REACH), value=NOWHERE)
+        narrow, wide = (self._averaged(width, near, there, document, both_ways, steps) for width in self.widths())
+        return narrow - wide
+
+    @staticmethod
+    def _averaged(width: Tensor, near: Tensor, there: Tensor, document: Tensor, both_ways: bool, steps: int) -> Tensor:
+        total = norm = near.new_zeros(1)
+        for lag in range(-REACH if both_ways else 0, REACH + 1):
+            place = there.narrow(1, REACH - lag, steps)
+            exists = ((place == document) & (place != NOWHERE)).to(near.dtype)
+            weight = exists[..., None] * torch.exp(lag**2 / (-2 * width.square()))
+            total = total + weight[..., None] * near.narrow(1, REACH - lag, steps)
+            norm = norm + weight
+        return total / norm.clamp(min=1e-30)[..., None]
 
     def newest(self, z: Tensor, past: Tensor, state: Recollection, context: Context) -> Tensor:
         """The same for the one token z (B, 1, groups, width) that follows those of the past (B, n <= REACH, ...)."""

@@ -93,6 +93,8 @@ def search_with(
         raise ValueError(
             f"{name}={settings[name]!r} means nothing with an objective; accepted: {', '.join(sorted(ACCEPTED))}"
         )
+    if not callable(objective):
+        raise ValueError(f"objective={objective!r}: a function objective(model, learning_rate, report) is needed")
     chosen = replace(SearchSettings(lora=NO_LORA), **settings)
     check(chosen)
     searched = SearchedModel.of(model, chosen.primitives)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compare import assert_finite, assert_same, gradients, seeded
+from ..compare import assert_finite, assert_identical, assert_same, gradients, seeded
 from .subject import Adapted, Inside, bio_buffers, is_bio, on
 
 
 class Precision(Inside):
-    """The host may be in half precision; the adapter computes in fp32."""
+    """The host may be in half or double precision; the adapter computes in fp32 at least."""
 
     def test_half_precision_host(self, adapted: Adapted) -> None:
         model = adapted.woken(adapted.host.model().bfloat16()).train()
@@ -26,6 +26,13 @@ class Precision(Inside):
         model = adapted.woken().train().bfloat16()
         assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
         assert_trains(adapted, model)
+
+    @on("bert", "gpt2", "resnet")
+    def test_double_precision_host(self, adapted: Adapted) -> None:
+        """What the adapter is added to must not pass through fp32."""
+        base, model = (adapted.host.model().double() for _ in range(2))
+        assert_identical(adapted.output(adapted.fresh(model)), adapted.output(base), f"fp64 on {adapted.host.name}")
+        assert_trains(adapted, adapted.woken(adapted.host.model().double()).train(), torch.float64)
 
 
 ORDER = 1e-4  # of sums over tokens and channels that cancel, relative to the largest result
@@ -44,13 +51,13 @@ class Checkpointing(Inside):
                 assert_same(found[name], tensor, f"{name} with checkpointing, re-entrant={reentrant}", ORDER)
 
 
-def assert_trains(adapted: Adapted, model: nn.Module) -> None:
+def assert_trains(adapted: Adapted, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     with seeded(6):
         found = adapted.output(model)
-    assert found.dtype == torch.bfloat16
+    assert found.dtype == dtype
     found.float().square().mean().backward()
     adapted.step(model)
-    assert_finite({"output": found, **gradients(model), **bio_buffers(model)}, f"bf16 on {adapted.host.name}")
+    assert_finite({"output": found, **gradients(model), **bio_buffers(model)}, f"{dtype} on {adapted.host.name}")
 
 
 def trained(adapted: Adapted, checkpointing: dict[str, Any] | None) -> dict[str, Tensor]:
