@@ -20,6 +20,7 @@ def register() -> None:
     from peft.utils.peft_types import PeftType
     from transformers import PreTrainedModel
     from transformers.integrations.peft import PeftAdapterMixin
+    from transformers.utils import PushToHubMixin
 
     try:
         if "BIO" not in PeftType.__members__:
@@ -41,6 +42,8 @@ def register() -> None:
         _surround(PeftAdapterMixin, "load_adapter", loading.load_adapter_of_transformers)
         _surround(peft.PeftModel, "save_pretrained", saving.save_pretrained)
         _surround(PreTrainedModel, "save_pretrained", saving.save_pretrained_of_transformers)
+        for pushed in (PushToHubMixin, PreTrainedModel):  # a PeftModel's is the first one's
+            _surround(pushed, "push_to_hub", saving.push_to_hub)
     except (AttributeError, TypeError, ImportError) as error:
         raise ImportError(
             f"bioadapt knows PEFT {_KNOWN}, but PEFT {peft.__version__} is installed and cannot be taught the method: "

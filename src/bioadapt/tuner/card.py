@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,13 @@ def add_scores(folder: str | Path, task: str, scores: Mapping[str, float], *, ki
     text = _MARK.sub("", made.text).partition(_SCORES)[0]
     rows = [f"| {one.dataset_name} | {one.metric_type} | {one.metric_value:g} |" for one in made.data.eval_results]
     _write(made, "\n".join([text.strip(), "", _SCORES, "", "| task | metric | score |", "|---|---|---|", *rows]), card)
+
+
+def add_tags(card: Path, tags: Iterable[str]) -> None:
+    """Put further tags among those that the hub reads."""
+    made = ModelCard.load(card, ignore_metadata_errors=True)
+    made.data.tags = sorted({*(made.data.tags or ()), *tags})
+    made.save(card)
 
 
 def _write(made: ModelCard, text: str, card: Path) -> None:

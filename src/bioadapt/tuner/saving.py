@@ -8,17 +8,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from torch import nn
 
 from ..checkpoint import ALONG, record_fingerprints, whole_or_not_at_all
 from . import provenance
-from .card import CARD, is_somebodys, write_card
+from .card import CARD, add_tags, is_somebodys, write_card
 from .model import BioModel
 from .tree import bio_layers, stacked_over
 
@@ -102,6 +104,33 @@ def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module,
         hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
         self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)
     return None
+
+
+def push_to_hub(original: ReplacedFunction, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `PushToHubMixin.push_to_hub`, which would upload a blank card, and no folder within a folder."""
+    bio = isinstance(getattr(self, "base_model", None), BioModel) or _only_active_bio_adapter(self) is not None
+    if not bio:
+        return original(self, *args, **kwargs)
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    options, hub = given.arguments, HfApi(token=given.arguments["token"])
+    repository = hub.create_repo(options["repo_id"], private=options["private"], exist_ok=True).repo_id
+    revision = options["revision"]
+    if revision is not None and not revision.startswith("refs/pr"):
+        hub.create_branch(repository, branch=revision, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        with suppress(EntryNotFoundError):  # a card that somebody has written stays
+            hub.hf_hub_download(repository, CARD, revision=revision, local_dir=folder)
+        self.save_pretrained(folder, max_shard_size=options["max_shard_size"])
+        add_tags(Path(folder, CARD), options["tags"] or ())
+        return hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=options["commit_message"] or "Upload adapter",
+            commit_description=options["commit_description"],
+            revision=revision,
+            create_pr=options["create_pr"],
+        )
 
 
 def _say_what_trains_along(names: list[str], saved: bool) -> None:
