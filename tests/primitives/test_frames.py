@@ -74,7 +74,8 @@ def test_losses_are_reported_where_asked_for():
 def test_a_layer_without_weight_has_a_stand_in():
     weight = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     read = base_weight(Host(weight), 5, 7)
-    assert torch.equal(read, weight.detach().float()) and not read.requires_grad
+    assert torch.equal(read, weight) and read.dtype == torch.float64 and not read.requires_grad
+    assert base_weight(Host(weight.half()), 5, 7).dtype == torch.float32
     stand_in = base_weight(Host(seed=3), 400, 300)
     assert torch.equal(stand_in, base_weight(Host(seed=3), 400, 300))
     assert not torch.equal(stand_in, base_weight(Host(seed=4), 400, 300))
