@@ -13,10 +13,8 @@ ARGS ?=
 demo: $(READY)
 	$(VENV)/bin/bioadapt demo $(ARGS)
 
-# One process more than there are cores, up to four: some tests wait for processes of their own.
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() + 1))')
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # As other processors would run it: without vector kernels and with products summed as on any x86-64, then with those
 # of half the width. ARGS="-m rounding" takes the tests that hang on it most.
