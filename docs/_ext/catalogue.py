@@ -188,7 +188,8 @@ def rate(info: PrimitiveInfo) -> str:
     scaled = "" if scale == 1 else f": what is zero at birth, the {info.zero_at}, is scaled by {scale:g} for it"
     factors = sorted({finding.factor for finding in info.record})
     best = " to ".join(dict.fromkeys(f"{factor:g}" for factor in (factors[:1] + factors[-1:])))
-    advice = f"That of a LoRA{scaled}." + (f" Best in the record: {best} times the LoRA's." if best else "")
+    tried = "" if factors in ([], [1.0]) else f" Best in the record: {best} times the LoRA's."
+    advice = f"That of a LoRA{scaled}.{tried}"
     return f"{advice} {learning(info.name)}"
 
 
