@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from bioadapt import BioConfig, list_primitives
 from bioadapt.record import Finding
@@ -35,33 +36,18 @@ def findings(results: Sequence[Result]) -> list[Finding]:
     for task in (*TASKS, *PROMISES):
         own = [result for result in results if result.task == task]
         arms = {result.arm for result in own}
-        loras = {arm: at_best(own, arm) for arm in arms if arm.startswith("lora-")}
+        loras = [at_best(own, arm) for arm in sorted(arms) if arm.startswith("lora-")]
         for way in ("", ALONE):
             placebos = [at_best(own, arm + way)[1] for arm in PLACEBOS if arm + way in arms]
             for name in list_primitives():
-                if name not in PLACEBOS and name + way in arms:
-                    best, scores = at_best(own, name + way)
-                    equals = [rival for lora, rival in loras.values() if lora.params <= next_size(loras, best.params)]
-                    over_equal = differences(scores, equals)
-                    low, high = bounds(over_equal)
-                    found.append(
-                        Finding(
-                            primitive=name,
-                            family=PROMISES[task].family if task in PROMISES else FAMILIES[task],
-                            task=task,
-                            over_lora=mean(differences(scores, [loras[LORA][1]])),
-                            over_equal=mean(over_equal),
-                            over_placebo=mean(differences(scores, placebos)),
-                            low=low,
-                            high=high,
-                            seeds=len(over_equal),
-                            factor=best.factor,
-                            zero_scale=best.zero_scale,
-                            params=best.params,
-                            stage="screen",
-                            alone=way == ALONE,
-                        )
-                    )
+                if name in PLACEBOS or name + way not in arms:
+                    continue
+                best, scores = at_best(own, name + way)
+                largest = next_size([lora.params for lora, _ in loras], best.params)
+                equals = [rival for lora, rival in loras if lora.params <= largest]
+                trained = {key: getattr(best, key) for key in ("factor", "zero_scale", "params")}
+                finding = compared(name, task, scores, at_best(own, LORA)[1], equals, placebos, trained)
+                found.append(replace(finding, alone=way == ALONE))
     return sorted(found, key=lambda finding: (finding.primitive, finding.task, finding.alone))
 
 
@@ -83,27 +69,43 @@ def confirmed(folder: Path) -> list[Finding]:
                 arms.setdefault(cell["arm"], {})[int(cell["seed"])] = float(cell["test_clean"])
         if not {LORA_BIO, "lora", *EQUAL, "lora+placebo"} <= arms.keys() or task not in FAMILIES:
             continue
-        over_equal = differences(arms[LORA_BIO], [arms[arm] for arm in EQUAL])
-        low, high = bounds(over_equal)
-        found.append(
-            Finding(
-                primitive=entry["name"],
-                family=FAMILIES[task],
-                task=task,
-                over_lora=mean(differences(arms[LORA_BIO], [arms["lora"]])),
-                over_equal=mean(over_equal),
-                over_placebo=mean(differences(arms[LORA_BIO], [arms["lora+placebo"]])),
-                low=low,
-                high=high,
-                seeds=len(over_equal),
-                factor=float(own[LORA_BIO]["rate"]) / float(own["lora"]["rate"]),
-                zero_scale=entry["zero_scale"],
-                params=int(own[LORA_BIO]["params"]),
-                stage="confirmed",
-                alone=False,
-            )
-        )
+        equals = [arms[arm] for arm in EQUAL]
+        trained = {
+            "factor": float(own[LORA_BIO]["rate"]) / float(own["lora"]["rate"]),
+            "zero_scale": entry["zero_scale"],
+            "params": int(own[LORA_BIO]["params"]),
+        }
+        finding = compared(entry["name"], task, arms[LORA_BIO], arms["lora"], equals, [arms["lora+placebo"]], trained)
+        found.append(replace(finding, stage="confirmed"))
     return found
+
+
+def compared(
+    primitive: str,
+    task: str,
+    scores: Scores,
+    lora: Scores,
+    equals: Sequence[Scores],
+    placebos: Sequence[Scores],
+    trained: Mapping[str, Any],
+) -> Finding:
+    """A mechanism's scores beside those of its rivals, as a finding of the screen."""
+    over_equal = differences(scores, equals)
+    low, high = bounds(over_equal)
+    return Finding(
+        primitive=primitive,
+        family=PROMISES[task].family if task in PROMISES else FAMILIES[task],
+        task=task,
+        over_lora=mean(differences(scores, [lora])),
+        over_equal=mean(over_equal),
+        over_placebo=mean(differences(scores, placebos)),
+        low=low,
+        high=high,
+        seeds=len(over_equal),
+        stage="screen",
+        alone=False,
+        **trained,
+    )
 
 
 def table_of_cells(folder: Path) -> str:
@@ -133,10 +135,9 @@ def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
     return best, {result.seed: result.dev for result in same}
 
 
-def next_size(loras: Mapping[str, tuple[Result, Scores]], params: int) -> int:
-    """The size of the smallest LoRA that has at least as many parameters, or of the largest there is."""
-    sizes = sorted(lora.params for lora, _ in loras.values())
-    return next((size for size in sizes if size >= params), sizes[-1])
+def next_size(sizes: Sequence[int], params: int) -> int:
+    """The smallest of some sizes that is at least as many parameters, or the largest there is."""
+    return next((size for size in sorted(sizes) if size >= params), max(sizes))
 
 
 def differences(scores: Scores, rivals: Sequence[Scores]) -> list[float]:

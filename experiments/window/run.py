@@ -137,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = prepare(folder, given.quick)
     results = evaluate(
         "new-texts:language_modelling", data_dir=str(folder), model=str(base), primitives=[MEMORY], epochs=2.0,
-        arms=["zero-shot", "lora", "lora-equal", "lora+bio", "lora+placebo"], batch_size=16, device="cpu",
-        seeds=1 if given.quick else given.seeds, limit=40 if given.quick else None, output=str(folder / "cells"),
+        batch_size=16, device="cpu", seeds=1 if given.quick else given.seeds, limit=40 if given.quick else None,
+        output=str(folder / "cells"),
     )  # fmt: skip
     rows = rows_of(results["cells"])
     publish(HERE, rows, claims(rows), table(rows), picture(rows), quick=given.quick)

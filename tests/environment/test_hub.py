@@ -12,7 +12,7 @@ from helpers.hub import local_hub
 PUSH_AND_LOAD = """
 import copy, sys, torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 from bioadapt import BioConfig
 
 torch.manual_seed(0)

@@ -108,8 +108,7 @@ def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module,
 
 def push_to_hub(original: ReplacedFunction, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `PushToHubMixin.push_to_hub`, which would upload a blank card, and no folder within a folder."""
-    bio = isinstance(getattr(self, "base_model", None), BioModel) or _only_active_bio_adapter(self) is not None
-    if not bio:
+    if not isinstance(getattr(self, "base_model", None), BioModel) and _only_active_bio_adapter(self) is None:
         return original(self, *args, **kwargs)
     given = inspect.signature(original).bind(self, *args, **kwargs)
     given.apply_defaults()
