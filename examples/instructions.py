@@ -2,11 +2,13 @@
 
     python examples/instructions.py [--quick]
 
-The instruction is the name of a function of scikit-learn, the answer the first sentence of its docstring. Preferences
-are between that sentence and the one of another function. Scores are on functions that were not trained on.
+The instruction is the name of a function of scikit-learn, the answer the first sentence of its docstring. That sentence
+is preferred to the same words in another order. Scores are on functions that were not trained on; chance gets half of
+the preferences right.
 """
 
 # %%
+import random
 import sys
 import tempfile
 
@@ -21,23 +23,26 @@ quick = "--quick" in sys.argv
 # %%
 pairs = descriptions("sklearn", 24 if quick else 200)
 parts = {"train": [pair for i, pair in enumerate(pairs) if i % 4], "test": pairs[::4]}
-rows = {
-    name: [
-        # The other answer is from the same part: what is preferred in training would else be rejected in the test.
-        {"prompt": f"What is {named}?", "completion": f" {sentence}", "other": f" {part[i - 1][1]}"}
-        for i, (named, sentence) in enumerate(part)
-    ]
+answers = {
+    name: Dataset.from_list([{"prompt": f"What is {named}?", "completion": f" {said}"} for named, said in part])
     for name, part in parts.items()
 }
-answers = {
-    name: Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in part])
-    for name, part in rows.items()
-}
+shuffled = random.Random(0)
+
+
+def in_disorder(sentence: str) -> str:
+    words = sentence.split()
+    return " ".join(shuffled.sample(words, len(words)))
+
+
 preferences = {
     name: Dataset.from_list(
-        [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["other"]} for row in part]
+        [
+            {"prompt": f"What is {named}?", "chosen": f" {said}", "rejected": f" {in_disorder(said)}"}
+            for named, said in part
+        ]
     )
-    for name, part in rows.items()
+    for name, part in parts.items()
 }
 language = small_language_model(quick)
 common = dict(

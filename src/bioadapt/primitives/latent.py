@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context, Fused, Scaled
+from .base import Context, Fused, Primitive
 from .frames import measured_scale
 from .time import mean_reading
 
@@ -40,7 +40,7 @@ def encoded(x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
     return _Encoding.apply(x, reader)
 
 
-class Latent(Scaled):
+class Latent(Primitive):
     """A primitive of the form delta = s U h(D u), whose gate costs nothing.
 
     A subclass makes the tensors ``reader`` D (r, d) and ``writer`` U (d, k) and defines `code`.
@@ -60,9 +60,13 @@ class Latent(Scaled):
         code, scale = self.coded(x, context)
         return scale * (code @ self.writer.T)
 
-    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        itself = x.flatten(0, -2)  # taken before the mechanism begins: see `Scaled`
         code, size = self.coded(x, context)
-        return nn.functional.linear(size * code, context.once(torch.mul, scale, self.writer))
+        written, writer = size * code, context.once(torch.mul, scale, self.writer)
+        if not with_x:
+            return nn.functional.linear(written, writer)
+        return torch.addmm(itself, written.flatten(0, -2), writer.mT).view(x.shape)
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

@@ -79,9 +79,9 @@ class Surroundings:
                 raise Unclear(self.unclear)
             return self.known
         for mask in self.masks.values():
-            found = self._translated(mask, sequence)
-            if found is not None:
-                return found
+            tokens = self._translated(mask, sequence)
+            if tokens is not None:
+                return tokens
         if self._pads_inside(sequence) and self.unclear is None:
             assert self.tokens is not None and self.stack is not None
             device = next(self.stack.parameters()).device
@@ -112,21 +112,21 @@ class Surroundings:
             Unclear: as in `about`.
         """
         for name, mask in self.unknown.items():
-            found = read_unknown(name, mask, *sequence)
-            if found is None and self.tokens not in (None, sequence):
-                found = read_unknown(name, mask, *self.tokens)
-                if found is not None and found.apart():
+            tokens = read_unknown(name, mask, *sequence)
+            if tokens is None and self.tokens not in (None, sequence):
+                tokens = read_unknown(name, mask, *self.tokens)
+                if tokens is not None and tokens.apart():
                     raise Unclear(
                         f"{name} {tuple(mask.shape)} does not tell which of the {sequence} tokens are padding"
                     )
-            if found is None:
+            if tokens is None:
                 self.unread.append(
                     f"{name} {tuple(mask.shape)} is not read by adapters: nothing tells what it says of tokens"
                 )
-            elif found.apart() and self.mask is not None and not torch.equal(self.mask, found.mask):
+            elif tokens.apart() and self.mask is not None and not torch.equal(self.mask, tokens.mask):
                 raise Unclear(f"{name} and attention_mask do not say the same of which tokens are padding")
-            elif found.apart():
-                return found
+            elif tokens.apart():
+                return tokens
         return NOTHING
 
     def about_encoder(self, sequence: tuple[int, int]) -> Tokens:
@@ -199,8 +199,8 @@ class Scope:
     @classmethod
     def of(cls, stack: nn.Module) -> Scope:
         """The scope of a stack, made on first use."""
-        found = patches.surrounding(stack)
-        return cls(stack) if found is None else found
+        scope = patches.surrounding(stack)
+        return cls(stack) if scope is None else scope
 
     def remove(self, stack: nn.Module) -> None:
         patches.release(stack)
@@ -244,82 +244,82 @@ class Scope:
         keep, reads_tokens = None, self.reads_tokens
         if reads_tokens:
             keep, args, kwargs = patches.ask_for_all_logits(self.arguments, args, kwargs)
-        found = self._read(stack, {**dict(zip(self.arguments, args, strict=False)), **kwargs}, reads_tokens)
-        self.flow.around = found
+        around = self._read(stack, {**dict(zip(self.arguments, args, strict=False)), **kwargs}, reads_tokens)
+        self.flow.around = around
         try:
             output = forward(*args, **kwargs)
         finally:
             self.flow.around = before
-            found.live = False
-        if found.memory is not None and found.memory.series:
+            around.live = False
+        if around.memory is not None and around.memory.series:
             cache = find_cache(output)
             if cache is not None:
-                attach_memory(cache, found.memory)
-        found.memory = None
+                attach_memory(cache, around.memory)
+        around.memory = None
         return output if keep is None else patches.keep_logits(output, keep)
 
     def _read(self, stack: nn.Module, given: dict[str, Any], reads_tokens: bool) -> Surroundings:
-        found = Surroundings(
+        around = Surroundings(
             stack, live=stack.training and torch.is_grad_enabled(), adapter_names=self.flow.adapter_names
         )
-        if found.live:
+        if around.live:
             self.learning.begin()
             patches.carry_through_recomputation(self.checkpointing, self._carried)
-        self._read_tokens(found, given)
-        self._read_cache(found, given, reads_tokens)
-        self._read_masks(stack, found, given, reads_tokens)
-        self.knew_tokens = found.tokens is not None or bool(found.masks)
-        return found
+        self._read_tokens(around, given)
+        self._read_cache(around, given, reads_tokens)
+        self._read_masks(stack, around, given, reads_tokens)
+        self.knew_tokens = around.tokens is not None or bool(around.masks)
+        return around
 
-    def _read_tokens(self, found: Surroundings, given: dict[str, Any]) -> None:
+    def _read_tokens(self, around: Surroundings, given: dict[str, Any]) -> None:
         # What lies in an encoder-decoder itself, and in neither of its parts, reads what the decoder wrote.
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
         for name in (f"{side}input_ids", f"{side}inputs_embeds", "labels" if side else "inputs_embeds"):
             tokens = given.get(name)
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
-                found.tokens = (tokens.shape[0], tokens.shape[1])
+                around.tokens = (tokens.shape[0], tokens.shape[1])
                 break
         first = next(iter(given.values()), None)
-        if found.tokens is None and isinstance(first, Tensor) and first.dim() == 2 + first.is_floating_point():
-            found.given = (first.shape[0], first.shape[1])
+        if around.tokens is None and isinstance(first, Tensor) and first.dim() == 2 + first.is_floating_point():
+            around.given = (first.shape[0], first.shape[1])
         own = (f"{side}inputs_embeds", "encoder_hidden_states", "attention_mask")
-        found.other_inputs = any(
+        around.other_inputs = any(
             isinstance(value, Tensor) and value.dim() > 2 and value.is_floating_point() and name not in own
             for name, value in given.items()
         )
 
-    def _read_cache(self, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
+    def _read_cache(self, around: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
         cache = cache_among(given)
         if cache is not None:
             past = tokens_in(cache)
             if isinstance(past, Tensor):  # in which a static cache counts on, and a compiled forward must not look
                 past = past.clone() if torch.compiler.is_compiling() else int(past)
-            found.past = past
-            found.derived = derived_with(cache, found.past)
+            around.past = past
+            around.derived = derived_with(cache, around.past)
         elif given.get("past_key_values") is None and "cache_params" not in self.arguments:
-            found.past = 0  # recurrent models do not count tokens
-        if not reads_tokens or not (self.carries_state or found.past is None):
+            around.past = 0  # recurrent models do not count tokens
+        if not reads_tokens or not (self.carries_state or around.past is None):
             return
         refuse_other_states(given, self.stack_name)
         if cache is not None:
-            found.memory = memory_of(cache, self.stack_name)
-        elif given.get("use_cache") is not False and not found.live:
-            found.memory = Memory()  # the model makes a cache of its own and returns it
+            around.memory = memory_of(cache, self.stack_name)
+        elif given.get("use_cache") is not False and not around.live:
+            around.memory = Memory()  # the model makes a cache of its own and returns it
 
-    def _read_masks(self, stack: nn.Module, found: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
-        found.encoder_mask = mask_of_encoder(given)
+    def _read_masks(self, stack: nn.Module, around: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
+        around.encoder_mask = mask_of_encoder(given)
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
-        found.masks, found.unknown = masks_of(stack, given, side)
-        if found.tokens is None:
+        around.masks, around.unknown = masks_of(stack, given, side)
+        if around.tokens is None:
             return
-        batch, steps = found.tokens
-        mask = found.masks.get(f"{side}attention_mask")
+        batch, steps = around.tokens
+        mask = around.masks.get(f"{side}attention_mask")
         # Without a cache a longer mask belongs to what a model puts before the tokens.
-        past = None if cache_among(given) is None else found.past
+        past = None if cache_among(given) is None else around.past
         try:
             known = read_mask("attention_mask", mask, batch, steps, past)
         except Unclear as unclear:
-            known, found.unclear = NOTHING, str(unclear)
+            known, around.unclear = NOTHING, str(unclear)
         positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
             positions = positions.expand(batch, -1)
@@ -327,22 +327,22 @@ class Scope:
             if known.mask is not None and known.mask.shape == positions.shape:
                 resets = resets & known.mask
             known = known._replace(positions=positions, resets=resets)
-        elif known.positions is None and found.past is not None and reads_tokens:
-            places = torch.arange(steps, device=_device_of(given)) + found.past
+        elif known.positions is None and around.past is not None and reads_tokens:
+            places = torch.arange(steps, device=_device_of(given)) + around.past
             known = known._replace(positions=places.expand(batch, -1))
         # A step of decoding is cheaper where nothing is said of its tokens; of more of them, asking costs too much.
-        one = reads_tokens and found.derived is not None and found.past and steps == 1
-        found.known = known.telling() if one else known
+        one = reads_tokens and around.derived is not None and around.past and steps == 1
+        around.known = known.telling() if one else known
 
     # -- gradient checkpointing --
 
     def _carried(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """``run`` within what surrounds it now, whenever and in whatever thread it is called."""
-        found = self.flow.around
+        around = self.flow.around
 
         def run_within(*args: Any, **kwargs: Any) -> Any:
             before = self.flow.around
-            self.flow.around = found
+            self.flow.around = around
             try:
                 return run(*args, **kwargs)
             finally:

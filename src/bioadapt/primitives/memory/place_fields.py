@@ -47,10 +47,10 @@ class PlaceFields(Latent):
         """How much each cell is driven at the given places: (..., dimensions) -> (..., fields)."""
         # The square is multiplied out, so that no tensor of fields times axes is kept.
         far, towards, narrow = context.once(self.constants)
-        squares = places.square().sum(-1, keepdim=True) + far
-        return torch.exp((squares + places @ towards).clamp(min=0) * narrow)
+        squares = places.square().sum(-1, keepdim=True) + nn.functional.linear(places, towards, far)
+        return torch.exp(squares.clamp(min=0) * narrow)
 
     def constants(self) -> tuple[Tensor, Tensor, Tensor]:
-        """|c|^2 (fields,), -2 c^T (dimensions, fields), and -1 / (2 width^2) (fields,)."""
+        """|c|^2 (fields,), -2 c (fields, dimensions), and -1 / (2 width^2) (fields,)."""
         width = nn.functional.softplus(self.width).clamp(min=1e-2)
-        return self.centres.square().sum(-1), -2 * self.centres.mT, -0.5 / width.square()
+        return self.centres.square().sum(-1), -2 * self.centres, -0.5 / width.square()

@@ -35,7 +35,7 @@ class _AttendedRatio(Fused):
         field = _field(latent, writer).mul_(2).exp_()
         drive = field.mul_(_power(x, p))
         divisor = _divisor(drive, floor, alpha)
-        return drive.mul_(x.sign()).div_(divisor).mul_(gain).addcmul_(x, direct)
+        return drive.copysign_(x).div_(divisor).mul_(gain).addcmul_(x, direct)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,8 +70,8 @@ def _power(x: Tensor, p: float) -> Tensor:
 
 
 def _divisor(drive: Tensor, floor: Tensor, alpha: float) -> Tensor:
-    pool = drive.sum(-1, keepdim=True).mul_((1 - alpha) / drive.shape[-1])
-    return (floor + pool).add_(drive, alpha=alpha)
+    others = drive.sum(-1, keepdim=True)
+    return torch.add(floor, others, alpha=(1 - alpha) / drive.shape[-1]).add_(drive, alpha=alpha)
 
 
 @register_primitive("attention_gain", stage="sensory_gain", kind="pointwise", zero_at="gate")
