@@ -2,7 +2,7 @@
 
     python examples/lm_harness.py [--quick]
 
-It needs ``pip install "lm-eval[hf]"``. The task lies in a folder: which of four functions does a sentence describe?
+It needs ``pip install "lm-eval[hf]"``. The task lies in a folder: which of four libraries does a function belong to?
 ``bioadapt run lm_eval ...`` starts the tool with the method registered; what it finds is compared with bioadapt's own
 score of the same questions.
 """
@@ -27,16 +27,16 @@ from bioadapt.evaluation.training import Schedule, fit
 quick = "--quick" in sys.argv
 
 # %%
-names = descriptions("sklearn", 24 if quick else 200)
-draw = random.Random(0)
-rows = []
-for name, sentence in names:
-    choices = [name, *draw.sample([other for other, _ in names if other != name], 3)]
-    draw.shuffle(choices)
-    rows.append({"context": f"{sentence} This is", "choices": choices, "label": choices.index(name)})
+libraries = ["numpy", "scipy", "sklearn", "torch"]
+rows = [
+    {"context": f"{name}: {sentence} This is from", "choices": libraries, "label": label}
+    for label, library in enumerate(libraries)
+    for name, sentence in descriptions(library, 12 if quick else 100)
+]
+random.Random(0).shuffle(rows)
 columns = ("context", "choices", "label")
 task = MultipleChoiceTask(
-    "which_function",
+    "which_library",
     {
         split: {column: [row[column] for row in part] for column in columns}
         for split, part in {"train": rows[::2], "test": rows[1::2]}.items()
@@ -57,21 +57,22 @@ model.save_pretrained(here / "adapter")
 scores["by bioadapt"] = task.evaluate(adapted).scores["accuracy"]
 
 # %%
+begin = language.tokenizer.bos_token or language.tokenizer.eos_token or ""  # the tool does not put it before a text
 recipe = {
-    "task": "which_function",
+    "task": "which_library",
     "dataset_path": "json",
     "dataset_kwargs": {"data_files": {"test": str(here / "test.jsonl")}},
     "test_split": "test",
     "output_type": "multiple_choice",
-    "doc_to_text": "{{context}}",
+    "doc_to_text": begin + "{{context}}",
     "doc_to_choice": "choices",
     "doc_to_target": "label",
     "metric_list": [{"metric": "acc"}],
 }
-(here / "which_function.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML, too
+(here / "which_library.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML, too
 (here / "test.jsonl").write_text("\n".join(map(json.dumps, rows[1::2])), encoding="utf-8")
 words = f"""lm_eval --model hf --model_args pretrained={here}/base,peft={here}/adapter,dtype=float32
-    --tasks which_function --include_path {here} --device cpu --batch_size 16 --output_path {here}/results"""
+    --tasks which_library --include_path {here} --device cpu --batch_size 16 --output_path {here}/results"""
 surroundings = {**os.environ, "HF_DATASETS_CACHE": str(here / "cache"), "HF_HUB_OFFLINE": "1"}
 done = subprocess.run(
     [sys.executable, "-m", "bioadapt", "run", *words.split()], env=surroundings, capture_output=True, text=True
@@ -79,8 +80,8 @@ done = subprocess.run(
 if done.returncode:
     raise RuntimeError(done.stderr)
 (results,) = (here / "results").rglob("results*.json")
-found = json.loads(results.read_text(encoding="utf-8"))["results"]["which_function"]
+found = json.loads(results.read_text(encoding="utf-8"))["results"]["which_library"]
 scores["by the tool"] = 100 * found["acc,none"]
 folder.cleanup()
 for name, score in scores.items():
-    print(f"{name}: {score:.1f} % of the functions are told from three others")
+    print(f"{name}: {score:.1f} % of the functions are put into their library")

@@ -342,9 +342,9 @@ class Scaled(Primitive):
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         # Taken before the mechanism begins: autograd runs a view's backward after that of everything later, so that
         # the mechanism's gradient of x is there first and takes up this one's in place.
-        itself = x.view_as(x) if with_x else None
+        itself = x.view_as(x) if x.requires_grad else x
         change = self.scaled_change(x, context, scale)
-        if itself is None:
+        if not with_x:
             return change
         return change + itself if torch.compiler.is_compiling() or change._is_view() else change.add_(itself)
 

@@ -92,6 +92,7 @@ class BioLayer(MergeableLayer):
     @property
     def reads_tokens(self) -> bool:
         """Whether the output depends on where tokens stand and which of them are padding."""
+        # Asked at every forward, where a list is quicker than a generator.
         return any([circuit.reads_tokens for circuit in self.circuits.values()])
 
     def update_layer(self, adapter_name: str, config: BioConfig) -> None:
@@ -334,7 +335,7 @@ class BioLayer(MergeableLayer):
     ) -> Context:
         if tokens is not NOTHING:
             tokens = tokens.to(v.device)
-        reads_weight = any([circuit.reads_weight for circuit in circuits.values()])
+        reads_weight = any(circuit.reads_weight for circuit in circuits.values())
         return Context(
             layout.input_to_sequence(v, site),
             self._constant(v) if reads_weight else None,

@@ -229,6 +229,8 @@ class Scope:
         finally:
             self.flow.adapter_names = before
 
+    # Both are asked at every forward, where a list is quicker than a generator.
+
     @property
     def carries_state(self) -> bool:
         return any([layer.carries_state for layer in self.layers])

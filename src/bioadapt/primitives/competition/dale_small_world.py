@@ -21,15 +21,14 @@ class _Reception(Fused):
     """Works on rows of channels, which can be gathered many times faster than columns; keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, senders: Tensor, with_x: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, senders: Tensor, first: Tensor, with_x: bool) -> Tensor:
         ctx.save_for_backward(x, weights, senders)
         ctx.with_x = with_x
-        first = torch.arange(x.shape[-1], device=x.device) * senders.shape[1]
         received = embedding_bag(senders.flatten(), _rates(x), first, per_sample_weights=weights.flatten(), mode="sum")
         return _as_tokens(received, x if with_x else None, x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, weights, senders = ctx.saved_tensors
         rates, rows = _rates(x), grad.flatten(0, -2).mT.contiguous()
         on_weights = torch.empty_like(weights)
@@ -42,7 +41,7 @@ class _Reception(Fused):
             receivers, sent = by_sender // senders.shape[1], weights.flatten()[by_sender]
             on_rates = embedding_bag(receivers, rows, first, per_sample_weights=sent, mode="sum")
             on_x = _as_tokens(on_rates.mul_(rates.sign_()), grad if ctx.with_x else None, x.shape)
-        return on_x, on_weights, None, None
+        return on_x, on_weights, None, None, None
 
 
 def _rates(x: Tensor) -> Tensor:
@@ -56,9 +55,12 @@ def _as_tokens(rows: Tensor, others: Tensor | None, shape: torch.Size) -> Tensor
     return (columns.contiguous() if others is None else others.flatten(0, -2) + columns).view(shape)
 
 
-def received(x: Tensor, weights: Tensor, senders: Tensor, with_x: bool = False) -> Tensor:
-    """sum_s weights_is [x at senders_is]_+, plus x_i if ``with_x``: x (..., d), the others (d, k) -> (..., d)."""
-    return _Reception.apply(x, weights, senders, with_x)
+def received(x: Tensor, weights: Tensor, senders: Tensor, first: Tensor, with_x: bool = False) -> Tensor:
+    """sum_s weights_is [x at senders_is]_+, plus x_i if ``with_x``: x (..., d) -> (..., d).
+
+    ``weights`` and ``senders`` are (d, k); ``first`` (d,): where each receiver's begin if they stand in one row.
+    """
+    return _Reception.apply(x, weights, senders, first, with_x)
 
 
 def small_world(units: int, neighbours: int, rewiring: float, generator: torch.Generator) -> Tensor:
@@ -117,7 +119,12 @@ class DaleSmallWorld(Primitive):
         return (self.weights() * torch.relu(x)[..., self.senders]).sum(-1)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        return received(x, context.once(per_channel, scale, context.once(self.weights)), self.senders, with_x)
+        weights = context.once(per_channel, scale, context.once(self.weights))
+        return received(x, weights, self.senders, context.once(self.first), with_x)
+
+    def first(self) -> Tensor:
+        """Where the senders of each receiver begin in the row of all: (d,)."""
+        return torch.arange(self.d_out, device=self.senders.device) * self.neighbours
 
     def weights(self) -> Tensor:
         """The weight of each sender at each receiver, with its sign: (d, k)."""

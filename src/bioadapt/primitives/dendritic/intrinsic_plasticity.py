@@ -77,9 +77,11 @@ class IntrinsicPlasticity(LocalRule, Scaled):
         with torch.no_grad():
             u = x / frame
             rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
+        slope = self.slope
         if self.training:
             self.watch(u, rate, context)
-        return excess(x, frame, rate, self.slope.clone(), scale, self.target)
+            slope = slope.clone()  # it may have learned before the backward reads it
+        return excess(x, frame, rate, slope, scale, self.target)
 
     @torch.no_grad()
     def watch(self, u: Tensor, rate: Tensor, context: Context) -> None:
