@@ -76,11 +76,11 @@ def objective_of(count: int, steps: int):
 
 # %%
 torch.manual_seed(0)
-objective, score = objective_of(6 if quick else 60, 2 if quick else 12)
+objective, score = objective_of(6 if quick else 120, 2 if quick else 12)
 model = two_blocks()
 if __name__ == "__main__":  # trials have processes of their own, which read a script again, though not a notebook
     folder = tempfile.TemporaryDirectory()
-    settings = dict(trials=2, slots=1, primitives=("lateral_inhibition",)) if quick else dict(trials=40, slots=2)
+    settings = dict(trials=2, slots=1, primitives=("lateral_inhibition",)) if quick else dict(trials=24, slots=2)
     best = search(objective=objective, model=model, study="libraries", output=folder.name, **settings)
     storage = f"{folder.name}/study.journal"
     record = as_record("libraries", storage)  # what the page shows, as plain data
@@ -106,9 +106,10 @@ if __name__ == "__main__":  # trials have processes of their own, which read a s
     winner = {"objective": objective, "model": two_blocks()}
     exec(script, winner)
     scores = {
-        "before, fresh rows": score(model, 2),
+        "before": score(model),
         "winner, as reported": best["score"],
         "winner, expected": expected.get(best["number"], (best["score"],))[0],
+        "before, fresh rows": score(model, 2),
         "winner, fresh rows": score(winner["adapted"], 2),
     }
     page = Path(best["report"])
