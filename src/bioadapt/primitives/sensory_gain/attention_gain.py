@@ -35,7 +35,7 @@ class _AttendedRatio(Fused):
         field = _field(latent, writer).mul_(2).exp_()
         drive = field.mul_(_power(x, p))
         divisor = _divisor(drive, floor, alpha)
-        return drive.copysign_(x).div_(divisor).mul_(gain).addcmul_(x, direct)
+        return drive.mul_(x.sign()).div_(divisor).mul_(gain).addcmul_(x, direct)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
