@@ -86,7 +86,7 @@ class ExcitationInhibitionBalance(Primitive):
     def gains(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What both halves gain in common, and what the positive gains and the negative loses: each (B, T, groups)."""
         total, net = group_mean_magnitude(x, self.pooling), x @ self.pooling
-        excitation, inhibition = (0.5 * half.clamp(min=0.0) + FAINTEST for half in (total + net, total - net))
+        excitation, inhibition = ((0.5 * half).clamp(min=FAINTEST) for half in (total + net, total - net))
         largest = math.log(LARGEST_RATIO)
         log_ratio = (inhibition.log() - excitation.log()).clamp(-largest, largest)
         bend = 0.5 * context.once(torch.sigmoid, self.tightness) * log_ratio

@@ -63,5 +63,7 @@ class BumpAttractor(Latent):
 
     def bumps(self, state: Tensor) -> Tensor:
         """Activity of each cell: (..., planes, 2) -> (..., planes, units)."""
-        direction = state * torch.rsqrt(state.square().sum(-1, keepdim=True) + 1e-8)
+        # Of length one beyond 1e-4. A one is added to large numbers, since exporters leave out adding very small ones.
+        far = 1e4 * state
+        direction = far * torch.rsqrt(far.square().sum(-1, keepdim=True) + 1)
         return torch.exp(nn.functional.softplus(self.concentration)[:, None] * (direction @ self.directions - 1))

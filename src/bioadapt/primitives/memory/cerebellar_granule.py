@@ -35,7 +35,7 @@ def standardized(drive: Tensor) -> tuple[Tensor, Tensor]:
     """
     power = drive.square().mean(0, keepdim=True)
     centred = drive - drive.mean(0, keepdim=True)
-    return centred, (centred.square().mean(0, keepdim=True) + 1e-6 * power + 1e-12).rsqrt()
+    return centred, (centred.square().mean(0, keepdim=True) + 1e-6 * power).clamp(min=1e-12).rsqrt()
 
 
 def climbing_fibre(error: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class HeterosynapticScaling(OnWeight):
         """What shrinks each changed row to the length of the base row, (d,); exactly 1 without a change."""
         grown = self.power + (change * (2 * self.overlap + change)).sum(1)
         smallest = 1e-12
-        return torch.sqrt((self.power + smallest) / (grown.clamp(min=0.0) + smallest))
+        return torch.sqrt(self.power.clamp(min=smallest) / grown.clamp(min=smallest))
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change = self.change.detach()
