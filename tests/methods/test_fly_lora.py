@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bioadapt import build_primitive
-from bioadapt.methods.fly_lora import fingerprint, sparse_projection
+from bioadapt.methods.sparse_projection import fingerprint, sparse_projection
 from bioadapt.primitives.base import Context, Host, Primitive
 
 N, M, R, K = 29, 37, 12, 3

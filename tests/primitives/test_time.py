@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bioadapt.primitives import time
 from bioadapt.primitives._state import Memory
+from bioadapt.primitives.alignment import front_aligned
 from bioadapt.primitives.base import Context
+from bioadapt.primitives.deviations import deviations
 from bioadapt.primitives.time import (
     CHUNK,
     decay_of,
-    deviations,
-    front_aligned,
     held,
     linear_scan,
     past_trace,

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from bioadapt._extras import MissingExtra
 from bioadapt._words import suggest
-from bioadapt.methods.fly_lora import sparse_projection
+from bioadapt.methods.sparse_projection import sparse_projection
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bioadapt._words import suggest
-from bioadapt.methods.fly_lora import sparse_projection
+from bioadapt.methods.sparse_projection import sparse_projection
 from bioadapt.primitives.base import Context, Host
 from bioadapt.primitives.competition.lateral_inhibition import suppression
 from bioadapt.primitives.dynamics.spike_frequency_adaptation import SpikeFrequencyAdaptation, Subtraction

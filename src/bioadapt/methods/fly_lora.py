@@ -1,11 +1,7 @@
-"""FlyLoRA: a frozen sparse projection whose few strongest units write into the output.
-
-One file because training, combining, merging and loading all work on the same few tensors, and are wrong together.
-"""
+"""FlyLoRA: a frozen sparse projection whose few strongest units write into the output."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from bioadapt.methods.sparse_projection import fingerprint, sparse_projection
 from bioadapt.primitives.base import Blend, Context, Fused, Host, LocalRule, OnWeight, Primitive, setting
 from bioadapt.primitives.context import in_full
 from bioadapt.registry import register_primitive
@@ -115,34 +112,6 @@ def readout(values: Tensor, index: Tensor | None, matrix: Tensor, scale: float) 
     A product with all columns, most of them times zero: gathering the chosen ones is slower on wide layers.
     """
     return _Readout.apply(values, index, matrix, scale)
-
-
-def sparse_projection(shape: tuple[int, int], entries: int, size: float, kind: str, source: torch.Generator) -> Tensor:
-    """A frozen random matrix with exactly ``entries`` numbers per row, N(0, size^2) or +-size, in fp32 on the CPU.
-
-    ``kind="rademacher"`` is made of random integers alone, which are the same on all machines.
-    """
-    rows, features = shape
-    places = [torch.randperm(features, generator=source, device="cpu")[:entries] for _ in range(rows)]
-    if kind == "rademacher":
-        values = 2.0 * torch.randint(2, (rows, entries), generator=source, device="cpu").float() - 1.0
-    else:
-        values = torch.randn(rows, entries, generator=source, device="cpu", dtype=torch.float32)
-    return torch.zeros(shape, device="cpu", dtype=torch.float32).scatter_(1, torch.stack(places), size * values)
-
-
-def fingerprint(matrix: Tensor, *, values: bool = True) -> Tensor:
-    """SHA-256 over the places and, with ``values``, the bytes of a matrix's non-zero numbers, as uint8 (32,).
-
-    The places are made of random integers and tell one seed, layer and size from another. Gaussian values of one seed
-    differ in the last bits between processors, so that a matrix that is drawn again is known by its places alone.
-    """
-    matrix = matrix.detach().cpu().float()
-    places = matrix.nonzero(as_tuple=True)
-    digest = hashlib.sha256(torch.stack(places).int().numpy().tobytes())
-    if values:
-        digest.update(matrix[places].numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8, device="cpu")
 
 
 def _spread(values: Tensor, index: Tensor, experts: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 All functions take (B, T, ...) tensors in fp32 and honour the context: padding is invisible (at a padded token the
 recurrence is the identity), a reset forgets everything before it, and decoding continues where the last step stopped.
-One file because all of them are forms of one recurrence, and are held against each other.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     if initial is not None:
         drive = drive.clone()
         drive[:, 0].addcmul_(decay[:, 0], initial)
-    powers = _powers(decay.flatten(), steps)[0]
-    return ((powers.mT if backwards else powers) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
+    matrix = powers(decay.flatten(), steps)[0]
+    return ((matrix.mT if backwards else matrix) @ drive.reshape(*drive.shape[:2], -1)).view_as(drive)
 
 
 @torch.library.custom_op("bioadapt::linear_recurrence", mutates_args=())
@@ -60,7 +59,7 @@ def is_symbol(steps: int) -> bool:
     return isinstance(steps, torch.SymInt)
 
 
-def _powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
+def powers(decay: Tensor, steps: int, lag: int = 0) -> Tensor:
     """a^(t - lag - s) at (t, s <= t - lag), else 0: (G,) -> (G, T, T)."""
     place = torch.arange(steps, device=decay.device, dtype=decay.dtype)
     return torch.pow(decay[:, None, None], place[:, None] - (place + lag)).tril_(-lag)
@@ -346,93 +345,11 @@ def readings(
     return torch.stack([read_both[:batch], read_both[batch:].flip(1)])
 
 
-class _Deviation(Fused):
-    """Products with a kernel that is I minus the past trace; keeps the result, from which the decay's gradient follows.
-
-    With u the trace of the gradient with time reversed and e the result, that is sum(u e) / (1 - decay).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, decay: Tensor, kernel: Tensor) -> Tensor:
-        error = kernel @ columns  # (G, T, T) @ (G, T, n)
-        ctx.save_for_backward(error, decay, kernel)
-        return error
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        error, decay, kernel = ctx.saved_tensors
-        on_columns = kernel.mT @ grad
-        return on_columns, (grad - on_columns).mul_(error).sum((1, 2)) / (1 - decay), None
-
-
-def deviations(z: Tensor, decay: Tensor, bidirectional: bool = False) -> list[Tensor]:
-    """z_t - E_tau(z)_{t-1} of a wide series, by matrix products as long as it is short.
-
-    Args:
-        z: (B, T, G, c). The trace starts from zero and hears every token: padding must be zero and at the end, as
-            `front_aligned` leaves it.
-        decay: one constant per group, (G,), strictly between 0 and 1.
-        bidirectional: give also what reading time backwards gives.
-
-    Returns:
-        One reading of time, or two, both (B, T, G, c) and in the order of z.
-    """
-    if not is_short(z.shape[1]):
-
-        def by_scan(series: Tensor) -> Tensor:
-            return series - past_trace("", series, decay[:, None], Context())
-
-        return [by_scan(z), by_scan(z.flip(1)).flip(1)] if bidirectional else [by_scan(z)]
-    with torch.no_grad():
-        kernel = _deviation_kernel(decay, z.shape[1])
-    kernels = [kernel, kernel.mT] if bidirectional else [kernel]  # it depends on differences of time alone
-    columns = z.permute(2, 1, 0, 3).flatten(2)  # (G, T, B c)
-    errors = [_Deviation.apply(columns, decay, each) for each in kernels]
-    return [error.unflatten(2, (z.shape[0], -1)).permute(2, 1, 0, 3) for error in errors]
-
-
-def _deviation_kernel(decay: Tensor, steps: int) -> Tensor:
-    """1 at (t, t), -(1 - a) a^(t - 1 - s) at (t, s < t), else 0: (G,) -> (G, T, T)."""
-    kernel = _powers(decay, steps, lag=1).mul_((decay - 1)[:, None, None])
-    kernel.diagonal(dim1=1, dim2=2).fill_(1.0)
-    return kernel
-
-
 def _filled(series: Tensor, steps: int) -> Tensor:
     """(B, T, ...) -> (B, T + steps, ...) with zeros at the end."""
     if not steps:
         return series
     return torch.cat([series, series.new_zeros(series.shape[0], steps, *series.shape[2:])], 1)
-
-
-def front_aligned(compute: Callable[[Tensor, Context], Tensor], x: Tensor, context: Context) -> Tensor:
-    """``compute(x, context)`` with the real tokens of each sequence moved to its front, and padding zeroed.
-
-    ``compute`` maps (B, T, d) to (B, T, d) and may read the mask of the context, but nothing else of it.
-    """
-    if context.mask is None:
-        return compute(x, context)
-    order, places = front_order(context.mask)
-    mask = context.mask.gather(1, order)
-    moved = _rows(x, order).masked_fill(~mask[..., None], 0.0)
-    return _rows(compute(moved, Context(mask=mask, bidirectional=context.bidirectional)), places)
-
-
-def front_order(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Real tokens before padding, each in its order: which token stands at each place, and the place of each, (B, T).
-
-    A stable sort, by what formats of exported models know.
-    """
-    real, padding = mask.cumsum(1), (~mask).cumsum(1)
-    places = torch.where(mask, real, real[:, -1:] + padding) - 1
-    steps = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
-    return torch.zeros_like(places).scatter(1, places, steps), places
-
-
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, T, d) with the tokens of each sequence in the given order (B, T)."""
-    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (order + first).flatten()).view_as(x)
 
 
 def token_positions(name: str, x: Tensor, context: Context) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bioadapt.primitives.alignment import front_aligned
 from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
 from bioadapt.primitives.frames import group_matrix, products_pay
-from bioadapt.primitives.time import decay_of, front_aligned, is_short, mean_reading, past_trace
+from bioadapt.primitives.time import decay_of, is_short, mean_reading, past_trace
 from bioadapt.registry import register_primitive
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bioadapt.primitives.alignment import front_order
 from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import read_in, read_out
 from bioadapt.primitives.latent import Latent
-from bioadapt.primitives.time import front_order
 from bioadapt.registry import register_primitive
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bioadapt.primitives.alignment import front_aligned
 from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
+from bioadapt.primitives.deviations import deviations
 from bioadapt.primitives.frames import (
     group_matrix,
     group_mean_square,
@@ -18,7 +20,7 @@ from bioadapt.primitives.frames import (
     products_pay,
 )
 from bioadapt.primitives.modulation import modulated, per_channel
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bioadapt.primitives.alignment import front_aligned
 from bioadapt.primitives.base import Context, Fused, Host, Scaled, setting
+from bioadapt.primitives.deviations import deviations
 from bioadapt.primitives.frames import group_matrix, mean_square, positive, products_pay, token_scale, unit
-from bioadapt.primitives.time import decay_of, deviations, front_aligned, mean_reading, past_trace, readings
+from bioadapt.primitives.time import decay_of, mean_reading, past_trace, readings
 from bioadapt.registry import register_primitive
 
 FASTEST, SLOWEST = 2.0, 16.0  # time constants of the context at birth, in tokens
