@@ -1,4 +1,4 @@
-"""A frozen random matrix that reads a handful of inputs a row, and by what it is known when it is drawn again."""
+"""A frozen random matrix whose rows read a few inputs each, and the fingerprint that it is known by."""
 
 from __future__ import annotations
 
