@@ -42,10 +42,11 @@ page-of-compatibility: $(READY)
 test-wheel:
 	$(PYTHON) scripts/check_wheel.py $(ARGS)
 
-# The examples that other people's tools take part in, which are installed for it.
+# The examples and tests that other people's tools take part in, which are installed for it.
 test-tools: $(READY)
 	$(PY) -m pip install --quiet --constraint $(CONSTRAINTS) "lm-eval[hf]" mteb onnx onnxruntime onnxscript
-	$(PY) -m pytest -q tests/test_examples.py -k "lm_harness or text_benchmark or merge_convert_distil" $(ARGS)
+	$(PY) -m pytest -q tests/test_examples.py tests/environment/test_tools.py \
+	  -k "lm_harness or text_benchmark or merge_convert_distil or onnx" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -202,6 +202,22 @@ def test_onnx_serves_any_batch_and_length(primitive, tmp_path):
         assert close(torch.from_numpy(found)[new["attention_mask"].bool()], wanted[new["attention_mask"].bool()], 1e-4)
 
 
+@pytest.mark.parametrize("primitive", [*ONE_OF_EACH_KIND, "liquid_reservoir", "resonate_and_fire"])
+def test_onnx_serves_one_length_without_complex_numbers(primitive, tmp_path):
+    for needed in ("onnx", "onnxscript"):
+        pytest.importorskip(needed)
+    runtime = pytest.importorskip("onnxruntime")
+    model = get_peft_model(bert(), awake([primitive], ["0.output.dense"])).eval().get_base_model()
+    given = {name: tokens()[name] for name in ("input_ids", "attention_mask")}
+    torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs=given, dynamo=True)
+    with torch.no_grad():
+        wanted = model(**given).last_hidden_state
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
+    real = given["attention_mask"].bool()
+    assert close(torch.from_numpy(found)[real], wanted[real], 1e-4)
+
+
 # -- models of other libraries --
 
 
