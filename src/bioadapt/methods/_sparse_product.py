@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, linear
 
 from bioadapt.primitives.base import Fused
 
 BYTES = 2**22  # of any one transient: tokens and rows are taken in pieces of about that size
+MANY_TOKENS = 64  # from about here on a matrix is worth making for them
 SCRATCH_SHARE, SCRATCH_ROWS = 8, 64  # a scratch holds one in so many of the matrix's rows, but some in any case
 
 
@@ -300,3 +301,43 @@ def sparse_product(
     """
     path = path or fastest(v.shape[-1], index.shape[1], v.device)
     return _SparseProduct.apply(v, index, values, dtype or v.dtype, path, order if path == "bags" else None)
+
+
+class _ChangedProduct(Fused):
+    """Keeps the input, the indices and the values; the matrix with the change in it is made again for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, values: Tensor, path: str
+    ) -> Tensor:
+        ctx.save_for_backward(v, weight, index, values)
+        ctx.path = path
+        return linear(v, weight.scatter_add(1, index.long(), values), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, weight, index, values = ctx.saved_tensors
+        on_v, on_values = None, None
+        if ctx.needs_input_grad[0]:
+            on_v = grad @ weight.scatter_add(1, index.long(), values)
+        if ctx.needs_input_grad[4]:
+            on_values = torch.zeros_like(values)
+            PATHS[ctx.path].back(Gradients(_rows(v), _rows(grad), index, values, None, on_values, None))
+        return on_v, None, None, None, on_values, None
+
+
+def changed_product(v: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, values: Tensor) -> Tensor | None:
+    """v (W + A)^T + b, where A holds ``values`` at ``index``, or None where v A^T by itself is cheaper.
+
+    The matrix W + A is a transient as small as any other, and pays only where many tokens share it.
+
+    Args:
+        v: (..., n), of the dtype of all others.
+        weight: W (m, n), which gets no gradient.
+        bias: b (m,), which gets none either.
+        index: (m, k) int32, no column twice in a row.
+        values: (m, k).
+    """
+    if weight.numel() * weight.element_size() > BYTES or v.numel() < MANY_TOKENS * v.shape[-1]:
+        return None
+    return _ChangedProduct.apply(v, weight, bias, index, values, fastest(v.shape[-1], index.shape[1], v.device))

@@ -15,7 +15,7 @@ from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, 
 from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
-from ._sparse_product import Order, by_column, pieces, sparse_product
+from ._sparse_product import Order, by_column, changed_product, pieces, sparse_product
 
 
 def strongest(score: Tensor, k: int) -> Tensor:
@@ -93,6 +93,7 @@ class NeuroAda(OnWeight):
     """
 
     any_dtype = True
+    joins_product = True
     combinations = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
     k: int = setting(8, low=1, high=4096, meaning="number of synapses per neuron, at most all of them")
@@ -158,13 +159,21 @@ class NeuroAda(OnWeight):
         check_indices(tensors, index=self.d_in, rows=self.d_out)
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
-        if self._unsure and self.training and self.path is not None:
-            self._check_chosen()
-        values = self.values if self.zero_scale == 1 else self.zero_scale * self.values
-        z = sparse_product(context.x_in, self.index, values, x.dtype, order=self._order)
+        z = sparse_product(context.x_in, self.index, self._changes(), x.dtype, order=self._order)
         if self.rows is None:
             return z
         return z.new_zeros(*z.shape[:-1], self.d_out).index_copy(-1, self.rows.long(), z)
+
+    def product_with(self, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if self.rows is not None or self.values.dtype != weight.dtype:
+            return None
+        return changed_product(v, weight, bias, self.index, self._changes())
+
+    def _changes(self) -> Tensor:
+        """theta, (rows, k)."""
+        if self._unsure and self.training and self.path is not None:
+            self._check_chosen()
+        return self.values if self.zero_scale == 1 else self.zero_scale * self.values
 
     @classmethod
     def combine(

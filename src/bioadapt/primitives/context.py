@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 
 def in_full(tensor: Tensor) -> Tensor:
     """A tensor in fp32, or in fp64 if it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 class Host:

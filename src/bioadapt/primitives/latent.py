@@ -61,12 +61,15 @@ class Latent(Primitive):
         return scale * (code @ self.writer.T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        itself = x.flatten(0, -2)  # taken before the mechanism begins: see `Scaled`
+        # Recorded, one product takes x in, which is taken before the mechanism begins (see `Scaled`); else a sum after
+        # it is quicker.
+        itself = x.flatten(0, -2) if with_x and torch.is_grad_enabled() else None
         code, size = self.coded(x, context)
         written, writer = size * code, context.once(torch.mul, scale, self.writer)
-        if not with_x:
-            return nn.functional.linear(written, writer)
-        return torch.addmm(itself, written.flatten(0, -2), writer.mT).view(x.shape)
+        if itself is not None:
+            return torch.addmm(itself, written.flatten(0, -2), writer.mT).view(x.shape)
+        change = nn.functional.linear(written, writer)
+        return change.add_(x) if with_x else change
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

@@ -34,6 +34,9 @@ class _Unrecorded:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Users who call ``loss.backward()`` within autocast have the backward run in it as well."""
@@ -192,7 +195,8 @@ class Primitive(nn.Module):
             result = self._changed(sequence, context, with_x)
         else:
             result = self._in_full(in_full(sequence), context, with_x)
-        return (result if sequence is x else result.reshape(x.shape)).to(x.dtype)
+        result = result if sequence is x else result.reshape(x.shape)
+        return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The change of no token at all, such as an expert gets that no token is sent to; all gradients are zero."""
@@ -211,13 +215,15 @@ class Primitive(nn.Module):
         return context if v is context.x_in else context.replace(x_in=v)
 
     def _in_full(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        for tensor in (*self._parameters.values(), *self._buffers.values()):
-            if tensor is not None and tensor.dtype != x.dtype and tensor.is_floating_point():
-                break
-        else:
+        if context.once(self._keeps_to, x.dtype):
             return self._both_ways(x, context, with_x)
         # A user (or FSDP) keeps the adapter in half precision, or the base in double.
         return self.computed_in(x.dtype, "_both_ways", x, context.replace(derived=None), with_x)
+
+    def _keeps_to(self, dtype: torch.dtype) -> bool:
+        """Whether all floating tensors have this dtype."""
+        own = (*self._parameters.values(), *self._buffers.values())
+        return not any(tensor.dtype != dtype and tensor.is_floating_point() for tensor in own if tensor is not None)
 
     def computed_in(self, dtype: torch.dtype, method: str, *given: Any) -> Any:
         """What a method returns that finds copies of all floating tensors in ``dtype``."""

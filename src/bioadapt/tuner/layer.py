@@ -26,6 +26,7 @@ from .masks import NOTHING, Tokens, Unclear
 from .merging import MergeableLayer, Original, quantization_backend_of
 from .scope import Scope, Surroundings
 from .sharding import check_whole, refusal_of_shards
+from .single_product import single_product
 from .sites import Axes, Layout, Site, describe
 
 
@@ -171,6 +172,9 @@ class BioLayer(MergeableLayer):
         reading = {name: circuit for name, circuit in circuits.items() if circuit.changes_input}
         apart: dict[str, Tensor] = {}
         if not reading or (around.adapter_names is None and len(circuits) > 1):
+            joint = self._single_product(args, kwargs, circuits, around)
+            if joint is not None:
+                return joint
             output = base_layer(*args, **kwargs)
             # Each adapter's change is measured from the layer as it is, so that the changes of several add up.
             for name, circuit in reading.items():
@@ -199,6 +203,18 @@ class BioLayer(MergeableLayer):
         held: dict[str, Any] = self._modules[CONTAINER]._modules  # type: ignore[union-attr]
         active = self.active_adapters if names is None else sorted(set(names))
         return {name: held[name] for name in active if name in held}
+
+    def _single_product(
+        self, args: tuple, kwargs: dict[str, Any], circuits: dict[str, AdapterCircuit], around: Surroundings
+    ) -> Tensor | None:
+        """The output with its change, where one product gives both."""
+        if len(circuits) > 1 or len(args) != 1 or kwargs or around.adapter_names is not None:
+            return None
+        if self.scope.compilation is not None:  # the change is compiled by itself
+            return None
+        if not all([circuit.joins_product for circuit in circuits.values()]):  # a list is quicker than a generator
+            return None
+        return single_product(self.base_layer, args[0], circuits.values())
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""

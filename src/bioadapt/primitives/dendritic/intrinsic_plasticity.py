@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Scaled, setting
-from bioadapt.primitives.frames import masked_mean, token_count, token_scale
+from bioadapt.primitives.base import Context, Fused, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.frames import masked_mean, measured_scale, token_count, token_scale
 from bioadapt.registry import register_primitive
 
 FLATTEST, STEEPEST = 0.05, 20.0
@@ -19,32 +19,46 @@ class _Excess(Fused):
     """Keeps x and the rates."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, target: float) -> Tensor:
-        ctx.save_for_backward(x, scale, rate, slope, gate)
-        ctx.target = target
-        return (rate - target).mul_(gate).mul_(scale)
+    def forward(
+        ctx: Any, x: Tensor, slope: Tensor, offset: Tensor, scale: Tensor, target: float, with_x: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        frame = measured_scale(x)
+        rate = torch.addcmul(offset, x / frame, slope).sigmoid_()
+        ctx.save_for_backward(x, frame, rate, slope, scale)
+        ctx.target, ctx.with_x = target, with_x
+        change = (rate - target).mul_(frame)
+        changed = torch.addcmul(x, change, scale, out=change) if with_x else change.mul_(scale)
+        ctx.mark_non_differentiable(frame, rate)
+        return changed, frame, rate
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, rate, slope, gate = ctx.saved_tensors
-        excess, pulled = rate - ctx.target, grad * scale
-        on_gate = (excess * pulled).sum(tuple(range(x.dim() - 1)))
-        on_x = torch.addcmul(rate, rate, rate, value=-1).mul_(pulled.mul_(gate)).mul_(slope)  # times scale
-        on_scale = excess.mul_(gate).mul_(grad).sum(-1, keepdim=True)
-        on_x.div_(scale)
-        on_scale -= torch.linalg.vecdot(on_x, x)[..., None] / scale
-        return on_x, on_scale, None, None, on_gate, None
+    def backward(ctx: Any, grad: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+        x, frame, rate, slope, scale = ctx.saved_tensors
+        excess, pulled = rate - ctx.target, grad * frame
+        on_scale = (excess * pulled).sum(tuple(range(x.dim() - 1)))
+        on_x = torch.addcmul(rate, rate, rate, value=-1).mul_(pulled.mul_(scale)).mul_(slope)  # times the frame
+        on_frame = excess.mul_(scale).mul_(grad).sum(-1, keepdim=True)
+        on_x.div_(frame)
+        on_frame -= torch.linalg.vecdot(on_x, x)[..., None] / frame
+        on_x.addcmul_(x, on_frame.div_(frame), value=1 / x.shape[-1])
+        return on_x.add_(grad) if ctx.with_x else on_x, None, None, on_scale, None, None
 
 
-def excess(x: Tensor, scale: Tensor, rate: Tensor, slope: Tensor, gate: Tensor, target: float) -> Tensor:
-    """gate scale (rate - target), where rate = sigmoid(slope x / scale + ...): x (..., d), scale (..., 1)."""
-    return _Excess.apply(x, scale, rate, slope, gate, target)
+def excess(
+    x: Tensor, slope: Tensor, offset: Tensor, scale: Tensor, target: float, with_x: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale`` times s (rate - target), plus x if ``with_x``; the frame s, (..., 1); and the rates, (..., d).
+
+    rate = sigmoid(slope x / s + offset): x (..., d); slope, offset and scale (d,). Neither slope nor offset gets a
+    gradient, and none comes back through the frame and the rates that are returned.
+    """
+    return _Excess.apply(x, slope, offset, scale, target, with_x)
 
 
 @register_primitive(
     "intrinsic_plasticity", stage="dendritic", kind="pointwise", zero_at="gate", zero_scale=16.0, learns=True
 )
-class IntrinsicPlasticity(LocalRule, Scaled):
+class IntrinsicPlasticity(LocalRule, Primitive):
     """A sigmoid whose gain and threshold adapt, so that each unit is mostly silent and rarely strong.
 
     Biology: neurons change their ion channels until their rates over days have a mean they can afford; of all
@@ -69,24 +83,20 @@ class IntrinsicPlasticity(LocalRule, Scaled):
     def transform(self, x: Tensor, context: Context) -> Tensor:
         frame = token_scale(x)
         rate = torch.sigmoid(self.slope.clone() * (x / frame) + self.offset)
-        self.watch(x / frame, rate, context)
+        self.watch(x, frame, rate, context)
         return frame * (rate - self.target)
 
-    def scaled_change(self, x: Tensor, context: Context, scale: Tensor) -> Tensor:
-        frame = token_scale(x)
-        with torch.no_grad():
-            u = x / frame
-            rate = torch.addcmul(self.offset, u, self.slope).sigmoid_()
-        slope = self.slope
-        if self.training:
-            self.watch(u, rate, context)
-            slope = slope.clone()  # it may have learned before the backward reads it
-        return excess(x, frame, rate, slope, scale, self.target)
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        slope = self.slope.clone() if self.training else self.slope  # it may have learned before the backward reads it
+        changed, frame, rate = excess(x, slope, self.offset, scale, self.target, with_x)
+        self.watch(x, frame, rate, context)
+        return changed
 
     @torch.no_grad()
-    def watch(self, u: Tensor, rate: Tensor, context: Context) -> None:
+    def watch(self, x: Tensor, frame: Tensor, rate: Tensor, context: Context) -> None:
         """Observe how far the rates are from their target, and how that goes with the input."""
         if self.training and context.observing:
+            u = x / frame
             error = (rate - (2 * self.target + 1)).mul_(rate).div_(self.target).add_(1)
             mean, by_input = masked_mean(error, context.mask), masked_mean(u * error, context.mask)
             self.observe(context, tokens=token_count(u, context.mask), error=mean, error_by_input=by_input)
