@@ -80,7 +80,7 @@ def test_default_targets_and_those_of_a_file_are_not_complained_of(tmp_path):
 
 def test_all_linear_tells_of_experts_that_are_no_layers():
     messages = said(lambda: get_peft_model(mixtral(), awake("pointwise", "all-linear")))
-    assert any("does not reach the experts: model.layers.0.mlp.experts and 1 more" in message for message in messages)
+    assert any("does not reach the experts at model.layers.0.mlp.experts and 1 more" in message for message in messages)
 
 
 def test_single_vectors_have_no_past_and_that_is_told_once():

@@ -6,6 +6,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdPegasusConfig,
+    BigBirdPegasusForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -150,6 +152,21 @@ def test_direction_of_time_is_found_for_every_tower():
     clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
     towers = get_peft_model(clip, BioConfig(primitives=["short_term_depression"])).base_model.layers()
     assert {layer.path.split(".")[0]: layer.causal for layer in towers} == {"text_model": True, "vision_model": False}
+
+
+@torch.no_grad()
+def test_a_decoder_whose_attention_does_not_call_itself_causal_sees_no_later_token():
+    torch.manual_seed(0)
+    sizes = dict(
+        d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=32
+    )
+    decoder = BigBirdPegasusForCausalLM(BigBirdPegasusConfig(vocab_size=50, **sizes))
+    model = adapted(decoder, primitives=["short_term_depression"], target_modules="all-linear")
+    ids = torch.randint(3, 48, (1, 8))
+    changed = ids.clone()
+    changed[0, 5] = 3
+    a, b = (model(input_ids=x).logits for x in (ids, changed))
+    assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5:], b[:, 5:])
 
 
 def test_the_user_may_say_which_way_time_runs():

@@ -34,9 +34,6 @@ class _Unrecorded:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        pass
-
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Users who call ``loss.backward()`` within autocast have the backward run in it as well."""

@@ -159,15 +159,15 @@ class BioModel(MergeableModel):
         experts = fused_experts(model) if isinstance(asked, str) and asked.lower() == "all-linear" else []
         if experts:
             warnings.warn(
-                f"'all-linear' does not reach the experts: {experts[0]} and {len(experts) - 1} more hold the weights "
-                "of many experts in one tensor, and not in layers that could be adapted"
+                f"'all-linear' does not reach the experts at {_first_of(experts)}, whose weights stand in one tensor "
+                "and not in layers that could be adapted"
             )
         unsure = [layer.path for layer in layers if layer.unsure and layer.circuits[adapter_name].reads_time]
         if given.causal is None and unsure:
             warnings.warn(
-                f"it cannot be told whether tokens may see later ones at {unsure[0]}"
-                f"{f' and {len(unsure) - 1} more' if len(unsure) > 1 else ''}: time is read backwards only, which is "
-                "safe, but leaves the first token nothing to read. Say causal=True or causal=False in the configuration"
+                f"it cannot be told whether tokens may see later ones at {_first_of(unsure)}: time is read backwards "
+                "only, which is safe, but leaves the first token nothing to read. Say causal=True or causal=False in "
+                "the configuration"
             )
 
     def _connect(self, model: nn.Module, adapter_name: str) -> None:
@@ -386,3 +386,7 @@ class BioModel(MergeableModel):
         cls, model: nn.Module, config: BioConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return placed(model, adapter_name, state_dict)
+
+
+def _first_of(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

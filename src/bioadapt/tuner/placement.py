@@ -74,9 +74,9 @@ def is_causal(model: nn.Module, path: str) -> bool | None:
         return True
     if type(stack).__name__.startswith("CLIPText"):  # its attention is told per call
         return True
-    told = [module.is_causal for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
-    if told:
-        return any(told)
+    saying = [module for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
+    if saying:  # some in decoders, of BigBird-Pegasus among others, leave is_causal at its default
+        return any(module.is_causal or getattr(module, "is_decoder", False) is True for module in saying)
     config = getattr(stack, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(stack, PreTrainedModel) or model_type is None:

@@ -20,19 +20,15 @@ class _Excess(Fused):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, slope: Tensor, offset: Tensor, scale: Tensor, target: float, with_x: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        frame = measured_scale(x)
-        rate = torch.addcmul(offset, x / frame, slope).sigmoid_()
+        ctx: Any, x: Tensor, frame: Tensor, rate: Tensor, slope: Tensor, scale: Tensor, target: float, with_x: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, frame, rate, slope, scale)
         ctx.target, ctx.with_x = target, with_x
         change = (rate - target).mul_(frame)
-        changed = torch.addcmul(x, change, scale, out=change) if with_x else change.mul_(scale)
-        ctx.mark_non_differentiable(frame, rate)
-        return changed, frame, rate
+        return torch.addcmul(x, change, scale, out=change) if with_x else change.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, frame, rate, slope, scale = ctx.saved_tensors
         excess, pulled = rate - ctx.target, grad * frame
         on_scale = (excess * pulled).sum(tuple(range(x.dim() - 1)))
@@ -41,18 +37,18 @@ class _Excess(Fused):
         on_x.div_(frame)
         on_frame -= torch.linalg.vecdot(on_x, x)[..., None] / frame
         on_x.addcmul_(x, on_frame.div_(frame), value=1 / x.shape[-1])
-        return on_x.add_(grad) if ctx.with_x else on_x, None, None, on_scale, None, None
+        return on_x.add_(grad) if ctx.with_x else on_x, None, None, None, on_scale, None, None
 
 
 def excess(
-    x: Tensor, slope: Tensor, offset: Tensor, scale: Tensor, target: float, with_x: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale`` times s (rate - target), plus x if ``with_x``; the frame s, (..., 1); and the rates, (..., d).
+    x: Tensor, frame: Tensor, rate: Tensor, slope: Tensor, scale: Tensor, target: float, with_x: bool = False
+) -> Tensor:
+    """``scale`` times s (rate - target), plus x if ``with_x``.
 
-    rate = sigmoid(slope x / s + offset): x (..., d); slope, offset and scale (d,). Neither slope nor offset gets a
-    gradient, and none comes back through the frame and the rates that are returned.
+    rate (..., d) = sigmoid(slope x / s + ...) and the frame s (..., 1) are those of x (..., d), as is their gradient;
+    slope and scale (d,).
     """
-    return _Excess.apply(x, slope, offset, scale, target, with_x)
+    return _Excess.apply(x, frame, rate, slope, scale, target, with_x)
 
 
 @register_primitive(
@@ -87,10 +83,12 @@ class IntrinsicPlasticity(LocalRule, Primitive):
         return frame * (rate - self.target)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        slope = self.slope.clone() if self.training else self.slope  # it may have learned before the backward reads it
-        changed, frame, rate = excess(x, slope, self.offset, scale, self.target, with_x)
+        with torch.no_grad():
+            frame = measured_scale(x)
+            rate = torch.addcmul(self.offset, x / frame, self.slope).sigmoid_()
         self.watch(x, frame, rate, context)
-        return changed
+        slope = self.slope.clone() if self.training else self.slope  # it may have learned before the backward reads it
+        return excess(x, frame, rate, slope, scale, self.target, with_x)
 
     @torch.no_grad()
     def watch(self, x: Tensor, frame: Tensor, rate: Tensor, context: Context) -> None:
