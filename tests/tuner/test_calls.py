@@ -227,3 +227,20 @@ def test_the_default_cache_compiles_without_a_graph_break():
     step = model(ids()[:, :1], past_key_values=output.past_key_values).logits
     full = model(torch.cat([ids(), ids()[:, :1]], 1)).logits[:, -1:]
     torch.testing.assert_close(step, full, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4UnifiedTextConfig"), reason="transformers has no such model yet")
+def test_a_model_that_is_told_inside_which_logits_to_keep_gives_them():
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size_per_layer_input=50
+    )
+    heads = dict(num_key_value_heads=2, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=8, sliding_window=4)
+    layers = dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2)
+    config = transformers.Gemma4UnifiedTextConfig(
+        **sizes, **heads, **layers, max_position_embeddings=64, pad_token_id=0
+    )
+    model = adapted(transformers.Gemma4UnifiedForCausalLM(config), target_modules=["o_proj", "down_proj"])
+    full = model(input_ids=ids()).logits
+    torch.testing.assert_close(model(input_ids=ids(), logits_to_keep=2).logits, full[:, -2:], atol=1e-6, rtol=1e-5)

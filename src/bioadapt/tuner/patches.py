@@ -294,7 +294,8 @@ def keep_logits(output: Any, keep: int | Tensor) -> Any:
     if isinstance(output, tuple):
         place = next(i for i, item in enumerate(output) if isinstance(item, Tensor) and item.dim() == 3)
         return (*output[:place], _kept(output[place], keep), *output[place + 1 :])
-    output["logits"] = _kept(output["logits"], keep)
+    if "logits" in output:  # else the model stands in another one, which takes from all tokens what it was asked for
+        output["logits"] = _kept(output["logits"], keep)
     return output
 
 
