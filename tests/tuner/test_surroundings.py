@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import (
     BertConfig,
     BertModel,
-    BigBirdPegasusConfig,
-    BigBirdPegasusForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from bioadapt import BioConfig, list_primitives
+from bioadapt.tuner import placement
 from bioadapt.tuner.layer import BioLayer
 
 JUNK = 49
@@ -154,19 +154,83 @@ def test_direction_of_time_is_found_for_every_tower():
     assert {layer.path.split(".")[0]: layer.causal for layer in towers} == {"text_model": True, "vision_model": False}
 
 
-@torch.no_grad()
-def test_a_decoder_whose_attention_does_not_call_itself_causal_sees_no_later_token():
-    torch.manual_seed(0)
+def bigbird_pegasus():
     sizes = dict(
         d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=32
     )
-    decoder = BigBirdPegasusForCausalLM(BigBirdPegasusConfig(vocab_size=50, **sizes))
-    model = adapted(decoder, primitives=["short_term_depression"], target_modules="all-linear")
+    return transformers.BigBirdPegasusForCausalLM(transformers.BigBirdPegasusConfig(vocab_size=50, **sizes))
+
+
+def of_bart_kind(name, **settings):
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, d_model=32, **sizes, **settings)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+BART = dict(layers=1, attention_heads=4, ffn_dim=48)
+DECODERS = {
+    "bigbird_pegasus": bigbird_pegasus,  # its attention says is_decoder, but not is_causal
+    "led": lambda: of_bart_kind("LED", attention_window=8),  # says is_decoder alone
+    "mvp": lambda: of_bart_kind("Mvp"),
+    "bart": lambda: of_bart_kind("Bart"),
+    "t5": t5,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", DECODERS.values(), ids=DECODERS)
+def test_no_decoder_and_no_head_on_one_sees_a_later_token(build):
+    torch.manual_seed(0)
+    model = build()
+    side = "decoder_" if model.config.is_encoder_decoder else ""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    model = adapted(model, primitives=["short_term_depression"], target_modules=linear)
     ids = torch.randint(3, 48, (1, 8))
     changed = ids.clone()
-    changed[0, 5] = 3
-    a, b = (model(input_ids=x).logits for x in (ids, changed))
+    changed[0, 5] = (ids[0, 5] + 1) % 48
+    a, b = (model(**{"input_ids": ids, f"{side}input_ids": x}).logits for x in (ids, changed))
     assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5:], b[:, 5:])
+
+
+@pytest.mark.parametrize(
+    "around", ["EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention"]
+)
+def test_keys_and_values_of_cross_attention_read_the_encoder(around):
+    model = t5()
+    assert placement.reads_encoder(model, f"decoder.block.0.{around}.k_proj")
+    assert not placement.reads_encoder(model, f"decoder.block.0.{around}.q_proj")
+    assert not placement.reads_encoder(model, "encoder.block.0.layer.0.SelfAttention.k")
+
+
+def fsmt():
+    """Encoder and decoder are no models of their own, and lay time first."""
+    torch.manual_seed(0)
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}
+    quiet = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    config = transformers.FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=50,
+        tgt_vocab_size=50,
+        d_model=32,
+        max_position_embeddings=32,
+        **sizes,
+        **quiet,
+    )
+    return transformers.FSMTForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_an_encoder_that_is_no_model_of_its_own_has_its_own_padding():
+    linear = [name for name, module in fsmt().named_modules() if isinstance(module, torch.nn.Linear)]
+    model = adapted(fsmt(), primitives=["short_term_depression"], target_modules=linear)
+    short, long = torch.randint(3, 48, (1, 5)), torch.randint(3, 48, (1, 8))
+    padded = torch.cat([torch.cat([short, torch.ones(1, 3, dtype=torch.long)], 1), long])
+    mask = torch.ones_like(padded)
+    mask[0, 5:] = 0
+    said = torch.randint(3, 48, (1, 6))
+    alone = model(input_ids=short, attention_mask=mask[:1, :5], decoder_input_ids=said).logits
+    together = model(input_ids=padded, attention_mask=mask, decoder_input_ids=said.expand(2, -1)).logits
+    assert torch.allclose(together[:1], alone, atol=1e-5)
 
 
 def test_the_user_may_say_which_way_time_runs():

@@ -39,7 +39,7 @@ class BioLayer(MergeableLayer):
         path: name of the layer in the plain model; it names decoding state and checkpoint keys.
         scope: what surrounds the layer's forwards.
         causal: whether time is read backwards only here.
-        across: whether the layer reads the encoder's output inside a decoder.
+        across: whether the layer reads the encoder's tokens while the stack is called with the decoder's.
         axes: which axis of its activations is time; None where that cannot be told.
     """
 
@@ -274,6 +274,8 @@ class BioLayer(MergeableLayer):
         layout = Layout.of(y, site, None if self.across or self.routed else around.tokens, self.axes)
         counted = f"{self.path} input" if site is not self.site else self.path  # each is asked for once in a call
         tokens = self._tokens(layout, around, circuits, bool(reading), counted)
+        if tokens is not NOTHING:
+            tokens = tokens.to(y.device)
         context = self._context(layout, v, around, circuits, site, tokens)
         states = self._states(reading, layout, around, counted) if reading else {}
         features = layout.to_sequence(y)
@@ -349,8 +351,6 @@ class BioLayer(MergeableLayer):
         site: Site,
         tokens: Tokens,
     ) -> Context:
-        if tokens is not NOTHING:
-            tokens = tokens.to(v.device)
         reads_weight = any(circuit.reads_weight for circuit in circuits.values())
         return Context(
             layout.input_to_sequence(v, site),
@@ -421,7 +421,7 @@ class BioLayer(MergeableLayer):
         if len(layout.shape) > 3:
             raise ValueError(
                 f"{self.path} is called with {len(layout.shape)} axes, so it is not clear which one is time: "
-                "primitives that carry state over tokens cannot act here"
+                "primitives that carry state over tokens cannot act here; leave it out of target_modules"
             )
         # What is compiled or exported for any length must not be asked whether that is the number of samples.
         if not torch.compiler.is_compiling() and layout.sequence == (steps, batch) and batch != steps:

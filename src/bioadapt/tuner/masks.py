@@ -140,9 +140,9 @@ def _says_something_else(name: str) -> bool:
     return "label" in name or any(name == known or name.endswith(f"_{known}") for known in SAY_SOMETHING_ELSE)
 
 
-def mask_of_encoder(given: Mapping[str, Any]) -> Tensor | None:
-    """(B, n) of what a decoder's cross-attention reads: True at what is no padding."""
-    mask = given.get("encoder_attention_mask")
+def mask_of_encoder(given: Mapping[str, Any], name: str) -> Tensor | None:
+    """(B, n) of what a decoder's cross-attention reads, by the argument ``name``: True at what is no padding."""
+    mask = given.get(name)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.bool()
     mask = given.get("memory_key_padding_mask")

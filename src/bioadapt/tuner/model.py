@@ -240,7 +240,7 @@ class BioModel(MergeableModel):
             current_key,
             Scope.of(host),
             causal is not False,
-            reads_encoder(current_key),
+            reads_encoder(self.model, current_key),
             axes_of(self.model, current_key, peft_config.batch_first),
             **get_quantization_kwargs(self.model),
         )

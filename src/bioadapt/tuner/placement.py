@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -11,9 +13,9 @@ from . import patches
 from .sites import Axes
 
 TORCH_STACKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+_CROSS_ATTENTION = re.compile(r"(?i)encdecatt|encoder_att|.*cross_?att")
 _OF_IMAGES = ("timm", "torchvision", "diffusers")  # libraries whose models see all places of an image at once
-_READS = ("k", "v", "key", "value", "k_proj", "v_proj", "c_attn")
+_READS = ("k", "v", "key", "value", "k_proj", "v_proj", "key_proj", "value_proj", "kv_proj", "to_k", "to_v", "c_attn")
 
 
 def enclosing_stack(model: nn.Module, path: str) -> nn.Module:
@@ -22,10 +24,15 @@ def enclosing_stack(model: nn.Module, path: str) -> nn.Module:
     return next((module for module in enclosing_modules(model, path) if isinstance(module, stacks)), model)
 
 
-def reads_encoder(path: str) -> bool:
-    """Whether the module at ``path`` projects the encoder's output inside a decoder's cross-attention."""
-    names = path.split(".")
-    return names[-1] in _READS and any(name in _CROSS_ATTENTION for name in names)
+def reads_encoder(model: nn.Module, path: str) -> bool:
+    """Whether the module at ``path`` works on the encoder's tokens in a stack that is called with the decoder's.
+
+    Keys and values of a decoder's cross-attention do, and all of an encoder that is no stack of its own.
+    """
+    *around, name = path.split(".")
+    if name in _READS and any(map(_CROSS_ATTENTION.match, around)):
+        return True
+    return "encoder" in around and _has_decoder(enclosing_stack(model, path))
 
 
 def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | None:
@@ -74,9 +81,14 @@ def is_causal(model: nn.Module, path: str) -> bool | None:
         return True
     if type(stack).__name__.startswith("CLIPText"):  # its attention is told per call
         return True
-    saying = [module for module in _own_modules(stack) if isinstance(getattr(module, "is_causal", None), bool)]
-    if saying:  # some in decoders, of BigBird-Pegasus among others, leave is_causal at its default
-        return any(module.is_causal or getattr(module, "is_decoder", False) is True for module in saying)
+    if _has_decoder(stack):  # what lies in an encoder-decoder itself, such as its head, reads what the decoder wrote
+        return True
+    own = list(_own_modules(stack))
+    if any(getattr(module, "is_decoder", False) is True for module in own):  # some of these leave is_causal at False
+        return True
+    told = [module.is_causal for module in own if isinstance(getattr(module, "is_causal", None), bool)]
+    if told:
+        return any(told)
     config = getattr(stack, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(stack, PreTrainedModel) or model_type is None:
@@ -88,6 +100,10 @@ def is_causal(model: nn.Module, path: str) -> bool | None:
     if patches.predicts_masked_tokens(model_type):
         return False
     return patches.predicts_next_tokens(model_type) or not getattr(config, "is_encoder_decoder", False)
+
+
+def _has_decoder(stack: nn.Module) -> bool:
+    return "decoder_input_ids" in inspect.signature(stack.forward).parameters
 
 
 def _own_modules(stack: nn.Module) -> Iterator[nn.Module]:

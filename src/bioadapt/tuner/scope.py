@@ -309,8 +309,8 @@ class Scope:
             around.memory = Memory()  # the model makes a cache of its own and returns it
 
     def _read_masks(self, stack: nn.Module, around: Surroundings, given: dict[str, Any], reads_tokens: bool) -> None:
-        around.encoder_mask = mask_of_encoder(given)
         side = "decoder_" if "decoder_input_ids" in self.arguments else ""
+        around.encoder_mask = mask_of_encoder(given, "attention_mask" if side else "encoder_attention_mask")
         around.masks, around.unknown = masks_of(stack, given, side)
         if around.tokens is None:
             return

@@ -185,7 +185,7 @@ class Layout(NamedTuple):
 
     def restore(self, sequence: Tensor) -> Tensor:
         if self.time_first:
-            return sequence.transpose(0, 1)
+            return sequence.transpose(0, 1).contiguous()  # as the layer gives it: attention takes views of that
         if not self.spatial:
             return sequence if sequence.shape == self.shape else sequence.reshape(self.shape)
         return sequence.transpose(1, 2).reshape(self.shape)
