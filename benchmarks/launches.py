@@ -2,6 +2,7 @@
 
     python benchmarks/launches.py                          # all primitives; writes results/launches.csv
     python benchmarks/launches.py --only gap_junction --only kv_lif
+    python benchmarks/launches.py --decoding               # that alone, written into the table that there is
 
 Every operation that is no view is a launch on an accelerator, and what it reads and writes is traffic with its memory;
 neither depends on the machine. Counts are per adapted layer: those of the model with the adapter, less those of the
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import gc
 import random
 import statistics
@@ -36,7 +38,8 @@ import sys
 import time
 import unittest.mock
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -254,19 +257,67 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="a method; may be given several times")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding times")
+    parser.add_argument("--decoding", action="store_true", help="that alone, written into the table that there is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {n: make for n, make in methods().items() if not options.only or n in ("base", LORA, *options.only)}
-    steps = {name: training_step(make(list(TARGETS))) for name, make in chosen.items()}
+    steps = {} if options.decoding else {name: training_step(make(list(TARGETS))) for name, make in chosen.items()}
     models = {name: adapted(decoder(), make(DECODER_TARGETS)).eval() for name, make in chosen.items()}
     decodes = {name: (decoding_step(model, 1), decoding_step(model, 8)) for name, model in models.items()}
     times = decoding_times(models, options.rounds)
-    graphs = {name: compiled(name) for name in chosen if name != "base"}
-    rows = table(steps, decodes, times, graphs)
+    if options.decoding:
+        rows = [
+            replace(row, **decoding_columns(row.method, decodes, times)) for row in read_table() if row.method in times
+        ]
+    else:
+        rows = table(steps, decodes, times, {name: compiled(name) for name in chosen if name != "base"})
     print(render(rows))
     print(report([row for row in rows if row.method in list_primitives()]))
     if not options.only:
-        write_csv(RESULTS / f"launches-{machine_name()}.csv", rows, {"rounds": options.rounds})
+        write_csv(table_file(), rows, {"rounds": options.rounds})
+
+
+def table_file() -> Path:
+    return RESULTS / f"launches-{machine_name()}.csv"
+
+
+def read_table() -> list[Row]:
+    """This machine's table as it was written last."""
+    with table_file().open() as file:
+        return [
+            Row(**{field.name: _value(row[field.name], field.type) for field in fields(Row)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What stands for a value of a `Row` in a file."""
+    if text == "" and "None" in kind:
+        return None
+    return {"str": str, "float": float, "int": int, "bool": "True".__eq__}[kind.split(" ")[0]](text)
+
+
+def _more(found: dict[str, Any], name: str, part: Callable[[Any], float]) -> tuple[float, float]:
+    """A count for each adapted layer beyond the base's, and as a ratio to LoRA's."""
+    own, lora = (part(found[each]) - part(found["base"]) for each in (name, LORA))
+    return own / SITES, own / lora
+
+
+def decoding_columns(
+    name: str, decodes: dict[str, tuple[tuple[int, int], tuple[int, int]]], times: dict[str, float]
+) -> dict[str, float]:
+    single = _more(decodes, name, lambda counts: counts[0][0])
+    eight, traffic = (
+        _more(decodes, name, lambda counts: counts[1][0]),
+        _more(decodes, name, lambda counts: counts[0][1]),
+    )
+    return {
+        "decode_operations": round(single[0], 1),
+        "decode_operations_ratio": round(single[1], 2),
+        "decode_operations_batch8": round(eight[0], 1),
+        "decode_kib": round(traffic[0] / 2**10, 1),
+        "decode_time": round(times[name], 2),
+    }
 
 
 def table(
@@ -277,30 +328,20 @@ def table(
 ) -> list[Row]:
     """One row for each method, from what has been counted and timed of all; the fewest operations first."""
     rows = []
-    for name in graphs:
-        kind = primitive_info(name).kind if name in list_primitives() else ""
-
-        def more(found: dict, part: Callable[[Any], float], name: str = name) -> tuple[float, float]:
-            own, lora = (part(found[each]) - part(found["base"]) for each in (name, LORA))
-            return own / SITES, own / lora
-
-        operations, step_bytes = more(steps, lambda count: count[0]), more(steps, lambda count: count[1])
-        single = more(decodes, lambda counts: counts[0][0])
-        eight, traffic = more(decodes, lambda counts: counts[1][0]), more(decodes, lambda counts: counts[0][1])
+    for name, (kernels, breaks, whole) in graphs.items():
+        operations, moved = _more(steps, name, lambda count: count[0]), _more(steps, name, lambda count: count[1])
         rows.append(
             Row(
-                name,
-                kind,
-                round(operations[0], 1),
-                round(operations[1], 2),
-                round(step_bytes[0] / 2**20, 2),
-                round(step_bytes[1], 2),
-                round(single[0], 1),
-                round(single[1], 2),
-                round(eight[0], 1),
-                round(traffic[0] / 2**10, 1),
-                round(times[name], 2),
-                *graphs[name],
+                method=name,
+                kind=primitive_info(name).kind if name in list_primitives() else "",
+                step_operations=round(operations[0], 1),
+                step_operations_ratio=round(operations[1], 2),
+                step_mib=round(moved[0] / 2**20, 2),
+                step_mib_ratio=round(moved[1], 2),
+                **decoding_columns(name, decodes, times),
+                kernels=kernels,
+                graph_breaks=breaks,
+                fullgraph=whole,
             )
         )
     return sorted(rows, key=lambda row: row.step_operations)

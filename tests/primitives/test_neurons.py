@@ -66,7 +66,7 @@ class TestQuadraticDendrite:
         module = woken("quadratic_dendrite", seed, self.N, self.D)
 
         def q(v):
-            return module.interaction(v @ module.branches.T)
+            return module.code(v @ module.branches.T, Context())
 
         a, b = torch.randn(5, self.N), torch.randn(5, self.N)
         torch.testing.assert_close(q(3 * a), 9 * q(a), rtol=1e-4, atol=1e-5)

@@ -61,15 +61,17 @@ class Latent(Primitive):
         return scale * (code @ self.writer.T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        # Recorded, one product takes x in, which is taken before the mechanism begins (see `Scaled`); else a sum after
-        # it is quicker.
-        itself = x.flatten(0, -2) if with_x and torch.is_grad_enabled() else None
+        writer = context.once(torch.mul, scale, self.writer)
+        if not torch.is_grad_enabled():  # then the fewest operations are the quickest, else the fewest of full width
+            code, size = self.coded(x, context)
+            change = nn.functional.linear(code, writer)
+            return torch.addcmul(x, change, size, out=change) if with_x else change.mul_(size)
+        itself = x.flatten(0, -2)  # taken before the mechanism begins: see `Scaled`
         code, size = self.coded(x, context)
-        written, writer = size * code, context.once(torch.mul, scale, self.writer)
-        if itself is not None:
-            return torch.addmm(itself, written.flatten(0, -2), writer.mT).view(x.shape)
-        change = nn.functional.linear(written, writer)
-        return change.add_(x) if with_x else change
+        written = size * code
+        if not with_x:
+            return nn.functional.linear(written, writer)
+        return torch.addmm(itself, written.flatten(0, -2), writer.mT).view(x.shape)
 
     def coded(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What is written, over both readings of time, and the scale of each token: (B, T, k), (B, T, 1)."""

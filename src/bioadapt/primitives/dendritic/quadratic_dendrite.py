@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bioadapt.primitives.base import Context, Host, Primitive, setting
 from bioadapt.primitives.frames import read_in, read_out, token_scale
+from bioadapt.primitives.latent import Latent, encoded
 from bioadapt.primitives.modulation import modulated
 from bioadapt.registry import register_primitive
 
@@ -13,7 +14,7 @@ from bioadapt.registry import register_primitive
 @register_primitive(
     "quadratic_dendrite", stage="dendritic", kind="pointwise", zero_at="readout", zero_scale=0.25, needs_input=True
 )
-class QuadraticDendrite(Primitive):
+class QuadraticDendrite(Latent):
     """Products of projections of the input, or of one projection with the output, are added to each unit.
 
     Biology: the response of a dendrite to two synaptic inputs exceeds or falls short of their sum by a term that is
@@ -38,14 +39,22 @@ class QuadraticDendrite(Primitive):
         self.branches = read_in(self.rank * (2 if self.mode == "bilinear" else 1), self.d_in)
         self.writer = read_out(self.d_out, self.rank)
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
-        v = context.x_in
-        drive = nn.functional.linear(v, self.branches) / token_scale(v)
-        if self.mode == "ndi":
-            return modulated(x, drive, self.writer)
-        return nn.functional.linear(token_scale(x) * self.interaction(drive), self.writer)
+    def drive(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        drive, _ = encoded(context.x_in, self.branches)
+        return drive, token_scale(x)
 
-    def interaction(self, drive: Tensor) -> Tensor:
+    def code(self, drive: Tensor, context: Context) -> Tensor:
         """Products of the two drives of each pair: (..., 2 rank) -> (..., rank)."""
         first, second = drive.chunk(2, dim=-1)
         return first * second
+
+    def transform(self, x: Tensor, context: Context) -> Tensor:
+        if self.mode == "bilinear":
+            return super().transform(x, context)
+        drive, _ = encoded(context.x_in, self.branches)
+        return modulated(x, drive, self.writer)
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        if self.mode == "bilinear":
+            return super().scaled(x, context, scale, with_x)
+        return Primitive.scaled(self, x, context, scale, with_x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host
-from bioadapt.primitives.modulation import Modulation
+from bioadapt.primitives.modulation import Modulation, per_channel
 from bioadapt.primitives.time import token_positions
 from bioadapt.registry import register_primitive
 
@@ -46,8 +46,17 @@ class OscillatoryGating(Modulation):
         self.coupling = nn.Parameter(torch.full((1,), 0.5))
 
     def factors(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        positions = token_positions("count", x, context)
-        # Reducing the integer first keeps a position in the millions exact; a product reads the table, since the
-        # backward of a gather with repeated indices is a slow scatter.
-        place = positions[..., None] % PERIOD == torch.arange(PERIOD, device=positions.device)
+        # A product reads the cycle, since the backward of a look-up with repeated indices is a slow scatter.
+        place = self.place(x, context)[..., None] == torch.arange(PERIOD, device=x.device)
         return place.to(x.dtype), context.once(theta_gamma, self.theta_phase, self.gamma_phase, self.coupling)
+
+    def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().scaled(x, context, scale, with_x)
+        cycle = context.once(theta_gamma, self.theta_phase, self.gamma_phase, self.coupling)
+        gain = nn.functional.embedding(self.place(x, context), context.once(per_channel, scale, cycle).mT)
+        return torch.addcmul(x, x, gain) if with_x else x * gain
+
+    def place(self, x: Tensor, context: Context) -> Tensor:
+        """Of each token in the cycle, (B or 1, T): of the integer, so that a position in the millions is exact."""
+        return token_positions("count", x, context) % PERIOD
