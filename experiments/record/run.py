@@ -38,6 +38,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RANKS = (8, 16, 32)
 SEEDS = 3
 FACTORS = (1.0, 4.0, 0.25)
+FAR, SMALLER = 4.0, 0.25  # points behind the LoRA at which a promise is tried at a smaller factor too
 PARTS = ("tasks", "promises", "alone")
 ALONE, ALONE_FACTORS, ALONE_TASKS = " alone", (1.0, 4.0), TASKS[:2]
 PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
@@ -135,6 +136,8 @@ class Screen:
                 self._loras(task, seed)
             for arm in _shuffled(asked):
                 self._try(task, arm, FACTORS[0])
+                if self._is_far_behind(task, arm):  # the LoRA's rate was too much for the two together
+                    self._try(task, arm, SMALLER)
                 for seed in range(1, SEEDS):
                     self._again(task, arm, seed)
 
@@ -148,6 +151,10 @@ class Screen:
     def _loras(self, task: str, seed: int) -> None:
         for rank in RANKS:
             self.run(Cell(task, f"lora-r{rank}", seed, self.best_rate(task)))
+
+    def _is_far_behind(self, task: str, arm: str) -> bool:
+        best, lora = (max(result.dev for result in self._tried(task, each)) for each in (arm, "lora-r8"))
+        return best < lora - FAR
 
     def _again(self, task: str, arm: str, seed: int) -> None:
         """With another seed, at the best of what the first one has tried."""
