@@ -16,6 +16,11 @@ from helpers.models import awake, bert, bio_layers, classifier, close, output, t
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+)
 from transformers import Cache, DynamicCache, PreTrainedModel, pytorch_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
@@ -194,6 +199,36 @@ def test_a_cache_with_a_memory_is_freed_as_soon_as_nobody_holds_it():
 def test_feed_forward_blocks_take_the_size_of_their_chunks_from_an_attribute():
     assert "chunk_size > 0" in inspect.getsource(pytorch_utils.apply_chunking_to_forward)
     assert bert(chunk_size_feed_forward=2).encoder.layer[0].chunk_size_feed_forward == 2
+
+
+# -- who has hooked a module --
+
+
+def test_hooks_of_a_module_and_of_all_are_seen():
+    hooks = [
+        lambda layer: layer.register_forward_hook(lambda *run: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *run: None),
+        lambda layer: layer.register_full_backward_hook(lambda *run: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *run: None),
+        lambda layer: register_module_forward_hook(lambda *run: None),
+        lambda layer: register_module_forward_pre_hook(lambda *run: None),
+        lambda layer: register_module_full_backward_hook(lambda *run: None),
+    ]
+    layer = nn.Linear(2, 2)
+    for hook in hooks:
+        assert patches.left_alone(layer)
+        with hook(layer):
+            assert not patches.left_alone(layer)
+
+
+def test_a_forward_in_the_place_of_the_layers_is_seen(monkeypatch):
+    layer = nn.Linear(2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", layer.forward)
+        assert not patches.left_alone(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: x)
+        assert not patches.left_alone(nn.Linear(2, 2))
 
 
 # -- logits_to_keep --

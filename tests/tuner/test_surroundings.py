@@ -196,10 +196,28 @@ def test_no_decoder_and_no_head_on_one_sees_a_later_token(build):
     "around", ["EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "cross_attention"]
 )
 def test_keys_and_values_of_cross_attention_read_the_encoder(around):
-    model = t5()
-    assert placement.reads_encoder(model, f"decoder.block.0.{around}.k_proj")
-    assert not placement.reads_encoder(model, f"decoder.block.0.{around}.q_proj")
-    assert not placement.reads_encoder(model, "encoder.block.0.layer.0.SelfAttention.k")
+    projections = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj")})
+    model = torch.nn.ModuleDict({around: projections, "self_attn": projections})
+    assert placement.reads_encoder(model, f"{around}.k_proj") and placement.reads_encoder(model, f"{around}.v_proj")
+    assert not placement.reads_encoder(model, f"{around}.q_proj")
+    assert not placement.reads_encoder(model, "self_attn.k_proj")
+
+
+@torch.no_grad()
+def test_cross_attention_within_one_model_has_that_models_padding():
+    torch.manual_seed(0)
+    config = transformers.PerceiverConfig(
+        num_latents=4, d_latents=32, d_model=16, num_blocks=1, num_self_attends_per_block=1, num_cross_attention_heads=2
+    )
+    perceiver = transformers.PerceiverModel(config)
+    assert not placement.reads_encoder(perceiver, "encoder.cross_attention.attention.self.key")
+    reads = ["cross_attention.attention.self.key", "cross_attention.attention.self.value"]
+    model = adapted(perceiver, primitives=["short_term_depression"], target_modules=reads)
+    short = torch.randn(1, 5, 16)
+    padded, mask = torch.cat([short, torch.ones(1, 3, 16)], 1), torch.ones(1, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    alone = model(inputs=short, attention_mask=mask[:, :5]).last_hidden_state
+    assert torch.allclose(model(inputs=padded, attention_mask=mask).last_hidden_state, alone, atol=1e-5)
 
 
 def fsmt():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import Cache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -381,6 +382,23 @@ TIME_FIRST = (
 
 def has_time_first(module: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}".endswith(TIME_FIRST) for cls in type(module).__mro__)
+
+
+# -- read alone: who has hooked a module --
+#
+# Why: where one product gives a layer's output and its change, the layer does not run, and whoever watches it, or has
+# put something in the place of its forward, would be left out without a word.
+# It can go once torch says publicly whether a module, or all of them, have hooks.
+
+_LINEAR = nn.Linear.forward
+
+
+def left_alone(module: nn.Module) -> bool:
+    """Whether nobody has hooked the module, or all modules, or replaced its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or _has_any_global_hook():
+        return False
+    return "forward" not in vars(module) and nn.Linear.forward is _LINEAR
 
 
 # -- read alone: which models predict which tokens --

@@ -30,9 +30,10 @@ def reads_encoder(model: nn.Module, path: str) -> bool:
     Keys and values of a decoder's cross-attention do, and all of an encoder that is no stack of its own.
     """
     *around, name = path.split(".")
+    stack = enclosing_stack(model, path)
     if name in _READS and any(map(_CROSS_ATTENTION.match, around)):
-        return True
-    return "encoder" in around and _has_decoder(enclosing_stack(model, path))
+        return not isinstance(stack, PreTrainedModel) or _meets_others(stack)
+    return "encoder" in around and _has_decoder(stack)
 
 
 def axes_of(model: nn.Module, path: str, batch_first: bool | None) -> Axes | None:
@@ -103,7 +104,13 @@ def is_causal(model: nn.Module, path: str) -> bool | None:
 
 
 def _has_decoder(stack: nn.Module) -> bool:
+    """Whether a stack holds both an encoder and a decoder."""
     return "decoder_input_ids" in inspect.signature(stack.forward).parameters
+
+
+def _meets_others(stack: nn.Module) -> bool:
+    """Whether a stack is given what its cross-attention reads, rather than making it from its own input."""
+    return any("encoder" in name or "cross" in name for name in inspect.signature(stack.forward).parameters)
 
 
 def _own_modules(stack: nn.Module) -> Iterator[nn.Module]:
