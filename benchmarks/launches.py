@@ -306,11 +306,10 @@ def _more(found: dict[str, Any], name: str, part: Callable[[Any], float]) -> tup
 def decoding_columns(
     name: str, decodes: dict[str, tuple[tuple[int, int], tuple[int, int]]], times: dict[str, float]
 ) -> dict[str, float]:
+    """The part of a `Row` that is about decoding."""
     single = _more(decodes, name, lambda counts: counts[0][0])
-    eight, traffic = (
-        _more(decodes, name, lambda counts: counts[1][0]),
-        _more(decodes, name, lambda counts: counts[0][1]),
-    )
+    eight = _more(decodes, name, lambda counts: counts[1][0])
+    traffic = _more(decodes, name, lambda counts: counts[0][1])
     return {
         "decode_operations": round(single[0], 1),
         "decode_operations_ratio": round(single[1], 2),

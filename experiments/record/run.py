@@ -38,7 +38,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 RANKS = (8, 16, 32)
 SEEDS = 3
 FACTORS = (1.0, 4.0, 0.25)
-FAR, SMALLER = 4.0, 0.25  # points behind the LoRA at which a promise is tried at a smaller factor too
+FAR = 4.0  # points behind the LoRA at which a promise is tried at the smallest factor too
 PARTS = ("tasks", "promises", "alone")
 ALONE, ALONE_FACTORS, ALONE_TASKS = " alone", (1.0, 4.0), TASKS[:2]
 PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
@@ -137,7 +137,7 @@ class Screen:
             for arm in _shuffled(asked):
                 self._try(task, arm, FACTORS[0])
                 if self._is_far_behind(task, arm):  # the LoRA's rate was too much for the two together
-                    self._try(task, arm, SMALLER)
+                    self._try(task, arm, min(FACTORS))
                 for seed in range(1, SEEDS):
                     self._again(task, arm, seed)
 

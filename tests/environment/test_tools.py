@@ -182,12 +182,16 @@ def test_peft_hotswaps_loras_alone(tmp_path, record_property):
     assert torch.equal(output(model, tokens()), wanted)
 
 
-@pytest.mark.compatible("Graphs", "ONNX with dynamic shapes")
-@pytest.mark.parametrize("primitive", ONE_OF_EACH_KIND)
-def test_onnx_serves_any_batch_and_length(primitive, tmp_path):
+@pytest.fixture
+def runtime():
     for needed in ("onnx", "onnxscript"):
         pytest.importorskip(needed)
-    runtime = pytest.importorskip("onnxruntime")
+    return pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.compatible("Graphs", "ONNX with dynamic shapes")
+@pytest.mark.parametrize("primitive", ONE_OF_EACH_KIND)
+def test_onnx_serves_any_batch_and_length(primitive, tmp_path, runtime):
     model = get_peft_model(bert(), awake([primitive], ["0.output.dense"])).eval().get_base_model()
     given = {name: tokens()[name] for name in ("input_ids", "attention_mask")}
     shapes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=512)}
@@ -203,10 +207,7 @@ def test_onnx_serves_any_batch_and_length(primitive, tmp_path):
 
 
 @pytest.mark.parametrize("primitive", [*ONE_OF_EACH_KIND, "liquid_reservoir", "resonate_and_fire"])
-def test_onnx_serves_one_length_without_complex_numbers(primitive, tmp_path):
-    for needed in ("onnx", "onnxscript"):
-        pytest.importorskip(needed)
-    runtime = pytest.importorskip("onnxruntime")
+def test_onnx_serves_one_length_without_complex_numbers(primitive, tmp_path, runtime):
     model = get_peft_model(bert(), awake([primitive], ["0.output.dense"])).eval().get_base_model()
     given = {name: tokens()[name] for name in ("input_ids", "attention_mask")}
     torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs=given, dynamo=True)

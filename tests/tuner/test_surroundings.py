@@ -162,12 +162,15 @@ def bigbird_pegasus():
 
 
 def of_bart_kind(name, **settings):
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}
-    config = getattr(transformers, f"{name}Config")(vocab_size=50, d_model=32, **sizes, **settings)
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, d_model=32, **BART, **settings)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-BART = dict(layers=1, attention_heads=4, ffn_dim=48)
+BART = {
+    f"{part}_{what}": size
+    for part in ("encoder", "decoder")
+    for what, size in dict(layers=1, attention_heads=4, ffn_dim=48).items()
+}
 DECODERS = {
     "bigbird_pegasus": bigbird_pegasus,  # its attention says is_decoder, but not is_causal
     "led": lambda: of_bart_kind("LED", attention_window=8),  # says is_decoder alone
@@ -223,7 +226,6 @@ def test_cross_attention_within_one_model_has_that_models_padding():
 def fsmt():
     """Encoder and decoder are no models of their own, and lay time first."""
     torch.manual_seed(0)
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}
     quiet = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     config = transformers.FSMTConfig(
         langs=["en", "de"],
@@ -231,7 +233,7 @@ def fsmt():
         tgt_vocab_size=50,
         d_model=32,
         max_position_embeddings=32,
-        **sizes,
+        **BART,
         **quiet,
     )
     return transformers.FSMTForConditionalGeneration(config).eval()

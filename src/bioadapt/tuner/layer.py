@@ -210,11 +210,10 @@ class BioLayer(MergeableLayer):
         """The output with its change, where one product gives both."""
         if len(circuits) > 1 or len(args) != 1 or kwargs or around.adapter_names is not None:
             return None
-        if self.scope.compilation is not None:  # the change is compiled by itself
+        (circuit,) = circuits.values()
+        if not circuit.joins_product or self.scope.compilation is not None:  # what is compiled is compiled by itself
             return None
-        if not all([circuit.joins_product for circuit in circuits.values()]):  # a list is quicker than a generator
-            return None
-        return single_product(self.base_layer, args[0], circuits.values())
+        return single_product(self.base_layer, args[0], next(circuit.on_weight()))
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from ..primitives.base import OnWeight
 from . import patches
-from .circuit import AdapterCircuit
 
 
-def single_product(layer: nn.Module, v: Tensor, circuits: Iterable[AdapterCircuit]) -> Tensor | None:
-    """What the layer makes of v with the change of its only circuit, or None where the two are computed apart.
+def single_product(layer: nn.Module, v: Tensor, primitive: OnWeight) -> Tensor | None:
+    """What the layer makes of v with the primitive's change, or None where the two are to be computed apart.
 
-    They are wherever somebody would miss the layer's own run (hooks, patches, compilers), where its weight is trained
-    along or is not at hand as it is, and where the circuit does not offer it.
+    They are wherever somebody would miss the run of either (hooks, patches, compilers), where the layer's weight is
+    trained along or is not at hand as it is, and where the primitive says that it is cheaper.
     """
-    (circuit,) = circuits
-    primitive = next(circuit.values())
-    if not isinstance(primitive, OnWeight) or type(layer) is not nn.Linear or torch.compiler.is_compiling():
+    if type(layer) is not nn.Linear or torch.compiler.is_compiling():
         return None
     if not (patches.left_alone(layer) and patches.left_alone(primitive)) or torch.is_autocast_enabled(v.device.type):
         return None
