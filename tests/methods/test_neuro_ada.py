@@ -195,6 +195,34 @@ def test_the_result_may_be_wider_than_the_input():
     torch.testing.assert_close(z, dense(v.float(), index, values))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (1, 1), (2, 3, 4), (64,)], ids=str)
+@pytest.mark.parametrize("k", [1, 8, N])
+def test_decoding_gives_what_the_full_forward_gives(shape, k, dtype, monkeypatch):
+    """Where nothing is recorded, few tokens are read for all synapses in one go, and many are not."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(_sparse_product, "AT_ONCE", 24 * M * 8)
+    index, values = strongest(torch.randn(M, N), k), torch.randn(M, k, requires_grad=True)
+    v = torch.randn(*shape, N, dtype=dtype)
+    recorded = sparse_product(v, index, values)
+    with torch.no_grad():
+        silent = sparse_product(v, index, values)
+    assert silent.dtype == dtype and silent.shape == recorded.shape
+    torch.testing.assert_close(silent, recorded)
+
+
+def test_a_token_is_read_at_once_and_a_prompt_is_not(monkeypatch):
+    index, values = strongest(torch.randn(M, N), 4), torch.randn(M, 4)
+    asked = []
+    monkeypatch.setattr(_sparse_product, "_at_once", lambda v, *rest: asked.append(len(v)) or v.new_zeros(len(v), M))
+    monkeypatch.setattr(_sparse_product, "AT_ONCE", 3 * M * 4)
+    with torch.no_grad():
+        for tokens in (1, 3, 4):
+            sparse_product(torch.randn(tokens, N), index, values)
+    sparse_product(torch.randn(1, N, requires_grad=True), index, values)
+    assert asked == [1, 3]
+
+
 def test_paths_by_size():
     cpu, gpu, other = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     assert [fastest(4096, k, cpu) for k in (1, 2, 8, 512, 513)] == ["gather", "bags", "bags", "bags", "scratch"]

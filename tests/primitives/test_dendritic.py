@@ -56,8 +56,8 @@ class TestNmdaBranches:
 
     def test_every_input_belongs_to_one_branch(self, module):
         wired = module.wiring() != 0
-        assert (wired.sum(1) == 1).all()
-        assert wired.sum(0).tolist() == [self.N // self.M] * self.M
+        assert (wired.sum(0) == 1).all()
+        assert wired.sum(1).tolist() == [self.N // self.M] * self.M
 
     def test_the_partition_is_random_and_repeatable(self, seed, module):
         again, other = (build_primitive("nmda_branches", self.N, 5, host=Host(seed=s), branches=4) for s in (seed, 9))

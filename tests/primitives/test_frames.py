@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import softplus
 
 from bioadapt.primitives.base import Context, Host
@@ -29,6 +30,18 @@ def test_scales_and_their_gradients():
     for function in (mean_square, token_scale, unit):
         assert torch.autograd.gradcheck(function, (x,))
         assert torch.autograd.gradgradcheck(function, (x,))
+
+
+def test_a_scale_is_found_wherever_tensors_are_not_what_they_seem():
+    """Fake ones, those that torch.func has batched, and other dtypes than those whose floor is kept."""
+    x = torch.randn(3, 2, 8)
+    expected = token_scale(x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(token_scale)(x), expected)
+    with FakeTensorMode() as fake:
+        assert token_scale(fake.from_tensor(x)).shape == expected.shape
+    assert token_scale(x.to("meta")).is_meta
+    torch.testing.assert_close(token_scale(x.bfloat16()).float(), expected, rtol=2e-2, atol=0)
 
 
 def test_unit_survives_silence_and_outliers():

@@ -235,6 +235,8 @@ class FlyLora(LocalRule, OnWeight):
             if self.per_forward and self._is_trained():
                 self._refuse_repetition()
                 self.balance(statistics["load"])
+        if not torch.is_grad_enabled():  # then nothing keeps them
+            return index
         return index.to(torch.uint8 if self.r <= 256 else torch.int16)
 
     # -- local rules --

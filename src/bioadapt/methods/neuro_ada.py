@@ -15,7 +15,7 @@ from bioadapt.primitives.base import Blend, Context, Host, OnWeight, Primitive, 
 from bioadapt.primitives.frames import base_weight, check_indices
 from bioadapt.registry import register_primitive
 
-from ._sparse_product import Order, by_column, changed_product, pieces, sparse_product
+from ._sparse_product import MANY_TOKENS, Order, by_column, changed_product, pieces, sparse_product
 
 
 def strongest(score: Tensor, k: int) -> Tensor:
@@ -93,7 +93,7 @@ class NeuroAda(OnWeight):
     """
 
     any_dtype = True
-    joins_product = True
+    joins_product_from = MANY_TOKENS
     combinations = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
     k: int = setting(8, low=1, high=4096, meaning="number of synapses per neuron, at most all of them")

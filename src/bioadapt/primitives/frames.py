@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .base import Context, Fused, Host
 
+FLOOR = 1e-6  # of a mean square, so that a token of zeros has a scale
+_FLOORS = {dtype: torch.tensor(FLOOR, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
 
 def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
     """Refuse indices of a checkpoint that point at nothing.
@@ -66,7 +69,14 @@ class _TokenScale(Fused):
 def measured_scale(x: Tensor) -> Tensor:
     """`token_scale` where nothing is recorded."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(size.new_full((), 1e-6), size, size, value=1 / x.shape[-1]).sqrt_()
+    return torch.addcmul(_floor_for(size), size, size, value=1 / x.shape[-1]).sqrt_()
+
+
+def _floor_for(size: Tensor) -> Tensor:
+    """`FLOOR` beside a tensor, (). To make one costs a decoding step as much as any other operation."""
+    if type(size) is Tensor and size.is_cpu and size.dtype in _FLOORS and not torch.compiler.is_compiling():
+        return _FLOORS[size.dtype]
+    return size.new_full((), FLOOR)
 
 
 def token_scale(x: Tensor) -> Tensor:

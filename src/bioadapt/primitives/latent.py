@@ -43,7 +43,7 @@ def encoded(x: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
 class Latent(Primitive):
     """A primitive of the form delta = s U h(D u), whose gate costs nothing.
 
-    A subclass makes the tensors ``reader`` D (r, d) and ``writer`` U (d, k) and defines `code`.
+    A subclass makes the tensors ``reader`` D (r, d) and U (d, k), the one that ``readout`` names, and defines `code`.
     """
 
     reads_both_ways = True
@@ -58,10 +58,10 @@ class Latent(Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         code, scale = self.coded(x, context)
-        return scale * (code @ self.writer.T)
+        return scale * (code @ getattr(self, self.readout).T)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
-        writer = context.once(torch.mul, scale, self.writer)
+        writer = context.once(torch.mul, scale, getattr(self, self.readout))
         if not torch.is_grad_enabled():  # then the fewest operations are the quickest, else the fewest of full width
             code, size = self.coded(x, context)
             change = nn.functional.linear(code, writer)

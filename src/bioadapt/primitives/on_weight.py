@@ -18,14 +18,14 @@ class OnWeight(Primitive):
     per_channel: ClassVar[bool] = False  # it scales channels, so that the layer may be of any form
     approximates: ClassVar[bool] = False  # where it does not merge, `weight_delta` is the nearest linear map
     combinations: ClassVar[tuple[str, ...]] = ()  # in which ways several, trained for a task each, make one
-    joins_product: ClassVar[bool] = False  # it has a `product_with`
+    joins_product_from: ClassVar[int | None] = None  # the number of tokens from which on it has a `product_with`
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """For ``merge="weight"``: the change (before the gate) of weight (d_out, d_in) and of bias, if any."""
         raise NotImplementedError(f"{type(self).__name__} declares merge='weight' but defines no weight_delta")
 
     def product_with(self, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """For ``joins_product``: the layer's output with the change in it, or None where to add it is cheaper.
+        """For ``joins_product_from``: the layer's output with the change in it, or None where to add it is cheaper.
 
         ``v`` (..., d_in), ``weight`` (d_out, d_in) and ``bias`` (d_out,) are of one dtype; the last two are frozen.
         """

@@ -211,9 +211,10 @@ class BioLayer(MergeableLayer):
         if len(circuits) > 1 or len(args) != 1 or kwargs or around.adapter_names is not None:
             return None
         (circuit,) = circuits.values()
-        if not circuit.joins_product or self.scope.compilation is not None:  # what is compiled is compiled by itself
+        # What is compiled is compiled by itself.
+        if circuit.joins_product is None or self.scope.compilation is not None:
             return None
-        return single_product(self.base_layer, args[0], next(circuit.on_weight()))
+        return single_product(self.base_layer, args[0], circuit[circuit.joins_product])
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""

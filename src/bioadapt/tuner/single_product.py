@@ -12,10 +12,12 @@ from . import patches
 def single_product(layer: nn.Module, v: Tensor, primitive: OnWeight) -> Tensor | None:
     """What the layer makes of v with the primitive's change, or None where the two are to be computed apart.
 
-    They are wherever somebody would miss the run of either (hooks, patches, compilers), where the layer's weight is
+    They are for few tokens, and wherever somebody would miss the run of either (hooks, patches, compilers), where the layer's weight is
     trained along or is not at hand as it is, and where the primitive says that it is cheaper.
     """
     if type(layer) is not nn.Linear or torch.compiler.is_compiling():
+        return None
+    if primitive.joins_product_from is None or v.numel() < primitive.joins_product_from * v.shape[-1]:
         return None
     if not (patches.left_alone(layer) and patches.left_alone(primitive)) or torch.is_autocast_enabled(v.device.type):
         return None

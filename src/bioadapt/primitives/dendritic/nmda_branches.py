@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bioadapt.primitives.base import Context, Host, Primitive, setting
+from bioadapt.primitives.base import Context, Host, setting
 from bioadapt.primitives.frames import check_indices, group_index, positive, read_out, token_scale
+from bioadapt.primitives.latent import Latent, encoded
 from bioadapt.registry import register_primitive
 
 
@@ -25,7 +26,7 @@ def branch_spikes(drive: Tensor, steepness: Tensor, offset: Tensor, rest: Tensor
     needs_input=True,
     aliases=("dendritic_branches",),
 )
-class NmdaBranches(Primitive):
+class NmdaBranches(Latent):
     """Input synapses sit on separate dendritic branches, each with a local spike of its own.
 
     Biology: thin dendrites of pyramidal cells answer supralinearly to inputs on the same branch, through NMDA spikes,
@@ -55,10 +56,12 @@ class NmdaBranches(Primitive):
     def check_loaded(self, tensors: Mapping[str, Tensor]) -> None:
         check_indices(tensors, branch=self.branches)
 
-    def transform(self, x: Tensor, context: Context) -> Tensor:
-        v = context.x_in
-        drive = (v @ context.once(self.wiring)) / token_scale(v)
-        return nn.functional.linear(token_scale(x) * branch_spikes(drive, *context.once(self.response)), self.soma)
+    def drive(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        drive, _ = encoded(context.x_in, context.once(self.wiring))
+        return drive, token_scale(x)
+
+    def code(self, drive: Tensor, context: Context) -> Tensor:
+        return branch_spikes(drive, *context.once(self.response))
 
     def response(self) -> tuple[Tensor, Tensor, Tensor]:
         """beta, -beta theta and sigmoid(-beta theta), (branches,) each."""
@@ -67,6 +70,6 @@ class NmdaBranches(Primitive):
         return steepness, offset, offset.sigmoid()
 
     def wiring(self) -> Tensor:
-        """The weights of the synapses, each in the column of its branch: (n, branches)."""
+        """The weights of the synapses, each in the row of its branch: (branches, n)."""
         branches = torch.arange(self.branches, device=self.branch.device)
-        return self.synapses[:, None] * (self.branch[:, None] == branches)
+        return self.synapses * (self.branch == branches[:, None])

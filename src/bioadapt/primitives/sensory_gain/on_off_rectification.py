@@ -39,7 +39,7 @@ class _Halves(Fused):
 
 def _rectified(x: Tensor, scale: Tensor, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """[u - high]_+ and -[-u - low]_+ of u = x / scale."""
-    u = x * scale.reciprocal()
+    u = x / scale
     rise = torch.sub(u, high).relu_()
     return rise, u.add_(low).clamp_(max=0)
 
