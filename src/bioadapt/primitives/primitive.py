@@ -213,9 +213,9 @@ class Primitive(nn.Module):
 
     def _in_full(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
         if context.once(self._keeps_to, x.dtype):
-            return self._both_ways(x, context, with_x)
+            return self._changed(x, context, with_x)
         # A user (or FSDP) keeps the adapter in half precision, or the base in double.
-        return self.computed_in(x.dtype, "_both_ways", x, context.replace(derived=None), with_x)
+        return self.computed_in(x.dtype, "_changed", x, context.replace(derived=None), with_x)
 
     def _keeps_to(self, dtype: torch.dtype) -> bool:
         """Whether all floating tensors have this dtype."""
@@ -233,19 +233,19 @@ class Primitive(nn.Module):
             return getattr(self, method)(*given)
         return torch.func.functional_call(_Body(self), cast, (method, *given))
 
+    def _changed(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
+        if context.bidirectional and self.kind == "causal" and not self.reads_both_ways:
+            return self._both_ways(x, context, with_x)
+        if self.zero_at != "update":
+            return self.scaled(x, context, context.once(self.scaled_gate), with_x)
+        change = self.transform(x, context)
+        return x + change if with_x else change
+
     def _both_ways(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        if not context.bidirectional or self.kind != "causal" or self.reads_both_ways:
-            return self._changed(x, context, with_x)
         forwards = self.transform(x, context)
         backwards = self.transform(x.flip(1), context.reversed()).flip(1)
         change = 0.5 * (forwards + backwards)
         change = change if self.zero_at == "update" else _Scaling.apply(change, self.scaled_gate(), None)
-        return x + change if with_x else change
-
-    def _changed(self, x: Tensor, context: Context, with_x: bool) -> Tensor:
-        if self.zero_at != "update":
-            return self.scaled(x, context, context.once(self.scaled_gate), with_x)
-        change = self.transform(x, context)
         return x + change if with_x else change
 
     def _apply(self, fn: Any, recurse: bool = True) -> Primitive:

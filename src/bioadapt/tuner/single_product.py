@@ -12,8 +12,8 @@ from . import patches
 def single_product(layer: nn.Module, v: Tensor, primitive: OnWeight) -> Tensor | None:
     """What the layer makes of v with the primitive's change, or None where the two are to be computed apart.
 
-    They are for few tokens, and wherever somebody would miss the run of either (hooks, patches, compilers), where the layer's weight is
-    trained along or is not at hand as it is, and where the primitive says that it is cheaper.
+    They are for few tokens, and where somebody would miss the run of either (hooks, patches, compilers), where the
+    layer's weight is trained along or is not at hand as it is, and where the primitive says that it is cheaper.
     """
     if type(layer) is not nn.Linear or torch.compiler.is_compiling():
         return None
