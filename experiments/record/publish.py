@@ -206,10 +206,10 @@ def put_into(page: Path, lines: str, mark: str = "table") -> None:
 
 def main() -> None:
     sure = [finding for cells in sorted(EVIDENCE.glob("*/cells.csv")) for finding in confirmed(cells.parent)]
-    known = {(finding.primitive, finding.task) for finding in sure}
+    known = {(finding.primitive, finding.task, finding.alone) for finding in sure}
     screened = findings(list(read(HERE / "cells.csv", Result)))
-    found = [*(finding for finding in screened if (finding.primitive, finding.task) not in known), *sure]
-    found.sort(key=lambda finding: (finding.primitive, finding.task))
+    left = (finding for finding in screened if (finding.primitive, finding.task, finding.alone) not in known)
+    found = sorted([*left, *sure], key=lambda finding: (finding.primitive, finding.task, finding.alone))
     with RECORD.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Finding)], lineterminator="\n")
         writer.writeheader()
