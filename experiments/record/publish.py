@@ -10,7 +10,7 @@ import math
 import runpy
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,20 @@ from experiments.record.run import ALONE, ALONE_TASKS, HERE, PLACEBOS, TASKS, Ce
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
 EVIDENCE = HERE.parent / "evidence"
-LORA_BIO, EQUAL = "lora+bio", ("lora-equal@lora-sites", "lora-equal@bio-sites")
 LORA = "lora-r8"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Arms of `bioadapt evaluate` that belong together: ``own`` with the mechanism, ``equals`` of its size."""
+
+    own: str
+    equals: tuple[str, str]
+    placebo: str
+
+
+BESIDE = Question("lora+bio", ("lora-equal@lora-sites", "lora-equal@bio-sites"), "lora+placebo")
+INSTEAD = Question("bio", ("lora-bio-size@lora-sites", "lora-bio-size@bio-sites"), "placebo")
 Scores = Mapping[int, float]  # by seed
 
 
@@ -60,23 +72,24 @@ def confirmed(folder: Path) -> list[Finding]:
     (entry,) = BioConfig.from_pretrained(str(folder)).primitives
     with (folder / "cells.csv").open(newline="", encoding="utf-8") as file:
         cells = list(csv.DictReader(file))
+    question = BESIDE if any(cell["arm"] == BESIDE.own for cell in cells) else INSTEAD
     found = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         arms: dict[str, dict[int, float]] = {}
-        own = {cell["arm"]: cell for cell in cells if cell["task"] == task}
+        last = {cell["arm"]: cell for cell in cells if cell["task"] == task}
         for cell in cells:
             if cell["task"] == task:
                 arms.setdefault(cell["arm"], {})[int(cell["seed"])] = float(cell["test_clean"])
-        if not {LORA_BIO, "lora", *EQUAL, "lora+placebo"} <= arms.keys() or task not in FAMILIES:
+        if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or task not in FAMILIES:
             continue
-        equals = [arms[arm] for arm in EQUAL]
+        own, equals = arms[question.own], [arms[arm] for arm in question.equals]
         trained = {
-            "factor": float(own[LORA_BIO]["rate"]) / float(own["lora"]["rate"]),
+            "factor": float(last[question.own]["rate"]) / float(last["lora"]["rate"]),
             "zero_scale": entry["zero_scale"],
-            "params": int(own[LORA_BIO]["params"]),
+            "params": int(last[question.own]["params"]),
         }
-        finding = compared(entry["name"], task, arms[LORA_BIO], arms["lora"], equals, [arms["lora+placebo"]], trained)
-        found.append(replace(finding, stage="confirmed"))
+        finding = compared(entry["name"], task, own, arms["lora"], equals, [arms[question.placebo]], trained)
+        found.append(replace(finding, stage="confirmed", alone=question is INSTEAD))
     return found
 
 
@@ -114,7 +127,7 @@ def table_of_cells(folder: Path) -> str:
         cells = list(csv.DictReader(file))
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     lines = [
-        f"| task | {' | '.join(arms)} | over the better lora-equal | over the placebo |",
+        f"| task | {' | '.join(arms)} | over the better LoRA of its size | over the placebo |",
         "|---" * (len(arms) + 3) + "|",
     ]
     for found in confirmed(folder):
