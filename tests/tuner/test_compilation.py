@@ -16,7 +16,9 @@ import bioadapt
 from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_info
 
 # Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding.
-PRIMITIVES = ["lateral_inhibition", "k_winners_take_all", "short_term_depression", "stdp_trace", "hebbian_trace"]
+PRIMITIVES = [
+    "lateral_inhibition", "k_winners_take_all", "short_term_depression", "stdp_trace", "hebbian_trace", "nmda_branches",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

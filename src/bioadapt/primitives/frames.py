@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .base import Context, Fused, Host
 
-FLOOR = 1e-6  # of a mean square, so that a token of zeros has a scale
-_FLOORS = {dtype: torch.tensor(FLOOR, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+_FLOORS = {dtype: torch.tensor(1e-6, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def check_indices(tensors: Mapping[str, Tensor], **ends: int) -> None:
@@ -73,10 +72,14 @@ def measured_scale(x: Tensor) -> Tensor:
 
 
 def _floor_for(size: Tensor) -> Tensor:
-    """`FLOOR` beside a tensor, (). To make one costs a decoding step as much as any other operation."""
-    if type(size) is Tensor and size.is_cpu and size.dtype in _FLOORS and not torch.compiler.is_compiling():
+    """1e-6 beside a tensor, (): the floor of a mean square, so that a token of zeros has a scale.
+
+    To make one costs a decoding step as much as any other operation. A graph makes its own, and from a literal: of a
+    number that has a name in the module, torch makes an input of the graph, which parts of it then cannot share.
+    """
+    if not torch.compiler.is_compiling() and type(size) is Tensor and size.is_cpu and size.dtype in _FLOORS:
         return _FLOORS[size.dtype]
-    return size.new_full((), FLOOR)
+    return size.new_full((), 1e-6)
 
 
 def token_scale(x: Tensor) -> Tensor:
