@@ -14,7 +14,7 @@ from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_inf
 from bioadapt.methods import _sparse_product
 from bioadapt.tuner.single_product import single_product
 
-JOINING = [name for name in list_primitives() if getattr(primitive_info(name).factory, "joins_product", False)]
+JOINING = [name for name in list_primitives() if getattr(primitive_info(name).factory, "joins_product_from", None)]
 N, M, TOKENS = 40, 24, 64
 
 
