@@ -120,8 +120,9 @@ def of_the_record() -> str:
     confirmed = sum(finding.stage == "confirmed" and (finding.low or 0) > 0 for finding in findings)
     names, tasks = {finding.primitive for finding in findings}, {finding.task for finding in findings}
     return (
-        f"[{len(names)} mechanisms](experiments/record/README.md) were measured so far beside a LoRA and in its place, on "
-        f"{len(tasks)} tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the best placebo; "
+        f"[{len(names)} mechanisms](experiments/record/README.md) were measured so far beside a LoRA and in its place, "
+        f"on {len(tasks)} tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the "
+        "best placebo; "
         f"{single} rest on one seed; {confirmed} wins are confirmed."
     )
 
