@@ -149,9 +149,11 @@ def test_typing_errors_and_exchanged_words(publish):
     assert promises.exchanged("alone", source) == "alone"
 
 
-def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(publish, tmp_path):
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(publish, tmp_path, alone):
     BioConfig([{"name": "gain_field", "zero_scale": 32.0}]).save_pretrained(tmp_path)
-    scores = {"lora": 70, "lora-equal@lora-sites": 72, "lora-equal@bio-sites": 73, "lora+placebo": 71, "lora+bio": 75}
+    asked = publish.INSTEAD if alone else publish.BESIDE
+    scores = {"lora": 70, asked.equals[0]: 72, asked.equals[1]: 73, asked.placebo: 71, asked.own: 75}
     lines = [
         f"stsb,{arm},{seed},200,0,0,{score + seed},9,{2e-3 if arm == 'lora' else 8e-3}"
         for arm, score in scores.items()
@@ -163,3 +165,4 @@ def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(p
     (finding,) = publish.confirmed(tmp_path)
     assert (finding.over_lora, finding.over_equal, finding.over_placebo) == (5.0, 2.0, 4.0)
     assert (finding.zero_scale, finding.factor, finding.seeds, finding.stage) == (32.0, 4.0, 2, "confirmed")
+    assert finding.alone is alone

@@ -15,7 +15,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 import bioadapt
 from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_info
 
-# Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding.
+# Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding; the scales of both input and
+# output (nmda_branches).
 PRIMITIVES = [
     "lateral_inhibition", "k_winners_take_all", "short_term_depression", "stdp_trace", "hebbian_trace", "nmda_branches",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.models import Chain, bio_layers, own_parameters
@@ -14,7 +16,8 @@ from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_inf
 from bioadapt.methods import _sparse_product
 from bioadapt.tuner.single_product import single_product
 
-JOINING = [name for name in list_primitives() if getattr(primitive_info(name).factory, "joins_product_from", None)]
+ON_WEIGHT = [name for name in list_primitives() if primitive_info(name).kind == "weight"]
+JOINING = [name for name in ON_WEIGHT if math.isfinite(primitive_info(name).factory.joins_product_from)]
 N, M, TOKENS = 40, 24, 64
 
 

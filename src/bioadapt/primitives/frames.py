@@ -74,8 +74,8 @@ def measured_scale(x: Tensor) -> Tensor:
 def _floor_for(size: Tensor) -> Tensor:
     """1e-6 beside a tensor, (): the floor of a mean square, so that a token of zeros has a scale.
 
-    To make one costs a decoding step as much as any other operation. A graph makes its own, and from a literal: of a
-    number that has a name in the module, torch makes an input of the graph, which parts of it then cannot share.
+    To make one costs a decoding step as much as any other operation. A graph makes its own, and from a literal: torch
+    would make a number with a name an input of the graph, which the autograd functions inside it cannot share with it.
     """
     if not torch.compiler.is_compiling() and type(size) is Tensor and size.is_cpu and size.dtype in _FLOORS:
         return _FLOORS[size.dtype]

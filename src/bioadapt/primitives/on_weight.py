@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,15 +19,16 @@ class OnWeight(Primitive):
     per_channel: ClassVar[bool] = False  # it scales channels, so that the layer may be of any form
     approximates: ClassVar[bool] = False  # where it does not merge, `weight_delta` is the nearest linear map
     combinations: ClassVar[tuple[str, ...]] = ()  # in which ways several, trained for a task each, make one
-    joins_product_from: ClassVar[int | None] = None  # the number of tokens from which on it has a `product_with`
+    joins_product_from: ClassVar[float] = math.inf  # so many tokens make its `product_with` worth asking for
 
     def weight_delta(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """For ``merge="weight"``: the change (before the gate) of weight (d_out, d_in) and of bias, if any."""
         raise NotImplementedError(f"{type(self).__name__} declares merge='weight' but defines no weight_delta")
 
     def product_with(self, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """For ``joins_product_from``: the layer's output with the change in it, or None where to add it is cheaper.
+        """The layer's output with the change in it, or None where to add it is cheaper.
 
+        For a finite ``joins_product_from``.
         ``v`` (..., d_in), ``weight`` (d_out, d_in) and ``bias`` (d_out,) are of one dtype; the last two are frozen.
         """
         raise NotImplementedError(f"{type(self).__name__} joins the layer's product but defines no product_with")

@@ -57,8 +57,8 @@ class AdapterCircuit(nn.Module):
         self.reads_time = any(primitive.kind == "causal" for primitive in primitives)
         self.reads_tokens = self.reads_time or any(primitive.reads_positions for primitive in primitives)
         self.reads_weight = any(primitive.kind == "weight" for primitive in primitives)
-        joining = any(part.joins_product_from is not None for part in self.on_weight())
-        self.joins_product = self.alone if joining else None
+        joins = any(math.isfinite(part.joins_product_from) for part in self.on_weight())
+        self.joining = self.alone if joins else None  # the primitive whose change may join the layer's own product
         self.in_full = config.rank is not None or not all(primitive.any_dtype for primitive in primitives)
         if not config.init_weights and not any(parameter.is_meta for parameter in self.parameters()):
             self.wake()

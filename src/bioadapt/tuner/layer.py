@@ -212,9 +212,9 @@ class BioLayer(MergeableLayer):
             return None
         (circuit,) = circuits.values()
         # What is compiled is compiled by itself.
-        if circuit.joins_product is None or self.scope.compilation is not None:
+        if circuit.joining is None or self.scope.compilation is not None:
             return None
-        return single_product(self.base_layer, args[0], circuit[circuit.joins_product])
+        return single_product(self.base_layer, args[0], circuit[circuit.joining])
 
     def _run(self, read: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base layer on another input than it was called with."""

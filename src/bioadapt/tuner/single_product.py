@@ -17,7 +17,7 @@ def single_product(layer: nn.Module, v: Tensor, primitive: OnWeight) -> Tensor |
     """
     if type(layer) is not nn.Linear or torch.compiler.is_compiling():
         return None
-    if primitive.joins_product_from is None or v.numel() < primitive.joins_product_from * v.shape[-1]:
+    if v.numel() < primitive.joins_product_from * v.shape[-1]:
         return None
     if not (patches.left_alone(layer) and patches.left_alone(primitive)) or torch.is_autocast_enabled(v.device.type):
         return None
