@@ -201,9 +201,12 @@ def test_no_decoder_and_no_head_on_one_sees_a_later_token(build):
 def test_keys_and_values_of_cross_attention_read_the_encoder(around):
     projections = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj")})
     model = torch.nn.ModuleDict({around: projections, "self_attn": projections})
-    assert placement.reads_encoder(model, f"{around}.k_proj") and placement.reads_encoder(model, f"{around}.v_proj")
-    assert not placement.reads_encoder(model, f"{around}.q_proj")
-    assert not placement.reads_encoder(model, "self_attn.k_proj")
+    assert (
+        placement.Places(model).of(f"{around}.k_proj").reads_encoder
+        and placement.Places(model).of(f"{around}.v_proj").reads_encoder
+    )
+    assert not placement.Places(model).of(f"{around}.q_proj").reads_encoder
+    assert not placement.Places(model).of("self_attn.k_proj").reads_encoder
 
 
 @torch.no_grad()
@@ -213,7 +216,7 @@ def test_cross_attention_within_one_model_has_that_models_padding():
         num_latents=4, d_latents=32, d_model=16, num_blocks=1, num_self_attends_per_block=1, num_cross_attention_heads=2
     )
     perceiver = transformers.PerceiverModel(config)
-    assert not placement.reads_encoder(perceiver, "encoder.cross_attention.attention.self.key")
+    assert not placement.Places(perceiver).of("encoder.cross_attention.attention.self.key").reads_encoder
     reads = ["cross_attention.attention.self.key", "cross_attention.attention.self.value"]
     model = adapted(perceiver, primitives=["short_term_depression"], target_modules=reads)
     short = torch.randn(1, 5, 16)

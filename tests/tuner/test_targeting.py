@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import Chain, D, awake, base_and_inputs, bert, bio_layers, gpt2, output, tokens, unchanged
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 
@@ -156,3 +156,33 @@ def test_an_output_head_is_left_alone_by_all_linear():
     model = get_peft_model(gpt2(), awake("pointwise", "all-linear"))
     assert "lm_head" not in paths(model) and len(paths(model)) == 8
     assert output(model, tokens()).shape[-1] == 30
+
+
+@pytest.mark.parametrize("under", [False, True], ids=["alone", "over a LoRA"])
+def test_the_work_of_adapting_and_loading_grows_with_the_model_and_not_with_its_square(under, monkeypatch, tmp_path):
+    """Counted in modules that are come by; a walk through the whole model for every layer would be seen in it."""
+    passed = 0
+    walk = nn.Module.named_modules
+
+    def counted(module, *args, **kwargs):
+        nonlocal passed
+        for found in walk(module, *args, **kwargs):
+            passed += 1
+            yield found
+
+    def model(layers):
+        host = gpt2(n_layer=layers)
+        return get_peft_model(host, LoraConfig(r=2, target_modules=["c_attn"])) if under else host
+
+    def work(layers):
+        nonlocal passed
+        host, again, folder = model(layers), model(layers), str(tmp_path / str(layers))
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", counted)
+            passed = 0
+            get_peft_model(host, awake(["neuro_ada"], target_modules="all-linear")).save_pretrained(folder)
+            PeftModel.from_pretrained(again, folder)
+            return passed
+
+    few, more, most = (work(layers) for layers in (4, 8, 16))
+    assert most - more == pytest.approx(2 * (more - few), rel=0.05)

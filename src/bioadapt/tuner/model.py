@@ -23,7 +23,7 @@ from ..registry import primitive_info
 from .combination import Combination, combined
 from .heads import choosing_heads, heads, take_over_heads, use_head
 from .layer import BioLayer, build_layer
-from .placement import axes_of, enclosing_modules, enclosing_stack, is_causal, reads_encoder
+from .placement import Places
 from .reference import check_reference, complete_copy
 from .refusals import base_of, check_attributes, check_layers, check_names, free_name, names_to_target, with_suggestion
 from .scope import Scope
@@ -105,6 +105,7 @@ class BioModel(MergeableModel):
         # What a file was known by says nothing of the adapter any more once that is trained.
         config = dataclasses.replace(given, fingerprint=None, settings_fingerprint=None)
         passed_over = self.__dict__["_passed_over"] = {}
+        self.__dict__["_places"] = Places(model)
         shared = shared_modules(model)
         try:
             with undone_on_failure(self):
@@ -118,6 +119,8 @@ class BioModel(MergeableModel):
                     self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)
         except NoMatchingPeftModuleError as error:
             raise with_suggestion(error, config, model) from None
+        finally:
+            del self.__dict__["_passed_over"], self.__dict__["_places"]
 
     def _check_layers(self, model: nn.Module, config: BioConfig) -> None:
         targets = config.target_modules or default_sites(config, self.get_model_config(model))[0]
@@ -233,15 +236,15 @@ class BioModel(MergeableModel):
         if reason is not None:
             self.__dict__["_passed_over"][current_key] = reason
             return
-        host = enclosing_stack(self.model, current_key)
-        causal = is_causal(self.model, current_key) if peft_config.causal is None else peft_config.causal
+        place = self.__dict__["_places"].of(current_key)
+        causal = place.is_causal if peft_config.causal is None else peft_config.causal
         layer = build_layer(
             target,
             current_key,
-            Scope.of(host),
+            Scope.of(place.stack.module),
             causal is not False,
-            reads_encoder(self.model, current_key),
-            axes_of(self.model, current_key, peft_config.batch_first),
+            place.reads_encoder,
+            place.axes(peft_config.batch_first),
             **get_quantization_kwargs(self.model),
         )
         layer.unsure = causal is None
@@ -251,7 +254,7 @@ class BioModel(MergeableModel):
         layer._active_adapter = self.active_adapters
         self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
-        layer.scope.take_in(layer, enclosing_modules(self.model, current_key))
+        layer.scope.take_in(layer, place.around)
 
     # -- activation: ours only, what lies below stays as its owner left it --
 

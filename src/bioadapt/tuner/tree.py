@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 
 from peft import PeftModel
 from peft.config import PeftConfig
@@ -71,7 +70,7 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
             module,
             type(module),  # a stack has a class of its own while it carries an adapter
             dict(vars(module)),
-            {name: copy(held) for name, held in vars(module).items() if type(held) in _CONTAINERS},
+            {name: held.copy() for name, held in vars(module).items() if type(held) in _CONTAINERS},
         )
         for module in model.modules()
     ]
@@ -94,7 +93,3 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
         for scope, layers in scopes:
             scope.layers[:] = layers
         raise
-
-
-def _held(value: object) -> bool:
-    return type(value) in _CONTAINERS
