@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,16 @@ from helpers.processes import PATIENCE, free_port, until
 # "required": a server that is missing fails the tests instead of skipping them.
 REQUIRED = "BIOADAPT_TEST_POSTGRESQL"
 SERVER = "bioadapt"
-# What a worker needs seconds to import, once for all of them.
-PRELOAD = ["bioadapt.search.study", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
+# What processes need seconds to import, once for all of them.
+PRELOAD = ["bioadapt.search.contest.contest", "alembic.command", "optuna.storages._rdb.models", "psycopg"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def original():
+    """What all processes of these tests are copied from. There is one in a session, and whoever starts it says what it
+    imports: without this, processes of a search would import torch each where a test of the storage came first."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
 
 
 def _binaries():
@@ -110,7 +119,6 @@ class Workers:
     def __init__(self, folder):
         self.folder = folder
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
         self.started = []
 
     def start(self, target, *arguments, **settings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from ...evaluation.tasks.task import SENTENCES
 from ...evaluation.training import History, Schedule, adapt, fit, load_adapted, trainable_parameters
 from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
+
+with suppress(ImportError):
+    import sentence_transformers  # noqa: F401 - so that processes which train sentences need not import it each
 
 _FIRST_STEPS = 6
 
