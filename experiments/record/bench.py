@@ -30,7 +30,7 @@ from bioadapt.evaluation.training import load_encoder
 FAMILIES = {
     "stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification",
     "sickr": "sts", "mrpc": "pairs", "searchsnippets": "clustering", "mpqa": "classification",
-    "mr": "classification", "subj": "classification",
+    "mr": "classification", "subj": "classification", "digits": "images", "cifar10": "images",
 }  # fmt: skip
 FROZEN_BLOCKS, LONGEST = 4, 32
 BATCH, WARM_UP = 32, 0.1
@@ -124,7 +124,7 @@ class TextBench(Bench):
     """One set of texts: its rows as the hidden states that enter the adapted blocks.
 
     Args:
-        task: one of `FAMILIES`.
+        task: one of `FAMILIES`, of texts.
         data_dir: holds TASK/{train,dev}.tsv.gz.
         train_rows: how many rows are trained on.
         dev_rows: how many are scored.

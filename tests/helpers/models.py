@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bioadapt import BioConfig
 from bioadapt.tuner.layer import BioLayer
+from bioadapt.tuner.patches import HAS_GRAPHS
 
 B, T, D = 3, 5, 8
 
@@ -216,6 +218,9 @@ GPT2: dict[str, Any] = {
     "initializer_range": 0.3,
     "tie_word_embeddings": False,
 }
+
+
+needs_graphs = pytest.mark.skipif(not HAS_GRAPHS, reason="this torch is too old to compile or export with")
 
 
 def bert(seed: int = 0, **fields: Any) -> nn.Module:

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import transformers
+from helpers.models import needs_graphs
 from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache
@@ -217,6 +218,7 @@ def test_a_cache_with_a_memory_can_be_copied_and_pickled(twin):
 
 
 @pytest.mark.compatible("Graphs", "torch.compile with the default cache")
+@needs_graphs
 @torch.no_grad()
 def test_the_default_cache_compiles_without_a_graph_break():
     model = adapted(qwen(), ["short_term_depression"], target_modules=["1.mlp.down_proj"])

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import own_parameters
+from helpers.models import needs_graphs, own_parameters
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InvalidCxxCompiler
@@ -14,6 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import bioadapt
 from bioadapt import BioConfig, compile_adapters, list_primitives, primitive_info
+
+pytestmark = needs_graphs
 
 # Of each kind one; a local rule (hebbian_trace); a wide and a narrow state of decoding; the scales of both input and
 # output (nmda_branches).

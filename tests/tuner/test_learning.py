@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.models import needs_graphs
 from peft import get_peft_model
 from transformers import (
     BertConfig,
@@ -288,6 +289,7 @@ def test_replicas_learn_what_one_process_learns_from_the_whole_batch(tmp_path):
 # -- compilation --
 
 
+@needs_graphs
 @pytest.mark.parametrize("build", [bert, qwen], ids=["encoder", "decoder"])
 def test_the_whole_model_compiles_without_a_graph_break(build):
     primitives = ["lateral_inhibition", "short_term_depression", "hebbian_trace", "neuro_ada"]

@@ -17,6 +17,7 @@ PRIMITIVES = [
     "hebbian_trace", "synaptic_consolidation", "synaptic_tagging", "metaplasticity", "lateral_inhibition",
     {"name": "neuro_lora", "r": 8, "k": 3},
 ]  # fmt: skip
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 9), reason="FSDP2 of this torch does not run on CPUs")
 ROWS = torch.arange(3, 27).view(4, 6)
 
 
@@ -203,9 +204,9 @@ def test_replicas_of_two_stacks_agree_and_learn_as_one_process_does(found):
         ),
         pytest.param(
             shards_of_what_is_learned,
-            marks=pytest.mark.compatible("Several processes", "FSDP2 without resharding (as ZeRO-2)"),
+            marks=[needs_fsdp2, pytest.mark.compatible("Several processes", "FSDP2 without resharding (as ZeRO-2)")],
         ),
-        pytest.param(shards, marks=pytest.mark.compatible("Several processes", "FSDP2 (as ZeRO-3)")),
+        pytest.param(shards, marks=[needs_fsdp2, pytest.mark.compatible("Several processes", "FSDP2 (as ZeRO-3)")]),
     ],
 )
 def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
@@ -215,6 +216,7 @@ def test_what_is_divided_learns_and_saves_as_one_process_does(found, case):
         assert_close(saved, expected)
 
 
+@needs_fsdp2
 @pytest.mark.compatible("Several processes", "FSDP2 with mixed precision")
 def test_what_is_divided_computes_in_half_precision_and_keeps_its_own(found):
     """The same as one process whose forwards read copies of all parameters in half precision."""

@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers.models import awake, bert, bio_layers, classifier, close, output, tokens
+from helpers.models import awake, bert, bio_layers, classifier, close, needs_graphs, output, tokens
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -85,6 +85,7 @@ def test_what_accelerate_wraps_it_unwraps():
     assert torch.equal(unwrapped.forward(**tokens()).last_hidden_state, wanted)
 
 
+@needs_graphs
 @pytest.mark.compatible("Graphs", "torch.export with dynamic shapes")
 @pytest.mark.parametrize(
     "primitive",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.models import Chain, bio_layers, own_parameters
+from helpers.models import Chain, bio_layers, needs_graphs, own_parameters
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -116,7 +116,7 @@ def beside_another(model: nn.Module) -> None:
         trained_along,
         half,
         beside_another,
-        compile_adapters,
+        pytest.param(compile_adapters, marks=needs_graphs),
     ],
 )
 def test_a_layer_that_is_more_than_a_frozen_product_runs_itself(name, change, joint):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Context, Fused
+from .exporting import is_exporting
 from .time import recurrence
 
 
@@ -25,7 +26,7 @@ class _Conjugated(Fused):
 
 def rotation(name: str, decay: Tensor, angle: Tensor, drive: Tensor, context: Context) -> Tensor:
     """z_t = decay e^(i angle) z_{t-1} + drive_t from rest: decay and angle (r,), drive (B, T, r) real -> complex."""
-    if torch.compiler.is_exporting() and context.state is None:
+    if is_exporting() and context.state is None:
         return _in_turning_frame(name, decay, angle, drive, context)
     # `recurrence` carries gradients without conjugates, as fits real numbers: conjugating what enters and leaves its
     # backward makes that right for complex ones.

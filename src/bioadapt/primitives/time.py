@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, Fused
+from .exporting import is_exporting
 
 BLOCK = 8  # tokens that `_scan` goes through one after the other
 DOUBLINGS = 20  # of a scan whose length is left open: it may be up to 2 ** 20 tokens
@@ -25,7 +26,7 @@ def _solve(decay: Tensor, drive: Tensor, initial: Tensor | None = None, backward
     ``backwards``: h_t = decay_t h_{t+1} + drive_t instead, from zero.
     """
     steps = drive.shape[1]
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return _solved(decay, drive, initial, backwards)
     if is_symbol(steps):
         return _doubled(decay, drive, initial, backwards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from .._extras import versions
 from ..checkpoint import PREFIX
 
 _KNOWN = "0.21"
@@ -14,7 +15,7 @@ def register() -> None:
     """Add ``BIO`` to PEFT's types and register configuration and tuner; safe to call again.
 
     Raises:
-        ImportError: this version of PEFT keeps its types or methods in a way that bioadapt does not know.
+        ImportError: what is installed keeps types or methods in a way that bioadapt does not know; with all versions.
     """
     import peft
     from peft.utils.peft_types import PeftType
@@ -45,9 +46,9 @@ def register() -> None:
         for pushed in (PushToHubMixin, PreTrainedModel):  # a PeftModel's is the first one's
             _surround(pushed, "push_to_hub", saving.push_to_hub)
     except (AttributeError, TypeError, ImportError) as error:
+        installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         raise ImportError(
-            f"bioadapt knows PEFT {_KNOWN}, but PEFT {peft.__version__} is installed and cannot be taught the method: "
-            f"{error}"
+            f"bioadapt knows PEFT {_KNOWN}, and what is installed ({installed}) cannot be taught the method: {error}"
         ) from error
 
 

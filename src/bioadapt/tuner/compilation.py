@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..primitives._state import Notes, Recollection
-from .patches import surrounding
+from .patches import GRAPHS_FROM, HAS_GRAPHS, surrounding
 
 if TYPE_CHECKING:
     from ..primitives.base import Context
@@ -40,12 +40,18 @@ def compile_adapters(model: Model, **options: Any) -> Model:
         The model itself.
 
     Raises:
+        RuntimeError: torch is older than 2.13.
         ValueError: the model has no bio adapter.
         TypeError: an option that `torch.compile` does not know.
 
     Warns:
         UserWarning: there is no compiler here: the adapters go on without graphs, and compute the same.
     """
+    if not HAS_GRAPHS:
+        raise RuntimeError(
+            f"compile_adapters needs torch>={'.'.join(map(str, GRAPHS_FROM))}, and torch {torch.__version__} is "
+            "installed; without it the adapters compute the same"
+        )
     scopes = [scope for scope in map(surrounding, model.modules()) if scope is not None]
     if not scopes:
         raise ValueError(f"{type(model).__name__} has no bio adapter to compile: add one with a BioConfig first")

@@ -160,6 +160,7 @@ class BioLayer(MergeableLayer):
 
     # -- forward --
 
+    @patches.kept_out_of_old_graphs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from transformers import Cache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,6 +22,21 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..primitives._state import Memory
+
+# -- graphs --
+#
+# Why: 2.13 is the oldest torch whose graphs of all primitives were seen to be right. Of older ones some fail on what
+# surrounds a forward, and some get numbers wrong.
+# It can go with the last of them that is promised.
+
+GRAPHS_FROM = (2, 13)
+HAS_GRAPHS = torch.__version__ >= GRAPHS_FROM
+
+
+def kept_out_of_old_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs without graphs where torch is too old for right ones, whatever is compiled around it."""
+    return forward if HAS_GRAPHS else torch.compiler.disable(forward)
+
 
 # -- the forward of a stack --
 #
@@ -81,6 +96,7 @@ def _surround_class(cls: type) -> type:
             return around.run(self, around.replaced, args, kwargs)
         return around.run(self, functools.partial(plain, self), args, kwargs)
 
+    forward = kept_out_of_old_graphs(forward)
     functools.update_wrapper(forward, plain)
     # accelerate takes its own wrappers off by following ``__wrapped__``, and would take off this one with them.
     del forward.__wrapped__
@@ -391,12 +407,18 @@ def has_time_first(module: nn.Module) -> bool:
 # It can go once torch says publicly whether a module, or all of them, have hooks.
 
 _LINEAR = nn.Linear.forward
+_ON_ALL = (
+    of_all_modules._global_forward_hooks,
+    of_all_modules._global_forward_pre_hooks,
+    of_all_modules._global_backward_hooks,
+    of_all_modules._global_backward_pre_hooks,
+)
 
 
 def left_alone(module: nn.Module) -> bool:
     """Whether nobody has hooked the module, or all modules, or replaced its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or _has_any_global_hook():
+    on_it = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(on_it) or any(_ON_ALL):
         return False
     return "forward" not in vars(module) and nn.Linear.forward is _LINEAR
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bioadapt.primitives.base import Context, Host, LocalRule, Primitive, setting
+from bioadapt.primitives.exporting import is_exporting
 from bioadapt.primitives.frames import masked_mean, read_in, read_out, token_count, token_scale
 from bioadapt.registry import register_primitive
 
@@ -65,7 +66,7 @@ class AntihebbianDecorrelation(LocalRule, Primitive):
         """(I + Q)^-1, (rank, rank)."""
         identity = torch.eye(self.rank, device=self.lateral.device, dtype=self.lateral.dtype)
         matrix = self.lateral + identity
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             # `inv_ex` asks no accelerator whether it succeeded; the bound on the eigenvalues says that it does.
             return torch.linalg.inv_ex(matrix).inverse
         # By Newton and Schulz, since formats of exported models know products alone.

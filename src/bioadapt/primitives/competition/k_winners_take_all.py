@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bioadapt.primitives.base import Context, Fused, Host, Primitive, setting
+from bioadapt.primitives.exporting import is_exporting
 from bioadapt.registry import register_primitive
 
 
@@ -34,7 +35,7 @@ def _winners(x: Tensor, k: int) -> Tensor:
     """Which k entries of each row have the largest magnitudes: (..., d) -> (..., k)."""
     sizes = x.abs()
     # Read as integers, magnitudes keep their order, and no comparison has to look for NaN.
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         sizes = sizes.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
     return sizes.topk(k, dim=-1, sorted=False).indices
 
