@@ -168,7 +168,7 @@ def test_the_page_on_speed_says_what_was_measured():
 def test_the_page_on_speed_says_what_is_launched_and_served():
     page = (DOCS / "speed.md").read_text(encoding="utf-8")
     results = {}
-    for kind in ("launches", "serving"):
+    for kind in ("launches", "serving", "adapting"):
         (table,) = re.findall(rf"benchmarks/results/{kind}-[\w.-]+\.csv", page)
         with (DOCS.parent / table).open(encoding="utf-8") as file:
             results[kind] = list(csv.DictReader(file))
@@ -192,6 +192,8 @@ def test_the_page_on_speed_says_what_is_launched_and_served():
     for row in results["serving"]:
         assert f"| `{row['method']}` | {row['threads']} | {row['mixed_batch']} | {row['static_cache']} |" in page
         assert row["compiled_again"] == "0"
+    for row in results["adapting"][1:]:
+        assert f"| `{row['method']}` | {row['adapt']} | {row['save']} | {row['load']} | {row['growth']} |" in page
 
 
 def test_a_page_says_how_far_a_loras_rate_brings_it_and_why_not_further(monkeypatch):
