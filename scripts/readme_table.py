@@ -117,13 +117,14 @@ def of_the_record() -> str:
     findings = record()
     single = sum(finding.seeds == 1 for finding in findings)
     ahead = sum(finding.over_equal > 0 and finding.over_placebo > 0 for finding in findings)
-    confirmed = sum(finding.stage == "confirmed" and (finding.low or 0) > 0 for finding in findings)
+    tested = [finding for finding in findings if finding.stage == "confirmed"]
+    won, lost = sum((one.low or 0) > 0 for one in tested), sum((one.high or 0) < 0 for one in tested)
     names, tasks = {finding.primitive for finding in findings}, {finding.task for finding in findings}
     return (
         f"[{len(names)} mechanisms](experiments/record/README.md) were measured so far beside a LoRA and in its place, "
         f"on {len(tasks)} tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the "
-        "best placebo; "
-        f"{single} rest on one seed; {confirmed} wins are confirmed."
+        f"best placebo; {single} rest on one seed.\nOf {len(tested)} that were tried again on fresh seeds and test rows "
+        f"{won} won and {lost} lost, their intervals beyond zero."
     )
 
 

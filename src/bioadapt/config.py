@@ -293,7 +293,7 @@ class BioConfig(PeftConfig):
         Args:
             model: what it is for. A model without a ``model_type`` gets a mechanism that reads no time, since it is not
                 known there in which direction time runs.
-            task: a task of the record or a family of tasks; None for the mean over all.
+            task: a task of the record or a family of tasks; None for the mean over all tasks of texts.
 
         Raises:
             ValueError: nothing was measured on such a task; the nearest names are given.

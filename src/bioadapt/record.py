@@ -17,6 +17,9 @@ from ._words import suggest as nearest
 PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
 """Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
 
+IMAGES = "images"
+"""The family of tasks of image models, of which what was found of sentence encoders says little, nor they of these."""
+
 DOUBT = 4
 """A mechanism that was trained so many times is believed half as what was measured, half as the mean of all."""
 
@@ -111,7 +114,7 @@ def suggest(
     the mean of all.
 
     Args:
-        task: a task of the record, or a family of tasks; None for all but those of `PROMISES`.
+        task: a task of the record, or a family of tasks; None for all of texts but those of `PROMISES`.
         merges: only those that can become part of a weight.
         causal: only those that see no later token, as a language model needs them.
         cheap: only gains, which have a few numbers for each channel.
@@ -146,5 +149,6 @@ def suggest(
 
 
 def _answers(finding: Finding, task: str | None) -> bool:
-    asked = finding.family not in PROMISES if task is None else task in (finding.task, finding.family)
+    left_out = (*PROMISES, IMAGES)
+    asked = finding.family not in left_out if task is None else task in (finding.task, finding.family)
     return asked and not finding.alone
