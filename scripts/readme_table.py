@@ -123,8 +123,8 @@ def of_the_record() -> str:
     return (
         f"[{len(names)} mechanisms](experiments/record/README.md) were measured so far beside a LoRA and in its place, "
         f"on {len(tasks)} tasks.\nOf {len(findings)} results {ahead} beat both the best LoRA up to their size and the "
-        f"best placebo; {single} rest on one seed.\nOf {len(tested)} that were tried again on fresh seeds and test rows "
-        f"{won} won and {lost} lost, their intervals beyond zero."
+        f"best placebo; {single} rest on one seed.\nOf {len(tested)} that were tried again on fresh seeds and test "
+        f"rows {won} won and {lost} lost, their intervals beyond zero."
     )
 
 
