@@ -16,14 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from _measure import RESULTS, machine_name, render, write_csv
-from peft import LoraConfig, PeftModel, get_peft_model
+from launches import LORA, methods
+from peft import PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bioadapt import BioConfig
-
-LORA = "lora"
 NAMES = ("lateral_inhibition", "predictive_coding", "neuro_ada", "fly_lora")
 SHALLOW, DEEP = 24, 48
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,6 @@ def decoder(blocks: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=blocks, vocab_size=50, **sizes))
 
 
-def config(method: str) -> LoraConfig | BioConfig:
-    targets = "all-linear"
-    return LoraConfig(r=8, target_modules=targets) if method == LORA else BioConfig(method, target_modules=targets)
-
-
 def seconds(work: Callable[[], object]) -> float:
     begun = time.process_time()
     work()
@@ -59,8 +53,9 @@ def seconds(work: Callable[[], object]) -> float:
 def handled(method: str, blocks: int) -> dict[str, float]:
     """Seconds of adapting, saving and loading."""
     model, again, adapted = decoder(blocks), decoder(blocks), []
+    config = methods()[method](LAYERS)
     with tempfile.TemporaryDirectory() as folder:
-        adapt = seconds(lambda: adapted.append(get_peft_model(model, config(method))))
+        adapt = seconds(lambda: adapted.append(get_peft_model(model, config)))
         save = seconds(lambda: adapted[0].save_pretrained(folder))
         load = seconds(lambda: PeftModel.from_pretrained(again, folder))
     return {"adapt": adapt, "save": save, "load": load}

@@ -18,7 +18,7 @@ PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
 """Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
 
 IMAGES = "images"
-"""The family of tasks of image models, of which what was found of sentence encoders says little, nor they of these."""
+"""The family of tasks of image models. What was found there says little of sentence encoders, and vice versa."""
 
 DOUBT = 4
 """A mechanism that was trained so many times is believed half as what was measured, half as the mean of all."""

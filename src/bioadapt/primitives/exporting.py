@@ -1,4 +1,4 @@
-"""Whether a model is being exported. torch tells from 2.7 on; what older ones export is as they would compile it."""
+"""Whether a model is being exported. torch tells from 2.7 on; of older ones it is not known, and the answer is no."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from ..primitives._state import Memory
 
 # -- graphs --
 #
-# Why: 2.13 is the oldest torch whose graphs of all primitives were seen to be right. Of older ones some fail on what
-# surrounds a forward, and some get numbers wrong.
+# Why: 2.13 is the oldest torch whose graphs of all primitives were seen to be right. Of the older ones that were tried,
+# 2.6 and 2.9 break graphs at what surrounds a forward, and 2.6 gets the numbers of one primitive wrong.
 # It can go with the last of them that is promised.
 
 GRAPHS_FROM = (2, 13)

@@ -25,7 +25,7 @@ from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
 from ..study import Report
 
 with suppress(ImportError):
-    import sentence_transformers  # noqa: F401 - so that processes which train sentences need not import it each
+    import sentence_transformers  # noqa: F401 - all processes are copied from one that has imported this module
 
 _FIRST_STEPS = 6
 
