@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import math
@@ -10,14 +11,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    MistralConfig,
+    MistralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from typer.testing import CliRunner
 
 from bioadapt import BioConfig, list_primitives, primitive_info, registry
 from bioadapt.cli import app
-from bioadapt.record import IMAGES, PROMISES, record, suggest
+from bioadapt.evaluation.models import SMALL_VIT, ImageModel, LanguageModel, _tokenizer
+from bioadapt.record import IMAGES, LANGUAGE, PROMISES, record, suggest
 
 
 @pytest.fixture
@@ -37,7 +46,9 @@ def test_every_finding_is_of_a_primitive_and_finite():
 
 def test_the_best_comes_first_and_filters_hold():
     ranked = suggest()
-    assert not any(finding.alone or finding.family in (*PROMISES, IMAGES) for one in ranked for finding in one.findings)
+    assert not any(
+        finding.alone or finding.family in (*PROMISES, IMAGES, LANGUAGE) for one in ranked for finding in one.findings
+    )
     alike = [one for one in ranked if [finding.seeds for finding in one.findings] == [1, 1, 1, 1]]
     assert [one.over_equal for one in alike] == sorted((one.over_equal for one in alike), reverse=True)
     assert all(primitive_info(one.primitive).mergeable for one in suggest(merges=True))
@@ -67,6 +78,24 @@ def test_the_recommended_configuration_is_the_first_that_can_act():
     assert (entry["name"], entry["zero_scale"]) == (best.primitive, best.zero_scale)
     (entry,) = BioConfig.recommended(nn.Linear(2, 2)).primitives
     assert primitive_info(entry["name"]).kind != "causal"
+
+
+def test_what_is_recommended_was_measured_of_models_of_its_kind(monkeypatch):
+    """Alone and over a LoRA: images for a vision model, texts for a language model, sentences for all others."""
+    kinds = {IMAGES: "gain_field", LANGUAGE: "leaky_integrator", "sts": "neuro_ada"}
+    known = [replace(record()[0], primitive=name, family=family, alone=False) for family, name in kinds.items()]
+    monkeypatch.setattr("bioadapt.record.record", lambda: tuple(known))
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    models = {
+        IMAGES: ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=4)),
+        LANGUAGE: MistralForCausalLM(MistralConfig(**size, num_key_value_heads=2, vocab_size=20)),
+        "sts": BertModel(BertConfig(**size, vocab_size=20)),
+    }
+    for family, model in models.items():
+        over_lora = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        for given in (model, over_lora):
+            (entry,) = BioConfig.recommended(given).primitives
+            assert entry["name"] == kinds[family]
 
 
 def test_it_is_shown():
@@ -167,3 +196,48 @@ def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(p
     assert (finding.over_lora, finding.over_equal, finding.over_placebo) == (5.0, 2.0, 4.0)
     assert (finding.zero_scale, finding.factor, finding.seeds, finding.stage) == (32.0, 4.0, 2, "confirmed")
     assert finding.alone is alone
+
+
+def test_a_perplexity_is_turned_into_points(publish):
+    """Lower is better, and one per cent less is one point more."""
+    better, worse = ({"metric": "perplexity", "test_clean": text} for text in ("99.0", "100.0"))
+    assert publish.points(better) - publish.points(worse) == pytest.approx(100 * math.log(100 / 99))
+    assert publish.points({"metric": "accuracy", "test_clean": "81.5"}) == 81.5
+
+
+@pytest.fixture
+def other_models(publish, monkeypatch):
+    """The benches, with models of a few numbers in place of those that are trained for a minute."""
+    module = importlib.import_module("experiments.record.other_models")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def load_model(name, task, device, folder, *, steps=None):
+        torch.manual_seed(0)
+        if name == SMALL_VIT:
+            return ImageModel(ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=4, num_channels=1)))
+        tokenizer = _tokenizer(task.texts("train"))
+        config = MistralConfig(**size, num_key_value_heads=2, vocab_size=len(tokenizer), pad_token_id=None)
+        return LanguageModel(MistralForCausalLM(config), tokenizer)
+
+    monkeypatch.setattr(module, "load_model", load_model)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["images", "language"])
+def test_a_bench_trains_what_it_is_given_and_takes_it_out_again(kind, other_models, tmp_path):
+    if kind == "images":
+        bench = other_models.ImageBench("digits", tmp_path, 64, 2)
+    else:
+        for split in ("train", "dev", "test"):
+            (tmp_path / "mr").mkdir(exist_ok=True)
+            lines = ["text\tlabel", *(f"the film number {n} was the best of {n % 7}\tgood" for n in range(64))]
+            (tmp_path / "mr" / f"{split}.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        bench = other_models.LanguageBench("mr:language_modelling", tmp_path, 64, 2)
+    before, keys = bench.score(bench.model), bench.model.state_dict().keys()
+    adapted = get_peft_model(bench.model, LoraConfig(r=2, target_modules=list(bench.lora_targets)))
+    ups = [parameter for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    _, after, _ = bench.run(adapted, {"lora_": 1e-2, "": 1e-2}, 0)
+    assert all(parameter.abs().sum() > 0 for parameter in ups)
+    assert after != before and bench.score(bench.model) == before and bench.model.state_dict().keys() == keys
+    if kind == "language":
+        assert after > before + 1  # a per cent of perplexity

@@ -31,6 +31,7 @@ FAMILIES = {
     "stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification",
     "sickr": "sts", "mrpc": "pairs", "searchsnippets": "clustering", "mpqa": "classification",
     "mr": "classification", "subj": "classification", "digits": "images", "cifar10": "images",
+    "searchsnippets:language_modelling": "language_modelling", "subj:language_modelling": "language_modelling",
 }  # fmt: skip
 FROZEN_BLOCKS, LONGEST = 4, 32
 BATCH, WARM_UP = 32, 0.1

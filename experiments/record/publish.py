@@ -20,7 +20,17 @@ from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
 from experiments.record.bench import FAMILIES
 from experiments.record.promises import PROMISES
-from experiments.record.run import ALONE, ALONE_TASKS, HERE, PLACEBOS, TASKS, Cell, Result
+from experiments.record.run import (
+    ALONE,
+    ALONE_TASKS,
+    HERE,
+    IMAGE_TASKS,
+    LANGUAGE_TASKS,
+    PLACEBOS,
+    TASKS,
+    Cell,
+    Result,
+)
 
 RECORD = Path(__file__).parents[2] / "src" / "bioadapt" / "record.csv"
 README_TABLE = Path(__file__).parents[2] / "scripts" / "readme_table.py"
@@ -45,7 +55,7 @@ Scores = Mapping[int, float]  # by seed
 def findings(results: Sequence[Result]) -> list[Finding]:
     """One for every mechanism and task that has a cell, and one for the mechanism alone where that was tried."""
     found = []
-    for task in (*TASKS, *PROMISES):
+    for task in (*TASKS, *PROMISES, *IMAGE_TASKS, *LANGUAGE_TASKS):
         own = [result for result in results if result.task == task]
         arms = {result.arm for result in own}
         loras = [at_best(own, arm) for arm in sorted(arms) if arm.startswith("lora-")]
@@ -79,7 +89,7 @@ def confirmed(folder: Path) -> list[Finding]:
         last = {cell["arm"]: cell for cell in cells if cell["task"] == task}
         for cell in cells:
             if cell["task"] == task:
-                arms.setdefault(cell["arm"], {})[int(cell["seed"])] = float(cell["test_clean"])
+                arms.setdefault(cell["arm"], {})[int(cell["seed"])] = points(cell)
         if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or task not in FAMILIES:
             continue
         own, equals = arms[question.own], [arms[arm] for arm in question.equals]
@@ -91,6 +101,12 @@ def confirmed(folder: Path) -> list[Finding]:
         finding = compared(entry["name"], task, own, arms["lora"], equals, [arms[question.placebo]], trained)
         found.append(replace(finding, stage="confirmed", alone=question is INSTEAD))
     return found
+
+
+def points(cell: Mapping[str, str]) -> float:
+    """The score on clean test rows, higher being better: of a perplexity, hundredths of a nat below none."""
+    score = float(cell["test_clean"])
+    return -100 * math.log(score) if cell.get("metric") == "perplexity" else score
 
 
 def compared(
@@ -233,6 +249,8 @@ def main() -> None:
     put_into(HERE / "README.md", table(beside))
     put_into(HERE / "README.md", promised(beside), "promises")
     put_into(HERE / "README.md", table([finding for finding in screened if finding.alone], ALONE_TASKS), "alone")
+    put_into(HERE / "README.md", table(beside, IMAGE_TASKS), "images")
+    put_into(HERE / "README.md", table(beside, LANGUAGE_TASKS), "language")
     for cells in sorted(EVIDENCE.glob("*/cells.csv")):
         put_into(EVIDENCE / "README.md", table_of_cells(cells.parent), cells.parent.name)
     runpy.run_path(str(README_TABLE))["update"]()

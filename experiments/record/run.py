@@ -9,7 +9,7 @@ LoRA r=8, or `NAME alone`. The rate of the LoRA is chosen on the validation spli
 further seeds at the best of what was tried, and then four times and a quarter of that rate. What is chosen and scored
 on the same split flatters all arms alike: the screen decides what is worth a confirmation on fresh rows, it confirms
 nothing. Its parts: `tasks`; `promises`, where mechanisms are asked what their biology promises (see `promises.py`);
-and `alone`, without a LoRA.
+`alone`, without a LoRA; and `other-models`, a vision transformer and a causal language model (see `other_models.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bioadapt import BioConfig, list_primitives, primitive_info
 from experiments.cells import append, identity, read
 from experiments.record import placebo
 from experiments.record.bench import Bench, TextBench
+from experiments.record.other_models import ImageBench, LanguageBench
 from experiments.record.promises import PROMISES
 
 HERE = Path(__file__).parent
@@ -39,8 +40,9 @@ RANKS = (8, 16, 32)
 SEEDS = 3
 FACTORS = (1.0, 4.0, 0.25)
 FAR = 4.0  # points behind the LoRA at which a promise is tried at the smallest factor too
-PARTS = ("tasks", "promises", "alone")
+PARTS = ("tasks", "promises", "alone", "other-models")
 ALONE, ALONE_FACTORS, ALONE_TASKS = " alone", (1.0, 4.0), TASKS[:2]
+IMAGE_TASKS, LANGUAGE_TASKS = ("digits", "cifar10"), ("searchsnippets:language_modelling",)
 PLACEBOS = (placebo.PlainGain.name, placebo.GeluBottleneck.name, placebo.LinearBottleneck.name)
 
 
@@ -97,11 +99,17 @@ class Screen:
 
     def _bench(self, task: str) -> Bench:
         if task not in self.benches:
-            if task in PROMISES:
-                self.benches[task] = PROMISES[task].bench(self.data_dir, self.rows, EPOCHS)
-            else:
-                self.benches[task] = TextBench(task, self.data_dir, self.rows, self.rows, EPOCHS)
+            self.benches[task] = self._new_bench(task)
         return self.benches[task]
+
+    def _new_bench(self, task: str) -> Bench:
+        if task in PROMISES:
+            return PROMISES[task].bench(self.data_dir, self.rows, EPOCHS)
+        if task in IMAGE_TASKS:
+            return ImageBench(task, self.data_dir, self.rows, EPOCHS)
+        if task in LANGUAGE_TASKS:
+            return LanguageBench(task, self.data_dir, self.rows, EPOCHS)
+        return TextBench(task, self.data_dir, self.rows, self.rows, EPOCHS)
 
     def best_rate(self, task: str) -> float:
         """Of LoRA r=8 by its first seed."""
@@ -147,6 +155,13 @@ class Screen:
             for task in ALONE_TASKS:
                 for arm in _shuffled(list_primitives()):
                     self._try(task, f"{arm}{ALONE}", factor)
+
+    def other_models(self) -> None:
+        """A vision transformer on images, a language model on texts."""
+        for task in (*IMAGE_TASKS, *LANGUAGE_TASKS):
+            self._loras(task, 0)
+            for arm in _shuffled(list_primitives()):
+                self._try(task, arm, FACTORS[0])
 
     def _loras(self, task: str, seed: int) -> None:
         for rank in RANKS:
@@ -233,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     screen = Screen(options.data_dir, options.output)
     for part in [options.part] if options.part else PARTS:
-        getattr(screen, part)()
+        getattr(screen, part.replace("-", "_"))()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from ._values import as_flag, as_integer, as_names, as_plain
 from ._version import __version__
 from ._words import suggest
 from .checkpoint import check_trained_over, complete_saving, write_configuration
+from .record import family_of
+from .record import suggest as ranked
 from .registry import primitive_info
 
 Composition = Literal["staged", "serial", "parallel"]
@@ -293,15 +295,18 @@ class BioConfig(PeftConfig):
         Args:
             model: what it is for. A model without a ``model_type`` gets a mechanism that reads no time, since it is not
                 known there in which direction time runs.
-            task: a task of the record or a family of tasks; None for the mean over all tasks of texts.
+            task: a task of the record or a family of tasks; None for what was measured of models of this kind, which
+                are image models, causal language models, and encoders of sentences for all others.
 
         Raises:
             ValueError: nothing was measured on such a task; the nearest names are given.
         """
-        from .record import suggest as ranked
-
         typed = bool(getattr(getattr(model, "config", None), "model_type", None))
-        able = (one for one in ranked(task, causal=True) if typed or primitive_info(one.primitive).kind != "causal")
+        able = (
+            one
+            for one in ranked(task or family_of(model), causal=True)
+            if typed or primitive_info(one.primitive).kind != "causal"
+        )
         best = next(able)
         return cls([{"name": best.primitive, "zero_scale": best.zero_scale}])
 

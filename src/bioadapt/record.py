@@ -11,14 +11,15 @@ import statistics
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from ._words import suggest as nearest
 
 PROMISES = ("noise", "order", "forgetting", "few rows", "memory")
 """Families of tasks that ask for what the biology of some mechanisms promises; the others were not asked."""
 
-IMAGES = "images"
-"""The family of tasks of image models. What was found there says little of sentence encoders, and vice versa."""
+IMAGES, LANGUAGE = "images", "language_modelling"
+"""Families of tasks of other models than sentence encoders; what was found of one kind says little of another."""
 
 DOUBT = 4
 """A mechanism that was trained so many times is believed half as what was measured, half as the mean of all."""
@@ -114,7 +115,7 @@ def suggest(
     the mean of all.
 
     Args:
-        task: a task of the record, or a family of tasks; None for all of texts but those of `PROMISES`.
+        task: a task of the record, or a family of tasks; None for all of sentence encoders but those of `PROMISES`.
         merges: only those that can become part of a weight.
         causal: only those that see no later token, as a language model needs them.
         cheap: only gains, which have a few numbers for each channel.
@@ -148,7 +149,15 @@ def suggest(
     return sorted(suggestions, key=expected, reverse=True)
 
 
+def family_of(model: Any) -> str | None:
+    """The tasks on which models of this kind were measured, None for those of sentence encoders."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(plain, "main_input_name", None) == "pixel_values":
+        return IMAGES
+    return LANGUAGE if type(plain).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
 def _answers(finding: Finding, task: str | None) -> bool:
-    left_out = (*PROMISES, IMAGES)
+    left_out = (*PROMISES, IMAGES, LANGUAGE)
     asked = finding.family not in left_out if task is None else task in (finding.task, finding.family)
     return asked and not finding.alone

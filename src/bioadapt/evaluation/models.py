@@ -213,10 +213,11 @@ def _made(name: str, task: Task, folder: Path, device: torch.device, steps: int 
     trained = "" if steps is None else f"-{steps}"
     path = folder / f"{kind}-{task.fingerprint('train')[:12]}{trained}"
     if not (path / "config.json").is_file():
-        if task.reads == IMAGES:
-            _vision_model(name, task, path, device, steps or _IMAGE_STEPS)
-        else:
-            _language_model(name, task, path, device, steps or _TEXT_STEPS)
+        with without_progress_bars():
+            if task.reads == IMAGES:
+                _vision_model(name, task, path, device, steps or _IMAGE_STEPS)
+            else:
+                _language_model(name, task, path, device, steps or _TEXT_STEPS)
     return path
 
 
