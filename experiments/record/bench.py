@@ -31,11 +31,15 @@ FAMILIES = {
     "stsb": "sts", "snli": "pairs", "stackoverflow": "clustering", "sst2": "classification",
     "sickr": "sts", "mrpc": "pairs", "searchsnippets": "clustering", "mpqa": "classification",
     "mr": "classification", "subj": "classification", "digits": "images", "cifar10": "images",
-    "searchsnippets:language_modelling": "language_modelling", "subj:language_modelling": "language_modelling",
 }  # fmt: skip
 FROZEN_BLOCKS, LONGEST = 4, 32
 BATCH, WARM_UP = 32, 0.1
 TEMPERATURE = 0.05
+
+
+def family_of(task: str) -> str:
+    """The family of a task; empty for what the record does not know."""
+    return FAMILIES.get(task, task.partition(":")[2])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bioadapt import BioConfig, list_primitives
 from bioadapt.record import Finding
 from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
-from experiments.record.bench import FAMILIES
+from experiments.record.bench import family_of
 from experiments.record.promises import PROMISES
 from experiments.record.run import (
     ALONE,
@@ -90,7 +90,7 @@ def confirmed(folder: Path) -> list[Finding]:
         for cell in cells:
             if cell["task"] == task:
                 arms.setdefault(cell["arm"], {})[int(cell["seed"])] = points(cell)
-        if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or task not in FAMILIES:
+        if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or not family_of(task):
             continue
         own, equals = arms[question.own], [arms[arm] for arm in question.equals]
         trained = {
@@ -123,7 +123,7 @@ def compared(
     low, high = bounds(over_equal)
     return Finding(
         primitive=primitive,
-        family=PROMISES[task].family if task in PROMISES else FAMILIES[task],
+        family=PROMISES[task].family if task in PROMISES else family_of(task),
         task=task,
         over_lora=mean(differences(scores, [lora])),
         over_equal=mean(over_equal),

@@ -216,7 +216,7 @@ def test_a_config_alone_makes_a_model(tmp_path):
     assert isinstance(model, ImageModel) and model.plain.config.hidden_size == 16
 
 
-def test_a_language_model_is_made_from_a_config_too(tmp_path):
+def test_a_language_model_is_made_from_a_config_too(tmp_path, capsys):
     from transformers import MistralConfig
 
     MistralConfig(
@@ -227,3 +227,4 @@ def test_a_language_model_is_made_from_a_config_too(tmp_path):
     model = load_model(str(tmp_path / "mine" / "config.json"), task, "cpu", tmp_path / "made", steps=1)
     assert isinstance(model, LanguageModel) and model.model.config.sliding_window == 3
     assert model.model.config.vocab_size == len(model.tokenizer)
+    assert not capsys.readouterr().err  # no progress bar of another library
