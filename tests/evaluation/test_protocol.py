@@ -18,6 +18,7 @@ from bioadapt.evaluation import protocol as module
 from bioadapt.evaluation.cells import Cells, SealedTest, TakenElsewhere
 from bioadapt.evaluation.protocol import Evaluate
 from bioadapt.evaluation.tasks import Overlap
+from bioadapt.evaluation.training import History
 
 HEADER = ["task", "arm", "seed", "params", "dev", "test", "test_clean", "seconds"]
 ARMS = ("zero-shot", "lora", "lora-equal", "lora+bio", "lora+placebo")
@@ -123,6 +124,25 @@ def test_a_rate_that_diverges_is_not_taken_and_a_cell_that_does_is_left_out(sett
     job = Evaluate(settings(arms=("zero-shot", "bio"), seeds=1, rates=(1e-2,), output=str(tmp_path / "other")), console)
     assert [cell["arm"] for cell in job.run()["cells"]] == ["zero-shot"]
     assert "bio, seed 1: no cell, the loss is nan at step 1." in console.file.getvalue()
+
+
+def test_a_rate_at_the_edge_of_those_that_were_tried_is_named(settings, tmp_path, monkeypatch):
+    """Who reads the results has to know that a rate beyond was not tried, of a rival as of the candidate."""
+    best = {"bio": 1e-2, "lora": 1e-3, "placebo": 3e-3}
+
+    def trained(self, task, recipe, arm, rate, seed):
+        encoder, params = recipe.build(arm, seed)
+        return encoder, params, History(), -abs(rate - best.get(arm, rate))
+
+    monkeypatch.setattr(Evaluate, "_trained", trained)
+    console, arms = quiet(), ("zero-shot", "bio", "lora", "placebo")
+    job = Evaluate(settings(arms=arms, seeds=1, rates=(1e-3, 3e-3, 1e-2)), console)
+    (name,), results = job.names, job.run()
+    assert results["best rates at an edge"] == {"0.001": [f"{name}: lora"], "0.01": [f"{name}: bio"]}
+    assert f"The lowest rate, 0.001, was the best of those tried for {name}: lora." in console.file.getvalue()
+    assert f"The highest rate, 0.01, was the best of those tried for {name}: bio." in console.file.getvalue()
+    one = Evaluate(settings(arms=("bio",), seeds=1, rates=(1e-2,), output=str(tmp_path / "one")), quiet()).run()
+    assert one["best rates at an edge"] == {}
 
 
 def test_training_rows_that_stand_in_any_test_set_are_dropped(settings, data_dir):

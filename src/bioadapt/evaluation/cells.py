@@ -66,6 +66,16 @@ class Trial:
     seconds: float
 
 
+def at_edges(cells: Sequence[Cell], rates: Sequence[float]) -> dict[float, list[str]]:
+    """Tasks and arms that took the lowest or the highest of several rates, by rate: one beyond may suit them better."""
+    edges = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
+    found: dict[float, dict[str, None]] = {rate: {} for rate in sorted(edges)}
+    for cell in cells:
+        if cell.rate in edges:
+            found[cell.rate][f"{cell.task}: {cell.arm}"] = None
+    return {rate: list(arms) for rate, arms in found.items() if arms}
+
+
 class TakenElsewhere(Exception):
     """Another process is at this cell."""
 

@@ -27,7 +27,7 @@ from .._extras import require
 from ..settings import DEFAULT_ARMS as DEFAULT_ARMS
 from ..settings import DEFAULT_TASK, EvaluationSettings, check_names
 from .arms import ARMS, LORA_BIO, ZERO_SHOT, Recipe, arms_named, rivals_of_equal_size
-from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial
+from .cells import Cell, Cells, SealedTest, TakenElsewhere, Trial, at_edges
 from .comparison import Comparison, compare
 from .models import fits, load_model
 from .prefix import cached_prefix
@@ -306,6 +306,15 @@ class Evaluate:
             "cells": [asdict(cell) for cell in cells],
             "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
         }
+        edges = at_edges(cells, self.settings.rates)
+        record["best rates at an edge"] = {f"{rate:g}": arms for rate, arms in edges.items()}
+        for rate, arms in edges.items():
+            which = "lowest" if rate == min(self.settings.rates) else "highest"
+            self._say(
+                f"The {which} rate, {rate:g}, was the best of those tried for {', '.join(arms)}. One beyond it may be "
+                "better still: give more --rates and another --output.",
+                style="yellow",
+            )
         for part in ("clean", "all"):
             comparison = self.comparison(clean=part == "clean")
             if comparison is None:
