@@ -241,3 +241,21 @@ def test_a_bench_trains_what_it_is_given_and_takes_it_out_again(kind, other_mode
     assert after != before and bench.score(bench.model) == before and bench.model.state_dict().keys() == keys
     if kind == "language":
         assert after > before + 1  # a per cent of perplexity
+
+
+def test_it_is_counted_who_took_a_rate_at_the_edge(publish, tmp_path):
+    head = "task,arm,seed,params,dev,test,test_clean,seconds,metric,rate,steps,rows,test_rows,clean_rows,others"
+    taken = {
+        "lora": 1.0,
+        "lora-equal@bio-sites": 3.0,
+        "lora+bio": 2.0,
+        "bio": 1.0,
+        "lora+placebo": 3.0,
+        "zero-shot": 0.0,
+    }
+    cells = [f"sts,{arm},1,9,0,0,0,9,spearman,{rate},9,9,9,9,{{}}" for arm, rate in taken.items()]
+    (tmp_path / "cells.csv").write_text("\n".join([head, *cells]))
+    trials = [f"sts,{arm},{rate},9,0,9" for arm in (*taken, "linear") if arm != "zero-shot" for rate in (1.0, 2.0, 3.0)]
+    (tmp_path / "tuning.csv").write_text("\n".join(["task,arm,rate,params,dev,seconds", *trials]))
+    table = publish.table_of_rates([tmp_path]).splitlines()
+    assert table[2:] == ["| LoRA | 1 | 0 | 1 |", "| mechanism | 1 | 1 | 0 |", "| placebo | 0 | 0 | 1 |"]

@@ -9,12 +9,15 @@ import csv
 import math
 import runpy
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bioadapt import BioConfig, list_primitives
+from bioadapt.evaluation.cells import CELLS, TUNING, Trial
+from bioadapt.evaluation.cells import Cell as EvaluationCell
 from bioadapt.record import Finding
 from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
@@ -156,6 +159,23 @@ def table_of_cells(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def table_of_rates(folders: Iterable[Path]) -> str:
+    """How many arms of `bioadapt evaluate` took the lowest, the highest, or another one of their rates."""
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in ("LoRA", "mechanism", "placebo")}
+    for folder in folders:
+        cells, trials = (list(read(folder / name, kind)) for name, kind in ((CELLS, EvaluationCell), (TUNING, Trial)))
+        chosen = {(cell.task, cell.arm): cell.rate for cell in cells}
+        for task, arm in dict.fromkeys((trial.task, trial.arm) for trial in trials):
+            rates = [trial.rate for trial in trials if (trial.task, trial.arm) == (task, arm)]
+            if (task, arm) in chosen:
+                kind = "placebo" if "placebo" in arm else "mechanism" if "bio" in arm.split("+") else "LoRA"
+                best = chosen[task, arm]
+                counts[kind]["lowest" if best == min(rates) else "highest" if best == max(rates) else "between"] += 1
+    ends = ("lowest", "between", "highest")
+    lines = [f"| {kind} | {' | '.join(str(found[end]) for end in ends)} |" for kind, found in counts.items()]
+    return "\n".join([f"| arms | {' | '.join(ends)} |", "|---" * 4 + "|", *lines])
+
+
 def at_best(results: Iterable[Result], arm: str) -> tuple[Result, Scores]:
     """The best cell of an arm's first seed, and the scores of all seeds at its rates."""
     own = [result for result in results if result.arm == arm]
@@ -234,7 +254,8 @@ def put_into(page: Path, lines: str, mark: str = "table") -> None:
 
 
 def main() -> None:
-    sure = [finding for cells in sorted(EVIDENCE.glob("*/cells.csv")) for finding in confirmed(cells.parent)]
+    studies = [cells.parent for cells in sorted(EVIDENCE.glob("*/cells.csv"))]
+    sure = [finding for study in studies for finding in confirmed(study)]
     known = {(finding.primitive, finding.task, finding.alone) for finding in sure}
     screened = findings(list(read(HERE / "cells.csv", Result)))
     left = (finding for finding in screened if (finding.primitive, finding.task, finding.alone) not in known)
@@ -251,8 +272,9 @@ def main() -> None:
     put_into(HERE / "README.md", table([finding for finding in screened if finding.alone], ALONE_TASKS), "alone")
     put_into(HERE / "README.md", table(beside, IMAGE_TASKS), "images")
     put_into(HERE / "README.md", table(beside, LANGUAGE_TASKS), "language")
-    for cells in sorted(EVIDENCE.glob("*/cells.csv")):
-        put_into(EVIDENCE / "README.md", table_of_cells(cells.parent), cells.parent.name)
+    for study in studies:
+        put_into(EVIDENCE / "README.md", table_of_cells(study), study.name)
+    put_into(EVIDENCE / "README.md", table_of_rates(studies), "rates")
     runpy.run_path(str(README_TABLE))["update"]()
 
 

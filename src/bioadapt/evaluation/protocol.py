@@ -307,12 +307,12 @@ class Evaluate:
             "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
         }
         edges = at_edges(cells, self.settings.rates)
-        record["best rates at an edge"] = {f"{rate:g}": arms for rate, arms in edges.items()}
-        for rate, arms in edges.items():
+        record["best rates at an edge"] = {f"{rate:g}": places for rate, places in edges.items()}
+        for rate, places in edges.items():
             which = "lowest" if rate == min(self.settings.rates) else "highest"
             self._say(
-                f"The {which} rate, {rate:g}, was the best of those tried for {', '.join(arms)}. One beyond it may be "
-                "better still: give more --rates and another --output.",
+                f"The {which} rate, {rate:g}, was the best of those tried for {', '.join(places)}. One beyond it may "
+                "be better still: give more --rates and another --output.",
                 style="yellow",
             )
         for part in ("clean", "all"):
