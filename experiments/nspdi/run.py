@@ -114,8 +114,8 @@ class Net(nn.Module):
         self.register_buffer("constants", constants_at_birth("leaky_integrate_fire"))
 
     def rates(self, x: Tensor) -> Tensor:
-        """Spikes per step, (B, pixels) -> (B, cells)."""
-        drive = self.dendrites(x)
+        """Spikes per step, (B, pixels) -> (B, cells), in the precision of the network."""
+        drive = self.dendrites(x.to(self.readout.weight.dtype))
         return fire(drive[:, None].expand(-1, STEPS, -1), self.constants)[0].mean(1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -438,12 +438,19 @@ class TestAdapters:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[dict[str, float]]]:
-    """Four seeds of three networks, trained for a third of the experiment's time at a rate fixed beforehand."""
+    """Four seeds of three networks, trained for a third of the experiment's time at a rate fixed beforehand.
+
+    In float64: the roundings of float32, which differ between processors, move these means by half a point.
+    """
     arms = {run.LINEAR: 0.0, run.NDI: 0.0, run.SPINES_NDI: 0.4}
-    return {
-        name: [run.measure(run.train(run.ARMS[name], amount, 1e-2, seed, epochs=10), seed) for seed in range(4)]
-        for name, amount in arms.items()
-    }
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {
+            name: [run.measure(run.train(run.ARMS[name], amount, 1e-2, seed, epochs=10), seed) for seed in range(4)]
+            for name, amount in arms.items()
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class TestNetwork:
@@ -481,7 +488,7 @@ class TestNetwork:
     def test_about_seventy_percent_of_the_synapses_go_for_half_a_point(self, trained):
         """Gate, with the same margin on top of the half point."""
         assert 0.6 < mean(trained[run.SPINES_NDI], "sparsity") < 0.8
-        assert mean(trained[run.SPINES_NDI]) >= mean(trained[run.LINEAR]) - 0.5 - 1.0
+        assert mean(trained[run.SPINES_NDI]) >= mean(trained[run.LINEAR]) - 0.5 - 0.5
 
     def test_they_have_learned(self, trained):
         assert all(mean(found) > 90 for found in trained.values())

@@ -227,4 +227,4 @@ def test_a_language_model_is_made_from_a_config_too(tmp_path, capsys):
     model = load_model(str(tmp_path / "mine" / "config.json"), task, "cpu", tmp_path / "made", steps=1)
     assert isinstance(model, LanguageModel) and model.model.config.sliding_window == 3
     assert model.model.config.vocab_size == len(model.tokenizer)
-    assert "model shards" not in capsys.readouterr().err  # the progress bar of another library
+    assert not capsys.readouterr().err  # no progress bar of another library
