@@ -199,7 +199,7 @@ def test_what_was_confirmed_stands_on_clean_test_rows_against_the_better_rival(p
 
 
 def test_a_perplexity_is_turned_into_points(publish):
-    """Lower is better, and one per cent less is one point more."""
+    """Lower is better, and one per cent less is about one point more."""
     better, worse = ({"metric": "perplexity", "test_clean": text} for text in ("99.0", "100.0"))
     assert publish.points(better) - publish.points(worse) == pytest.approx(100 * math.log(100 / 99))
     assert publish.points({"metric": "accuracy", "test_clean": "81.5"}) == 81.5

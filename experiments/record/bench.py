@@ -37,8 +37,8 @@ BATCH, WARM_UP = 32, 0.1
 TEMPERATURE = 0.05
 
 
-def family_of(task: str) -> str:
-    """The family of a task; empty for what the record does not know."""
+def task_family(task: str) -> str:
+    """What the record ranks a task with; empty for a task that it does not know."""
     return FAMILIES.get(task, task.partition(":")[2])
 
 

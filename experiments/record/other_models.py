@@ -64,7 +64,7 @@ class ImageBench(Bench):
 class LanguageBench(Bench):
     """Texts of a set for a model that has read film reviews. The score is the loss, a point being a hundredth of a nat.
 
-    One point more is one per cent less perplexity.
+    As long as they are a few, a point more is one per cent less perplexity.
 
     Args:
         task: ``NAME:language_modelling``.

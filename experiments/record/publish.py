@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bioadapt import BioConfig, list_primitives
-from bioadapt.evaluation.cells import CELLS, TUNING, Trial
+from bioadapt.evaluation.cells import CELLS, TUNING, Trial, at_edges
 from bioadapt.evaluation.cells import Cell as EvaluationCell
 from bioadapt.record import Finding
 from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
-from experiments.record.bench import family_of
+from experiments.record.bench import task_family
 from experiments.record.promises import PROMISES
 from experiments.record.run import (
     ALONE,
@@ -93,7 +93,7 @@ def confirmed(folder: Path) -> list[Finding]:
         for cell in cells:
             if cell["task"] == task:
                 arms.setdefault(cell["arm"], {})[int(cell["seed"])] = points(cell)
-        if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or not family_of(task):
+        if not {question.own, "lora", *question.equals, question.placebo} <= arms.keys() or not task_family(task):
             continue
         own, equals = arms[question.own], [arms[arm] for arm in question.equals]
         trained = {
@@ -126,7 +126,7 @@ def compared(
     low, high = bounds(over_equal)
     return Finding(
         primitive=primitive,
-        family=PROMISES[task].family if task in PROMISES else family_of(task),
+        family=PROMISES[task].family if task in PROMISES else task_family(task),
         task=task,
         over_lora=mean(differences(scores, [lora])),
         over_equal=mean(over_equal),
@@ -163,14 +163,13 @@ def table_of_rates(folders: Iterable[Path]) -> str:
     """How many arms of `bioadapt evaluate` took the lowest, the highest, or another one of their rates."""
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in ("LoRA", "mechanism", "placebo")}
     for folder in folders:
-        cells, trials = (list(read(folder / name, kind)) for name, kind in ((CELLS, EvaluationCell), (TUNING, Trial)))
-        chosen = {(cell.task, cell.arm): cell.rate for cell in cells}
-        for task, arm in dict.fromkeys((trial.task, trial.arm) for trial in trials):
-            rates = [trial.rate for trial in trials if (trial.task, trial.arm) == (task, arm)]
-            if (task, arm) in chosen:
-                kind = "placebo" if "placebo" in arm else "mechanism" if "bio" in arm.split("+") else "LoRA"
-                best = chosen[task, arm]
-                counts[kind]["lowest" if best == min(rates) else "highest" if best == max(rates) else "between"] += 1
+        cells = [cell for cell in read(folder / CELLS, EvaluationCell) if cell.rate]
+        rates = [trial.rate for trial in read(folder / TUNING, Trial)]
+        edges = at_edges(cells, rates)
+        for task, arm in dict.fromkeys((cell.task, cell.arm) for cell in cells):
+            kind = "placebo" if "placebo" in arm else "mechanism" if "bio" in arm.split("+") else "LoRA"
+            taken = [rate for rate, places in edges.items() if f"{task}: {arm}" in places]
+            counts[kind]["between" if not taken else "lowest" if taken == [min(rates)] else "highest"] += 1
     ends = ("lowest", "between", "highest")
     lines = [f"| {kind} | {' | '.join(str(found[end]) for end in ends)} |" for kind, found in counts.items()]
     return "\n".join([f"| arms | {' | '.join(ends)} |", "|---" * 4 + "|", *lines])

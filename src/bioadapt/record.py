@@ -115,7 +115,7 @@ def suggest(
     the mean of all.
 
     Args:
-        task: a task of the record, or a family of tasks; None for all of sentence encoders but those of `PROMISES`.
+        task: a task of the record, or a family of tasks; None for those of sentence encoders but `PROMISES`.
         merges: only those that can become part of a weight.
         causal: only those that see no later token, as a language model needs them.
         cheap: only gains, which have a few numbers for each channel.
