@@ -59,9 +59,9 @@ def test_the_whole_catalogue_is_there():
         "quadratic_dendrite", "resonate_and_fire", "san_scaling", "serotonin_horizon", "short_term_depression",
         "short_term_facilitation", "shunting_inhibition", "sparse_coding", "spike_frequency_adaptation",
         "stdp_trace", "surround_suppression", "synaptic_consolidation", "synaptic_pruning", "synaptic_tagging",
-        "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
+        "sequence_memory", "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
     }  # fmt: skip
-    assert len(catalogue) == 66
+    assert len(catalogue) == 67
     assert catalogue == {
         name for name in list_primitives() if primitive_info(name).factory.__module__.startswith("bioadapt.")
     }

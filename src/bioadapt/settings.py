@@ -95,6 +95,9 @@ class EvaluationSettings:
     bio_rank: int | None = _option(None, "Rank of its population; full width, if not given.")
     bio_config: str | None = _option(None, "Folder or file of an adapter_config.json, in place of --primitives.")
     lora_rank: int = _option(8, "Of the LoRA that is not of equal size.")
+    lora_targets: tuple[str, ...] | None = _option(
+        None, "Names of the modules that the LoRA sits on; those that PEFT takes, if not given."
+    )
     layers: int | None = _option(None, "Adapt so many upper blocks alone; all, if not given.")
     adapters: tuple[str, ...] = _option(
         (), "Folders of saved adapters to load first, the lowest one first; they stay frozen."

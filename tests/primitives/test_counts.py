@@ -36,6 +36,7 @@ FORMULAS = {
     "basal_ganglia_gate": (lambda n, d: 2 * 2 * d + 2 * 8 * d + 3 * 2 + 1, 7687),
     "hopfield_completion": (lambda n, d: 2 * 8 * d + 32 * 8 + 1 + 1, 6402),
     "dentate_separation": (lambda n, d: 2 * 8 * d + 128 * 8 + 128 + 1, 7297),
+    "sequence_memory": (lambda n, d: 3 + 1, 4),
     "ca1_comparator": (lambda n, d: 8 * d + 3 + d, 3459),
     "grid_cell_code": (lambda n, d: 2 * d + 16 * d + 4 + 4 + 1, 6921),
     "place_fields": (lambda n, d: 3 * d + 16 * d + 48 + 16 + 1, 7361),

@@ -114,12 +114,14 @@ class Recipe:
         bio: configuration of the bio adapter.
         lora_rank: of the LoRA that is not of equal size.
         layers: numbers of the blocks that may be adapted, by every arm alike; all if None.
+        lora_targets: names of LoRA's own modules, or how their names end; those that PEFT takes by default if None.
     """
 
     fresh: Callable[[], Any]
     bio: BioConfig
     lora_rank: int = 8
     layers: tuple[int, ...] | None = None
+    lora_targets: tuple[str, ...] | None = None
 
     def build(self, name: str, seed: int) -> tuple[Any, int]:
         """The model with an arm in it, ready to be trained, and how many numbers will be.
@@ -169,8 +171,8 @@ class Recipe:
 
     @cached_property
     def lora_paths(self) -> list[str]:
-        """LoRA's own modules: PEFT's default for the model."""
-        paths = lora_paths(_plain(self.fresh()))
+        """LoRA's own modules."""
+        paths = lora_paths(_plain(self.fresh()), self.lora_targets)
         return [path for path in paths if self.layers is None or (block_of(path) or ("",))[0] in self.layers]
 
     @cached_property
@@ -203,15 +205,26 @@ class Recipe:
 # -- a LoRA of any size --
 
 
-def lora_paths(model: nn.Module) -> list[str]:
-    """The modules that PEFT adapts by default on a model of transformers, by their full names.
+def lora_paths(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
+    """The full names of the modules of a model of transformers that a LoRA sits on.
 
-    Where PEFT has no default, or one that finds nothing, all layers with a weight between numbered blocks are taken.
+    Args:
+        model: the plain model.
+        targets: the names of the modules, or how they end; those that PEFT takes by default if None. Where PEFT has no
+            default, or one that finds nothing, all layers with a weight between numbered blocks are taken.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none of one of the names.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, _BLOCK)}
+    if targets is not None:
+        for end in targets:
+            if not any(path == end or path.endswith(f".{end}") for path in layers):
+                known = sorted({path.rpartition(".")[2] for path in layers})
+                raise ValueError(
+                    f"lora_targets: no layer of a {type(model).__name__} is called {end!r}; {suggest(end, known)}"
+                )
+        return [path for path in layers if any(path == end or path.endswith(f".{end}") for end in targets)]
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(model.config, "model_type", ""), ())
     usable = [path for path in layers if any(path == end or path.endswith(f".{end}") for end in usual)]
     usable = usable or [path for path, module in layers.items() if block_of(path) and getattr(module, "groups", 1) == 1]
@@ -285,6 +298,8 @@ def _features(module: Any) -> tuple[int, int]:
         return module.nx, module.nf
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return module.in_channels, module.out_channels
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     return module.in_features, module.out_features
 
 
@@ -331,7 +346,8 @@ class Placebo(nn.Module):
 def add_placebo(model: nn.Module, sites: Sequence[AdaptedModule], *, linear: bool = False) -> list[Placebo]:
     """Put placebos into a model, at the sites of a bio adapter and with as many numbers as it has there.
 
-    A placebo has whole vectors alone; what is missing or too much at one site is made up for at the next.
+    A placebo has whole vectors alone; what is missing or too much at one site is made up for at the next. Where the
+    bio adapter has too few numbers for any, the first site gets one.
 
     Args:
         model: a plain model, or a `PeftModel` over one.
@@ -340,8 +356,9 @@ def add_placebo(model: nn.Module, sites: Sequence[AdaptedModule], *, linear: boo
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     device, missing, placed = next(model.parameters()).device, 0, []
+    too_few = sum(site.parameters for site in sites) < min(site.width for site in sites) / 2
     for site in sites:
-        vectors = max(0, round((site.parameters + missing) / site.width))
+        vectors = max(int(too_few and not placed), round((site.parameters + missing) / site.width))
         missing += site.parameters - vectors * site.width
         if not vectors:
             continue

@@ -183,7 +183,7 @@ class Evaluate:
             if settings.layers > count:
                 raise ValueError(f"layers={settings.layers}: the model has {count}")
             layers = tuple(range(count - settings.layers, count))
-        return Recipe(fresh, self.bio, settings.lora_rank, layers)
+        return Recipe(fresh, self.bio, settings.lora_rank, layers, settings.lora_targets)
 
     # -- one task --
 

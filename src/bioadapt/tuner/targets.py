@@ -9,6 +9,8 @@ Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and 
 block behind their activation, which are the input of its last projection. On BERT and ViT the attention's projection
 has the same name, so that its input is adapted too, as by PEFT's IA3.
 
+What compares tokens as such goes to the embedding of a language model, where equal tokens are equal.
+
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
 module on the way, both names are listed.
@@ -150,6 +152,15 @@ GAIN_SITES: dict[str, tuple[list[str], list[str]]] = {
     **dict.fromkeys(("beit", "deit", "vit"), _GAINS_VIT),
 }
 
+# By model type: the embedding of a language model.
+EMBEDDINGS: dict[str, list[str]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2"), ["embed_tokens"]),
+    **dict.fromkeys(("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"), ["embed_tokens"]),
+    **dict.fromkeys(("codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"), ["wte"]),
+    **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), ["word_embeddings"]),
+    "gpt_neox": ["embed_in"],
+}
+
 
 def default_sites(
     config: BioConfig, model_config: Mapping[str, Any]
@@ -158,9 +169,12 @@ def default_sites(
 
     The first is None where no default is known.
     """
-    gains = config.rank is None and all(primitive_info(entry["name"]).gain for entry in config.primitives)
-    found = GAIN_SITES.get(model_config.get("model_type") or "") if gains else None
-    return found or (residual_writers(model_config), None)
+    model_type = model_config.get("model_type") or ""
+    infos = [primitive_info(entry["name"]) for entry in config.primitives]
+    if all(info.factory.at_embedding for info in infos) and model_type in EMBEDDINGS:
+        return EMBEDDINGS[model_type], None
+    gains = config.rank is None and all(info.gain for info in infos)
+    return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)
 
 
 def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:
