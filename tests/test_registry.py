@@ -58,8 +58,9 @@ def test_the_whole_catalogue_is_there():
         "place_fields", "population_code", "precision_weighted_error", "predictive_coding",
         "quadratic_dendrite", "resonate_and_fire", "san_scaling", "serotonin_horizon", "short_term_depression",
         "short_term_facilitation", "shunting_inhibition", "sparse_coding", "spike_frequency_adaptation",
+        "sequence_memory",
         "stdp_trace", "surround_suppression", "synaptic_consolidation", "synaptic_pruning", "synaptic_tagging",
-        "sequence_memory", "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
+        "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
     }  # fmt: skip
     assert len(catalogue) == 67
     assert catalogue == {

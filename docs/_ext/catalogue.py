@@ -67,6 +67,7 @@ RATES = HERE.parent / "benchmarks" / "results" / "rates.csv"
 LEAST = 1 / 3  # what learns less than this share of what a LoRA learns has to say why
 SLOW = {
     "hebbian_trace": "the core of its path follows a correlation that knows nothing of the loss",
+    "sequence_memory": "it waits for a token to come again, which no single sentence of that measurement has much of",
     "oja_subspace": "it trains one number for each of its eight components, and these know nothing of the loss",
 }
 DEAR = 1.5  # what takes more of LoRA's time than this has to say why

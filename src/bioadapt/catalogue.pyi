@@ -717,6 +717,18 @@ def san_scaling(
         zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
     """
 
+def sequence_memory(
+    *,
+    span: int = 256,
+    zero_scale: float = 64.0,
+) -> dict[str, Any]:
+    """What followed earlier tokens that were like the present one is recalled and added to it.
+
+    Args:
+        span: number of tokens for which a transition can be recalled; an integer from 2 to 8192.
+        zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
+    """
+
 def serotonin_horizon(
     *,
     rank: int = 4,

@@ -174,6 +174,25 @@ def test_modules_of_a_lora_are_peft_s_own_or_all_in_blocks():
     assert paths and all("pwconv" in path or "downsampling" in path for path in paths)
 
 
+def test_a_lora_sits_where_it_is_told_to():
+    paths = lora_paths(bert().model, ("key", "attention.output.dense"))
+    assert len(paths) == 6 and all(path.endswith(("key", "attention.output.dense")) for path in paths)
+    plan = Recipe(bert, BioConfig(primitives=["predictive_coding"]), lora_targets=("key",))
+    encoder, _ = plan.build("lora", 1)
+    adapted = {name.split(".lora_")[0] for name, _ in transformer_of(encoder).named_parameters() if ".lora_" in name}
+    assert adapted and all(name.endswith(".key") for name in adapted)
+    with pytest.raises(ValueError, match=r"lora_targets: no layer of a BertModel is called 'kye'; .*key"):
+        lora_paths(bert().model, ("key", "kye"))
+
+
+def test_at_an_embedding_rivals_have_the_size_of_few_numbers():
+    """A LoRA there has a row per token. Where the bio adapter has too few numbers for a unit, a placebo gets one."""
+    plan = Recipe(bert, BioConfig(primitives=["sequence_memory"], target_modules=["word_embeddings"]))
+    sizes = {name: plan.build(name, 1)[1] for name in ("lora", "lora+bio", "lora+placebo", "lora-equal@bio-sites")}
+    assert sizes["lora+bio"] == sizes["lora"] + 4 and sizes["lora+placebo"] == sizes["lora"] + 32
+    assert sizes["lora-equal@bio-sites"] == pytest.approx(sizes["lora+bio"], abs=(50 + 32) / 2)
+
+
 def test_upper_blocks_alone():
     plan = Recipe(bert, BioConfig(primitives=["predictive_coding"]), layers=(2,))
     assert {site.path.split(".")[2] for site in plan.sites} == {"2"}

@@ -548,3 +548,71 @@ class TestComplementaryFastWeights:
                 return mask[..., None] * self.module(x, context)
 
         assert_agrees(Masked(), expected, torch.randn(2, 12, D), Context(mask=mask, bidirectional=bidirectional))
+
+
+def episode(*items: int, seed: int = 0) -> Tensor:
+    """A sequence of items, each one the same random features wherever it comes: (1, T, D)."""
+    return torch.randn(10, D, generator=torch.Generator().manual_seed(seed))[list(items)][None]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+class TestSequenceMemory:
+    @torch.no_grad()
+    def test_a_cue_brings_back_what_followed_it(self, seed):
+        module = awake("sequence_memory", seed)
+        module.writer.fill_(1.0)
+        x = episode(1, 2, 3, 4, 1, 5, 3, seed=seed)
+        recalled = module(x)[0] / token_scale(x)[0]
+        items = episode(*range(6), seed=seed)[0]
+        unseen = recalled[[0, 1, 2, 3, 5]]
+        assert unseen.abs().max() < 1e-2  # nothing has followed these yet
+        assert cosine(recalled[4], items[2]) > 0.999 and cosine(recalled[6], items[4]) > 0.999
+
+    @torch.no_grad()
+    def test_of_several_followers_the_latest_is_recalled_best(self, seed):
+        module = awake("sequence_memory", seed)
+        module.writer.fill_(1.0)
+        items, x = episode(*range(6), seed=seed)[0], episode(1, 2, 3, 1, 4, 5, 1, seed=seed)
+        earlier, later = (unit(items[i]) for i in (2, 4))
+        share = torch.linalg.lstsq(torch.stack([earlier, later], 1), module(x)[0, 6] / token_scale(x)[0, 6]).solution
+        decay = math.exp(-1 / 64)
+        # The sum of both weights is above one, so that they are shares of one whole.
+        expected = torch.tensor([decay**5, decay**2]) / (decay**5 + decay**2)
+        torch.testing.assert_close(share, expected, rtol=0, atol=1e-3)
+        assert share[1] > share[0]
+
+    @torch.no_grad()
+    def test_what_is_older_than_the_span_is_gone(self, seed):
+        items = (1, 2, 3, 4, 5, 6, 7, 1)
+        kept, gone = (awake("sequence_memory", seed, span=span) for span in (7, 6))
+        for module in (kept, gone):
+            module.writer.fill_(1.0)
+        # The transition from 1 to 2 was stored six tokens before the second 1 comes.
+        assert kept(episode(*items, seed=seed))[0, -1].norm() > 1
+        assert gone(episode(*items, seed=seed))[0, -1].norm() < 1e-2
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("tokens", [4, 5, 23])  # within a span, above it, and not a multiple of it
+    def test_blocks_of_long_sequences_change_nothing(self, seed, tokens):
+        module = awake("sequence_memory", seed, span=4)
+        module.wake()
+        x = torch.randn(2, tokens, D)
+        by_steps = torch.cat([module(x[:, max(0, t - 4) : t + 1])[:, -1:] for t in range(tokens)], 1)
+        torch.testing.assert_close(module(x), by_steps, rtol=1e-4, atol=1e-5)
+
+    def test_is_the_equation(self, seed):
+        module = awake("sequence_memory", seed)
+
+        def expected(x: Tensor) -> Tensor:
+            u, decay, found = unit(x), torch.exp(-1 / module.log_tau.exp()), [torch.zeros_like(x[:, 0])]
+            for t in range(1, x.shape[1]):
+                weights = [
+                    decay ** (t - s) * torch.sigmoid(32 * ((u[:, t] * u[:, s - 1]).mean(-1) - module.threshold))
+                    for s in range(1, t + 1)
+                ]
+                total = torch.stack(weights).sum(0).clamp(min=1)
+                recalled = sum(w[:, None] * u[:, s] for s, w in enumerate(weights, 1))
+                found.append(recalled / total[:, None])
+            return module.gate * token_scale(x) * module.writer * torch.stack(found, 1)
+
+        assert_agrees(module, expected, torch.randn(2, 9, D))

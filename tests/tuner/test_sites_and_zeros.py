@@ -256,6 +256,16 @@ def test_feedforward_modules_are_among_the_targets():
 # -- default targets --
 
 
+def test_what_compares_tokens_goes_to_the_embedding_of_a_language_model():
+    def targets(model, *primitives):
+        return get_peft_model(model, BioConfig(primitives)).peft_config["default"].target_modules
+
+    decoder = Qwen2Config(**SMALL, num_key_value_heads=2)
+    assert targets(Qwen2ForCausalLM(decoder), "sequence_memory") == {"embed_tokens"}
+    assert targets(Qwen2ForCausalLM(decoder), "sequence_memory", "leaky_integrator") == {"o_proj", "down_proj"}
+    assert targets(bert(), "sequence_memory") == {"output.dense"}
+
+
 def test_gains_go_where_ia3_goes_and_the_rest_into_the_residual_stream():
     def config(**fields):
         return get_peft_model(bert(), BioConfig(**fields)).peft_config["default"]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from bioadapt.tuner.targets import RESIDUAL_WRITERS, residual_writers
+from bioadapt.tuner.targets import EMBEDDINGS, RESIDUAL_WRITERS, residual_writers
 
 D, WIDE, LAYERS, VOCAB = 32, 48, 2, 50
 KINDS = (nn.Linear, Conv1D, nn.Conv2d)
@@ -455,6 +455,14 @@ def model_output(model: nn.Module) -> torch.Tensor:
 def test_names_of_earlier_transformers_5(model_type, hit, missed):
     config = LoraConfig(target_modules=RESIDUAL_WRITERS[model_type])
     assert [name for name in hit + missed if check_target_module_exists(config, name)] == hit
+
+
+@pytest.mark.parametrize("name", [of_type(name) for name in EMBEDDINGS if name in CASES or name in REMOTE_CODE])
+def test_the_embedding_is_the_one_that_reads_tokens(name):
+    with torch.device("meta"):
+        model = base_model(configuration(CASES.get(name) or Case([], model_type=name)))
+    named = [module for path, module in model.named_modules() if f".{path}".endswith(f".{EMBEDDINGS[name]}")]
+    assert named == [model.get_input_embeddings()]
 
 
 def test_unknown_model_types_have_no_default():

@@ -355,7 +355,8 @@ def add_placebo(model: nn.Module, sites: Sequence[AdaptedModule], *, linear: boo
         linear: without the non-linearity.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    device, missing, placed = next(model.parameters()).device, 0, []
+    placed: list[Placebo] = []
+    device, missing = next(model.parameters()).device, 0
     too_few = sum(site.parameters for site in sites) < min(site.width for site in sites) / 2
     for site in sites:
         vectors = max(int(too_few and not placed), round((site.parameters + missing) / site.width))

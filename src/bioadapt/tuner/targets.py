@@ -153,12 +153,12 @@ GAIN_SITES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 # By model type: the embedding of a language model.
-EMBEDDINGS: dict[str, list[str]] = {
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2"), ["embed_tokens"]),
-    **dict.fromkeys(("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"), ["embed_tokens"]),
-    **dict.fromkeys(("codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"), ["wte"]),
-    **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), ["word_embeddings"]),
-    "gpt_neox": ["embed_in"],
+EMBEDDINGS: dict[str, str] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2"), "embed_tokens"),
+    **dict.fromkeys(("opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"), "embed_tokens"),
+    **dict.fromkeys(("codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"), "wte"),
+    **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), "word_embeddings"),
+    "gpt_neox": "embed_in",
 }
 
 
@@ -172,7 +172,7 @@ def default_sites(
     model_type = model_config.get("model_type") or ""
     infos = [primitive_info(entry["name"]) for entry in config.primitives]
     if all(info.factory.at_embedding for info in infos) and model_type in EMBEDDINGS:
-        return EMBEDDINGS[model_type], None
+        return [EMBEDDINGS[model_type]], None
     gains = config.rank is None and all(info.gain for info in infos)
     return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)
 

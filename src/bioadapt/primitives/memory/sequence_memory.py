@@ -75,9 +75,9 @@ class SequenceMemory(Primitive):
     Biology: recurrent synapses of CA3 bind each item to the one before it within one trial, so that a cue brings back
     what came next; cells that fire only above a threshold keep out what merely resembles the cue.
 
-    Equation: c_ts = sigmoid(32 (cos(u_t, u_{s-1}) - theta)) for s <= t, where u_{s-1} and u_s are neighbours in the same
-    document; w_ts = lambda^(t-s) c_ts where t - s is below the span, else 0; m_t = sum_s w_ts u_s / max(1, sum_s w_ts);
-    delta = s a m_t, with theta = 0.8, lambda = exp(-1 / 64) and a = 0 at birth.
+    Equation: c_ts = sigmoid(32 (cos(u_t, u_{s-1}) - theta)) for s <= t, where u_{s-1} and u_s are neighbours in the
+    same document; w_ts = lambda^(t-s) c_ts where t - s is below the span, else 0; m_t = sum_s w_ts u_s / max(1, sum_s
+    w_ts); delta = s a m_t, with theta = 0.8, lambda = exp(-1 / 64) and a = 0 at birth.
 
     Reference: Levy 1996, A sequence predicting CA3 is a flexible associator that learns and uses context to solve
     hippocampal-like tasks, Hippocampus; Lisman 1999, Relating hippocampal circuitry to function: recall of memory
@@ -91,20 +91,19 @@ class SequenceMemory(Primitive):
     2 d + 1 numbers for each of the last ``span`` tokens.
     """
 
-    readout = "strength"
     at_embedding = True
     span: int = setting(256, low=2, high=8192, meaning="number of tokens for which a transition can be recalled")
 
     def build(self, host: Host) -> None:
         self.threshold = nn.Parameter(torch.full((1,), 0.8))
         self.log_tau = nn.Parameter(torch.full((1,), math.log(64)))
-        self.strength = nn.Parameter(torch.zeros(1))
+        self.writer = nn.Parameter(torch.zeros(1))
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         size = token_scale(x)
         now = x / size
         clock = self.clock(now, context)
-        return size * self.strength * self.recalled(now, clock, self.stored(now, clock, context))
+        return size * self.writer * self.recalled(now, clock, self.stored(now, clock, context))
 
     def clock(self, now: Tensor, context: Context) -> Tensor:
         """How many real tokens there have been, (B, T, 1). Between documents more time passes than is remembered."""
@@ -134,7 +133,8 @@ class SequenceMemory(Primitive):
         after, before = -steps % span, span - (stored.shape[1] - steps)
         windows = nn.functional.pad(stored, (0, 0, before, after)).unfold(1, 2 * span, span).mT
         blocks = (nn.functional.pad(part, (0, 0, 0, after)).unflatten(1, (-1, span)) for part in (now, clock))
-        return self.compared(*blocks, windows).flatten(1, 2)[:, :steps]
+        now, clock = blocks
+        return self.compared(now, clock, windows).flatten(1, 2)[:, :steps]
 
     def compared(self, now: Tensor, clock: Tensor, stored: Tensor) -> Tensor:
         """m by all pairs: (..., Q, d), (..., Q, 1) and (..., S, 2 d + 1) -> (..., Q, d)."""
