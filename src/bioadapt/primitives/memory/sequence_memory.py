@@ -145,4 +145,4 @@ class SequenceMemory(Primitive):
     @torch.no_grad()
     def wake(self) -> None:
         super().wake()
-        self.threshold.copy_(0.1 * torch.randn_like(self.threshold))  # so that what is unlike the cue is recalled too
+        self.threshold.fill_(0.2)  # so that what is unlike the cue is recalled as well
