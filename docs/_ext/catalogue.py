@@ -11,6 +11,7 @@ import csv
 import inspect
 import io
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from equations import as_html
 from bioadapt import list_primitives, primitive_info
 from bioadapt.portrait import portrait
 from bioadapt.primitives.names import STAGES
-from bioadapt.record import PROMISES, Finding, record, suggest
+from bioadapt.record import IMAGES, LANGUAGE, PROMISES, Finding, Suggestion, findings, record, suggest
 from bioadapt.registry import PrimitiveInfo
 
 HERE = Path(__file__).resolve().parent.parent
@@ -209,11 +210,20 @@ def learning(name: str) -> str:
 
 
 def ranking() -> str:
-    """The record as a table, in the order of `suggest`, and how many mechanisms were not measured."""
+    """The record as a table, in the order of `suggest`, and how many mechanisms were not measured.
+
+    What was measured of other models than sentence encoders alone stands below.
+    """
     families, rows = tuple(dict.fromkeys(f.family for f in record() if f.family not in PROMISES)), []
-    for one in suggest():
+    ranked: dict[str, Suggestion] = {}
+    for family in (None, IMAGES, LANGUAGE):
+        for one in suggest(family):
+            ranked.setdefault(one.primitive, one)
+    for one in ranked.values():
         sure = "confirmed" if all(finding.stage == "confirmed" for finding in one.findings) else "screen"
-        by_family = {finding.family: f"{finding.over_equal:+.2f}" for finding in one.findings}
+        beside = [finding for finding in findings(one.primitive) if not finding.alone]
+        found = {name: [f.over_equal for f in beside if f.family == name] for name in families}
+        by_family = {name: f"{statistics.fmean(values):+.2f}" for name, values in found.items() if values}
         factors = sorted({finding.factor for finding in one.findings})
         best = " to ".join(dict.fromkeys(f"{factor:g}" for factor in (factors[0], factors[-1])))
         link = f"[`{one.primitive}`](catalogue/{one.primitive}.md)"
