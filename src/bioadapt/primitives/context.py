@@ -64,7 +64,8 @@ class Context(NamedTuple):
     behind, None outside decoding. ``bidirectional``: time may be read both ways. ``observing``: running statistics may
     be taken, and put among the ``observations`` of the forward, or straight into the rule if that is None. ``grid``:
     the spatial shape behind the token axis. ``losses``: where auxiliary terms are put, None if nobody asks for them.
-    ``derived``: what `once` has computed in the decoding of this sequence, None outside it.
+    ``derived``: what `once` has computed in the decoding of this sequence, None outside it. ``targets`` (B, T) int: in
+    training, at a model's head, the unit that is to fire at each token, -1 where nobody says; None elsewhere.
     """
 
     x_in: Tensor = None  # type: ignore[assignment]  # what declares needs_input is never run without it
@@ -79,6 +80,7 @@ class Context(NamedTuple):
     grid: tuple[int, ...] | None = None
     losses: list[Tensor] | None = None
     derived: dict[Hashable, Any] | None = None
+    targets: Tensor | None = None
 
     def replace(self, **changes: Any) -> Context:
         return self._replace(**changes)

@@ -95,6 +95,7 @@ class AdapterCircuit(nn.Module):
         down, up = self.down, self.up
         if down is None or up is None:
             return self._change(y, context, state)
+        context = context.replace(targets=None)  # they are units of the layer's output, not of the population
         with autocast_off(y.device.type):
             population = y @ down.to(y.dtype).T
             return (population + self._change(population, context, state)) @ up.to(y.dtype).T

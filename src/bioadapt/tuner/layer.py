@@ -363,7 +363,18 @@ class BioLayer(MergeableLayer):
             grid=layout.grid,
             losses=[] if self.training else None,
             derived=around.derived,
+            targets=self._targets(layout, around, v.device) if site is self.site else None,
         )
+
+    def _targets(self, layout: Layout, around: Surroundings, device: torch.device) -> Tensor | None:
+        """The unit that is to fire at each token, (B, T), if this is the head of a model in training."""
+        head = getattr(around.stack, "get_output_embeddings", None)
+        if not around.live or head is None or head() is not self:
+            return None
+        targets = around.targets(self.causal)
+        if targets is None or tuple(targets.shape) != layout.sequence:
+            return torch.full(layout.sequence, -1, device=device)
+        return targets.to(device)
 
     def _tokens(
         self,

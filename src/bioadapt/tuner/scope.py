@@ -38,7 +38,8 @@ class Surroundings:
     is not all. ``masks``: its arguments that tell padding, by name. ``unknown``: masks of which it is not known what
     they mark. ``unread``: what was not understood and is left aside, in words. ``encoder_mask``: (B, n) of what a
     decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
-    ``adapter_names``: the adapter of each sample, where they differ. ``terms``: what it adds to the loss. ``calls``: by
+    ``adapter_names``: the adapter of each sample, where they differ. ``ids``, ``labels``: in training, the tokens
+    themselves and those that are to be foretold, each (B, T) or None. ``terms``: what it adds to the loss. ``calls``: by
     layer, which call of this forward comes next and at which token it begins.
     """
 
@@ -55,6 +56,9 @@ class Surroundings:
     past: int | Tensor | None = None
     live: bool = False
     adapter_names: list[str] | None = None
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    decoder: bool = False  # of an encoder, so that labels stand where they are to be foretold
     terms: Any = None
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them
@@ -152,6 +156,20 @@ class Surroundings:
         if self.tokens is None or sequence[0] != self.tokens[0] or sequence[1] <= self.tokens[1]:
             return False
         return patches.pads_by_itself(self.stack)
+
+    def targets(self, causal: bool) -> Tensor | None:
+        """The token that is to be foretold at each token, (B, T), -1 where none is; None if nothing tells."""
+        if self.labels is not None and (self.decoder or not causal):
+            return self.labels.clamp(min=-1)
+        following = self.labels if self.labels is not None else self.ids
+        if following is None or not causal:
+            return None
+        told = torch.ones_like(following, dtype=torch.bool)
+        for flags, at in ((self.known.mask, True), (self.known.resets, False)):
+            if flags is not None and flags.shape == told.shape:
+                told = told & (flags == at)
+        following = torch.where(told, following, -1).clamp(min=-1)
+        return nn.functional.pad(following[:, 1:], (0, 1), value=-1)
 
     def place(self, layer: str, sequence: tuple[int, int]) -> tuple[int, int]:
         """Which call of the layer in this forward this is, and at which token it begins.
@@ -281,6 +299,10 @@ class Scope:
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
                 around.tokens = (tokens.shape[0], tokens.shape[1])
                 break
+        if around.live:
+            around.decoder = bool(side)
+            around.ids = _of_shape(around.tokens, given.get(f"{side}input_ids"))
+            around.labels = _of_shape(around.tokens, given.get("labels"))
         first = next(iter(given.values()), None)
         if around.tokens is None and isinstance(first, Tensor) and first.dim() == 2 + first.is_floating_point():
             around.given = (first.shape[0], first.shape[1])
@@ -351,6 +373,12 @@ class Scope:
                 self.flow.around = before
 
         return run_within
+
+
+def _of_shape(tokens: tuple[int, int] | None, ids: Any) -> Tensor | None:
+    """Numbers of tokens, if that is what they are."""
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and tuple(ids.shape) == tokens
+    return ids if whole else None
 
 
 def _device_of(given: Mapping[str, Any]) -> torch.device:

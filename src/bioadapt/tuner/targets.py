@@ -9,7 +9,8 @@ Gains go where IA3 (Liu et al. 2022) puts its own: to the keys, the values, and 
 block behind their activation, which are the input of its last projection. On BERT and ViT the attention's projection
 has the same name, so that its input is adapted too, as by PEFT's IA3.
 
-What compares tokens as such goes to the embedding of a language model, where equal tokens are equal.
+What compares tokens as such goes to the embedding of a language model, where equal tokens are equal. What has a unit
+for each word goes to its head.
 
 Values are read as PEFT reads ``target_modules``: a list holds suffixes of module names, a string is a regular
 expression for the whole name. Suffixes are as long as needed to miss poolers and heads. Where transformers 5 renamed a
@@ -160,6 +161,8 @@ EMBEDDINGS: dict[str, str] = {
     **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), "word_embeddings"),
     "gpt_neox": "embed_in",
 }
+# By model type: the head of a language model that is not called lm_head.
+HEADS: dict[str, str] = {"gpt_neox": "embed_out"}
 
 
 def default_sites(
@@ -171,8 +174,11 @@ def default_sites(
     """
     model_type = model_config.get("model_type") or ""
     infos = [primitive_info(entry["name"]) for entry in config.primitives]
-    if all(info.factory.at_embedding for info in infos) and model_type in EMBEDDINGS:
+    places = {info.factory.place for info in infos}
+    if places == {"embedding"} and model_type in EMBEDDINGS:
         return [EMBEDDINGS[model_type]], None
+    if places == {"head"} and model_type in EMBEDDINGS:
+        return [HEADS.get(model_type, "lm_head")], None
     gains = config.rank is None and all(info.gain for info in infos)
     return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)
 
