@@ -53,8 +53,8 @@ def test_the_whole_catalogue_is_there():
         "excitation_inhibition_balance", "fly_lora", "gain_field", "gap_junction", "grid_cell_code",
         "hebbian_trace", "heterosynaptic_scaling", "homeostatic_scaling", "hopfield_completion",
         "intrinsic_plasticity", "k_winners_take_all", "kv_lif", "lateral_inhibition", "leaky_integrate_fire",
-        "leaky_integrator", "liquid_reservoir", "metaplasticity", "neuro_ada", "neuro_lora", "nmda_branches",
-        "noradrenaline_reset", "oja_subspace", "on_off_rectification", "oscillatory_gating", "phase_coding",
+        "leaky_integrator", "liquid_reservoir", "logogen", "metaplasticity", "neuro_ada", "neuro_lora",
+        "nmda_branches", "noradrenaline_reset", "oja_subspace", "on_off_rectification", "oscillatory_gating", "phase_coding",
         "place_fields", "population_code", "precision_weighted_error", "predictive_coding",
         "quadratic_dendrite", "resonate_and_fire", "san_scaling", "sequence_memory", "serotonin_horizon",
         "short_term_depression",
@@ -62,7 +62,7 @@ def test_the_whole_catalogue_is_there():
         "stdp_trace", "surround_suppression", "synaptic_consolidation", "synaptic_pruning", "synaptic_tagging",
         "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
     }  # fmt: skip
-    assert len(catalogue) == 67
+    assert len(catalogue) == 68
     assert catalogue == {
         name for name in list_primitives() if primitive_info(name).factory.__module__.startswith("bioadapt.")
     }

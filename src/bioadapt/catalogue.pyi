@@ -471,6 +471,18 @@ def liquid_reservoir(
         zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
     """
 
+def logogen(
+    *,
+    prior: float = 0.1,
+    zero_scale: float = 8.0,
+) -> dict[str, Any]:
+    """A unit whose word has come more often than the unit fires is easier to excite from then on, and else harder.
+
+    Args:
+        prior: c: tokens of evidence before any, equal for all units; a number from 0.001 to 1000.0.
+        zero_scale: factor on what is zero at birth: how fast it learns; a number from 0.001 to 1000.0.
+    """
+
 def metaplasticity(
     *,
     rank: int = 8,

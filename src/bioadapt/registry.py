@@ -62,7 +62,7 @@ class PrimitiveInfo:
     @property
     def gain(self) -> bool:
         """Whether it multiplies what is there, channel by channel, and adds nothing new."""
-        return self.zero_at in ("gate", "scalar_gate") and self.kind != "weight"
+        return self.zero_at in ("gate", "scalar_gate") and self.kind != "weight" and self.factory.home is None
 
     @property
     def record(self) -> tuple[Finding, ...]:

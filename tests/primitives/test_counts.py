@@ -22,6 +22,7 @@ FORMULAS = {
     "dopamine_rpe": (lambda n, d: 2 * d + 3 + d, 1155),
     "hebbian_trace": (lambda n, d: 8 * (n + d) + 8 * 8 + 1, 6209),
     "homeostatic_scaling": (lambda n, d: d, 384),
+    "logogen": (lambda n, d: 1, 1),
     "heterosynaptic_scaling": (lambda n, d: 8 * d + 1, 3073),
     "leaky_integrator": (lambda n, d: 2 * 8 * d + 8 + 1, 6153),
     "short_term_facilitation": (lambda n, d: 2 * 32 + 1 + d, 449),

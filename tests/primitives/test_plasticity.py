@@ -190,3 +190,76 @@ class TestHeterosynapticScaling:
     def test_rows_of_the_plane_are_orthonormal(self, seed):
         plane = build_primitive("heterosynaptic_scaling", N, D, host=Host(seed=seed)).plane
         torch.testing.assert_close(plane @ plane.T, torch.eye(8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+class TestLogogen:
+    @pytest.fixture
+    def module(self, seed):
+        torch.manual_seed(seed)
+        return build_primitive("logogen", D, D).train()
+
+    def test_is_the_logarithm_of_how_often_a_unit_was_to_fire_over_how_much_it_did(self, module):
+        heard, fired = torch.zeros(D), torch.zeros(D)
+        for _ in range(3):
+            x, targets = torch.randn(2, 9, D), torch.randint(-1, D, (2, 9))
+            module(x, Context(targets=targets))
+            module.commit()
+            heard += torch.bincount(targets[targets >= 0], minlength=D)
+            fired += x.softmax(-1)[targets >= 0].sum(0)
+        with torch.no_grad():
+            module.gate.fill_(0.5)
+        expected = 0.5 * module.zero_scale * torch.log((heard + 0.1) / (fired + 0.1))
+        torch.testing.assert_close(module(torch.randn(2, 3, D)), expected.expand(2, 3, D), rtol=1e-4, atol=1e-4)
+
+    def test_units_come_to_fire_as_often_as_they_are_to(self, module):
+        """With the strength one that is what the excitability is for, however wrong the rates were before."""
+        drive = torch.randn(D)
+        wanted = torch.randn(D).softmax(0)
+        targets = torch.multinomial(wanted, 40_000, replacement=True)[None]
+        module(drive.expand(1, 40_000, D), Context(targets=targets))
+        module.commit()
+        with torch.no_grad():
+            module.gate.fill_(1 / module.zero_scale)
+        rates = (drive + module(drive[None, None])[0, 0]).softmax(0)
+        counted = torch.bincount(targets[0], minlength=D) / 40_000
+        torch.testing.assert_close(rates, counted, rtol=1e-2, atol=1e-4)
+
+    def test_a_unit_that_fires_as_it_should_stays_as_it_is(self, module):
+        x = torch.zeros(1, D, D)  # all units fire alike, and each is to fire once
+        module(x, Context(targets=torch.arange(D)[None]))
+        module.commit()
+        torch.testing.assert_close(module.excitability(), torch.zeros(D), rtol=0, atol=1e-5)
+
+    def test_what_nobody_tells_counts_nothing(self, module):
+        module(torch.randn(2, 5, D), Context(targets=torch.full((2, 5), -1)))
+        module.commit()
+        assert module.tokens == 0 and not module.heard.any() and not module.fired.any()
+
+    def test_off_the_head_the_strongest_unit_is_the_one_that_was_to_fire(self, module):
+        x, mask = torch.randn(2, 5, D), torch.ones(2, 5, dtype=torch.bool)
+        mask[1, 3:] = False
+        module(x, Context(mask=mask))
+        module.commit()
+        expected = torch.bincount(x.argmax(-1)[mask], minlength=D) / 8
+        assert module.tokens == 8
+        torch.testing.assert_close(module.heard, expected)
+
+    def test_it_changes_what_is_fired_only_if_what_was_counted_helps_with_what_was_not(self, seed):
+        """Words of a field of their own, and words as the units expect them anyhow, in which chance is all there is."""
+        for helps in (True, False):
+            torch.manual_seed(seed)
+            module = build_primitive("logogen", D, D, zero_scale=8.0).train()
+            often = torch.randn(D).mul(2 if helps else 0).softmax(0)
+            optimiser = torch.optim.Adam(module.parameters(), lr=0.01)
+            for _ in range(60):
+                targets = torch.multinomial(often, 64, replacement=True)[None]
+                logits = module(torch.zeros(1, 64, D), Context(targets=targets), with_x=True)
+                torch.nn.functional.cross_entropy(logits[0], targets[0]).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                module.commit()
+            rates = module(torch.zeros(1, 1, D))[0, 0].softmax(0)
+            surprise = torch.nn.functional.kl_div(rates.log(), often, reduction="sum")
+            assert surprise < 0.05
+            assert torch.log(rates * D).abs().mean() > 1 if helps else torch.log(rates * D).abs().mean() < 0.1

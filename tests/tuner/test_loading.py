@@ -29,8 +29,10 @@ from helpers.models import (
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bioadapt import BioConfig, checkpoint
+from bioadapt.checkpoint import CONTAINER
 
 INPUTS = tokens()
 SITES = ["query", "output.dense"]
@@ -396,6 +398,20 @@ def test_files_without_a_fingerprint_of_the_settings_are_checked_as_they_were(tm
     base = bert()
     with unchanged(base), pytest.raises(ValueError, match="does not hold the tensors"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize(("primitive", "path"), [("sequence_memory", "model.embed_tokens"), ("logogen", "lm_head")])
+def test_an_embedding_or_head_that_is_adapted_is_not_saved_along(primitive, path, tmp_path):
+    """PEFT saves it whole beside a LoRA that sits there, and does so beneath a bio adapter as well."""
+    model_config = Qwen2Config(vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    lora = get_peft_model(Qwen2ForCausalLM(model_config), LoraConfig(target_modules=[path.rpartition(".")[2]]))
+    expected = get_peft_model_state_dict(lora)
+    model = get_peft_model(lora, BioConfig(primitive))
+    model.save_pretrained(tmp_path)
+    own = f"base_model.model.{path}.{CONTAINER}.{primitive}."
+    assert all(key.startswith(own) for key in load_file(tmp_path / SAFETENSORS_WEIGHTS_NAME))
+    under = get_peft_model_state_dict(lora)
+    assert under.keys() == expected.keys() and f"base_model.model.{path}.base_layer.weight" in under
 
 
 def test_embeddings_that_an_older_fingerprint_leaves_out_are_named(tmp_path):

@@ -24,7 +24,7 @@ SMALL = {
 NAMES = list_primitives()
 ON_FEATURES = [name for name in NAMES if primitive_info(name).kind != "weight"]
 # Two have no effect before their first local update, and one fires only when driven for longer than a few tokens.
-SILENT_AT_FIRST = ("homeostatic_scaling", "efference_copy", "resonate_and_fire")
+SILENT_AT_FIRST = ("homeostatic_scaling", "efference_copy", "logogen", "resonate_and_fire")
 AT_INPUT = {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]}
 
 
@@ -264,6 +264,13 @@ def test_what_compares_tokens_goes_to_the_embedding_of_a_language_model():
     assert targets(Qwen2ForCausalLM(decoder), "sequence_memory") == {"embed_tokens"}
     assert targets(Qwen2ForCausalLM(decoder), "sequence_memory", "leaky_integrator") == {"o_proj", "down_proj"}
     assert targets(bert(), "sequence_memory") == {"output.dense"}
+
+
+def test_what_has_a_unit_for_each_word_goes_to_the_head_of_a_language_model():
+    decoder = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2))
+    model = get_peft_model(decoder, BioConfig("logogen"))
+    assert [layer.path for layer in model.base_model.layers()] == ["lm_head"]
+    assert get_peft_model(bert(), BioConfig("logogen")).peft_config["default"].target_modules == {"output.dense"}
 
 
 def test_gains_go_where_ia3_goes_and_the_rest_into_the_residual_stream():

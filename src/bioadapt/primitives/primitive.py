@@ -103,7 +103,7 @@ class Primitive(nn.Module):
     needs_input: ClassVar[bool]
     reads_both_ways: ClassVar[bool] = False  # for `causal`: `transform` itself heeds `Context.bidirectional`
     reads_positions: ClassVar[bool] = False  # for `pointwise`: `transform` asks where in the document a token stands
-    place: ClassVar[str | None] = None  # of a language model, where it belongs: its "embedding" or its "head"
+    home: ClassVar[str | None] = None  # where in a language model it belongs: its "embedding" or its "head"
     any_dtype: ClassVar[bool] = False  # `transform` takes x and x_in in the layer's dtype and minds its own precision
     readout: ClassVar[str] = "writer"  # for a zero at the readout: the name of that tensor
 

@@ -42,6 +42,7 @@ def register() -> None:
         _surround(peft.peft_model, "load_peft_weights", loading.read_weights)
         _surround(PeftAdapterMixin, "load_adapter", loading.load_adapter_of_transformers)
         _surround(peft.PeftModel, "save_pretrained", saving.save_pretrained)
+        _surround(peft.utils.save_and_load, "has_valid_embedding_base_layer", saving.has_valid_embedding_base_layer)
         _surround(PreTrainedModel, "save_pretrained", saving.save_pretrained_of_transformers)
         for pushed in (PushToHubMixin, PreTrainedModel):  # a PeftModel's is the first one's
             _surround(pushed, "push_to_hub", saving.push_to_hub)

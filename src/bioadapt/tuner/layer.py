@@ -363,16 +363,20 @@ class BioLayer(MergeableLayer):
             grid=layout.grid,
             losses=[] if self.training else None,
             derived=around.derived,
-            targets=self._targets(layout, around, v.device) if site is self.site else None,
+            targets=self._targets(layout, around, circuits, v.device) if site is self.site else None,
         )
 
-    def _targets(self, layout: Layout, around: Surroundings, device: torch.device) -> Tensor | None:
+    def _targets(
+        self, layout: Layout, around: Surroundings, circuits: dict[str, AdapterCircuit], device: torch.device
+    ) -> Tensor | None:
         """The unit that is to fire at each token, (B, T), if this is the head of a model in training."""
         head = getattr(around.stack, "get_output_embeddings", None)
-        if not around.live or head is None or head() is not self:
+        asked = any(primitive.home == "head" for circuit in circuits.values() for primitive in circuit.values())
+        if not (around.live and asked) or head is None or head() is not self:
             return None
         targets = around.targets(self.causal)
         if targets is None or tuple(targets.shape) != layout.sequence:
+            self._say(f"{self.path} learns nothing from what is to be foretold, since the model was not given labels")
             return torch.full(layout.sequence, -1, device=device)
         return targets.to(device)
 

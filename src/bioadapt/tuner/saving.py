@@ -21,6 +21,7 @@ from torch import nn
 from ..checkpoint import ALONG, record_fingerprints, whole_or_not_at_all
 from . import provenance
 from .card import CARD, add_tags, is_somebodys, write_card
+from .layer import BioLayer
 from .model import BioModel
 from .tree import bio_layers, stacked_over
 
@@ -104,6 +105,11 @@ def save_pretrained_of_transformers(original: ReplacedFunction, self: nn.Module,
         hub = {key: value for key, value in options["kwargs"].items() if key != "repo_id"}
         self.push_to_hub(options["kwargs"].get("repo_id", folder.name), token=options["token"], **hub)
     return None
+
+
+def has_valid_embedding_base_layer(original: ReplacedFunction, layer: Any) -> Any:
+    """Around PEFT's question, asked when it saves, whether there is a plain layer in an adapted embedding or head."""
+    return original(layer.base_layer if isinstance(layer, BioLayer) and layer.below is not None else layer)
 
 
 def push_to_hub(original: ReplacedFunction, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -174,10 +174,10 @@ def default_sites(
     """
     model_type = model_config.get("model_type") or ""
     infos = [primitive_info(entry["name"]) for entry in config.primitives]
-    places = {info.factory.place for info in infos}
-    if places == {"embedding"} and model_type in EMBEDDINGS:
+    homes = {info.factory.home for info in infos}
+    if homes == {"embedding"} and model_type in EMBEDDINGS:
         return [EMBEDDINGS[model_type]], None
-    if places == {"head"} and model_type in EMBEDDINGS:
+    if homes == {"head"} and model_type in EMBEDDINGS:
         return [HEADS.get(model_type, "lm_head")], None
     gains = config.rank is None and all(info.gain for info in infos)
     return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)

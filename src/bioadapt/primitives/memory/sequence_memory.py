@@ -92,7 +92,7 @@ class SequenceMemory(Primitive):
     2 d + 1 numbers for each of the last ``span`` tokens.
     """
 
-    place = "embedding"
+    home = "embedding"
     span: int = setting(256, low=2, high=8192, meaning="number of tokens for which a transition can be recalled")
 
     def build(self, host: Host) -> None:

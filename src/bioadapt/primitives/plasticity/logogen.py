@@ -37,7 +37,7 @@ class Logogen(LocalRule, Primitive):
     several forwards share counts as one of their mean size. It has no effect before the first commit.
     """
 
-    place = "head"
+    home = "head"
     prior: float = setting(0.1, low=1e-3, high=1e3, meaning="c: tokens of evidence before any, equal for all units")
 
     def build(self, host: Host) -> None:
