@@ -39,8 +39,9 @@ class Surroundings:
     they mark. ``unread``: what was not understood and is left aside, in words. ``encoder_mask``: (B, n) of what a
     decoder reads. ``past``: tokens in the cache. ``live``: in a training forward, not in its recomputation.
     ``adapter_names``: the adapter of each sample, where they differ. ``ids``, ``labels``: in training, the tokens
-    themselves and those that are to be foretold, each (B, T) or None. ``terms``: what it adds to the loss. ``calls``: by
-    layer, which call of this forward comes next and at which token it begins.
+    themselves and those that are to be foretold, each (B, T) or None. ``decoder``: of an encoder, so that labels stand
+    where they are to be foretold. ``terms``: what it adds to the loss. ``calls``: by layer, which call of this forward
+    comes next and at which token it begins.
     """
 
     stack: nn.Module | None = None
@@ -58,7 +59,7 @@ class Surroundings:
     adapter_names: list[str] | None = None
     ids: Tensor | None = None
     labels: Tensor | None = None
-    decoder: bool = False  # of an encoder, so that labels stand where they are to be foretold
+    decoder: bool = False
     terms: Any = None
     calls: dict[str, tuple[int, int]] = field(default_factory=dict)
     other_inputs: bool = False  # features besides the tokens, which may be set before or behind them

@@ -10,9 +10,7 @@ from bioadapt.primitives.frames import masked_mean
 from bioadapt.registry import register_primitive
 
 
-@register_primitive(
-    "logogen", stage="plasticity", kind="pointwise", zero_at="scalar_gate", zero_scale=8.0, learns=True
-)
+@register_primitive("logogen", stage="plasticity", kind="pointwise", zero_at="scalar_gate", zero_scale=8.0, learns=True)
 class Logogen(LocalRule, Primitive):
     """A unit whose word has come more often than the unit fires is easier to excite from then on, and else harder.
 
@@ -27,8 +25,8 @@ class Logogen(LocalRule, Primitive):
     2014, Synaptic and nonsynaptic plasticity approximating probabilistic inference, Front. Synaptic Neurosci.,
     where the excitability is the logarithm of n_j alone.
 
-    Its place is the head of a language model, where each unit stands for a word, and the unit that is to fire is that of
-    the word which comes next, or of the label. Elsewhere nobody says which one it is, and the strongest counts.
+    Its place is the head of a language model, where each unit stands for a word, and the unit that is to fire is that
+    of the word which comes next, or of the label. Elsewhere nobody says which one it is, and the strongest counts.
 
     The counts are taken before the step that uses them, so that `a` grows only if what was counted helps with tokens
     that were not.
@@ -48,12 +46,12 @@ class Logogen(LocalRule, Primitive):
 
     def transform(self, x: Tensor, context: Context) -> Tensor:
         self.listen(x, context)
-        return context.once(self.excitability).expand_as(x)
+        return _for_each_token(context.once(self.excitability), x)
 
     def scaled(self, x: Tensor, context: Context, scale: Tensor, with_x: bool) -> Tensor:
         self.listen(x, context)
         shift = scale * context.once(self.excitability)
-        return x + shift if with_x else shift.expand_as(x).clone()
+        return x + shift if with_x else _for_each_token(shift, x)
 
     def excitability(self) -> Tensor:
         """b, (d,)."""
@@ -83,3 +81,8 @@ class Logogen(LocalRule, Primitive):
         self.tokens.fill_(1000.0)
         self.heard.copy_(torch.randn_like(self.heard).softmax(0))
         self.fired.copy_(torch.randn_like(self.fired).softmax(0))
+
+
+def _for_each_token(shift: Tensor, x: Tensor) -> Tensor:
+    """(d,) as (B, T, d), in memory of its own, and with a gradient for x, which is zero."""
+    return torch.where(x.new_zeros((), dtype=torch.bool), x, shift)
