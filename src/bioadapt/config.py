@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
@@ -159,9 +159,6 @@ class BioConfig(PeftConfig):
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "Name of the base model."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
     inference_mode: bool = field(default=False, metadata={"help": "Whether the adapter is not trained."})
-
-    # PEFT reads it: not None means that an embedding which is adapted stays as it is, and is not saved along.
-    trainable_token_indices: ClassVar[dict[str, list[int]]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

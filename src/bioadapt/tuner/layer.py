@@ -24,6 +24,7 @@ from . import patches
 from .circuit import AdapterCircuit
 from .masks import NOTHING, Tokens, Unclear
 from .merging import MergeableLayer, Original, quantization_backend_of
+from .placement import asked_for
 from .scope import Scope, Surroundings
 from .sharding import check_whole, refusal_of_shards
 from .single_product import single_product
@@ -370,9 +371,8 @@ class BioLayer(MergeableLayer):
         self, layout: Layout, around: Surroundings, circuits: dict[str, AdapterCircuit], device: torch.device
     ) -> Tensor | None:
         """The unit that is to fire at each token, (B, T), if this is the head of a model in training."""
-        head = getattr(around.stack, "get_output_embeddings", None)
         asked = any(primitive.home == "head" for circuit in circuits.values() for primitive in circuit.values())
-        if not (around.live and asked) or head is None or head() is not self:
+        if not (around.live and asked) or asked_for(around.stack, "get_output_embeddings") is not self:
             return None
         targets = around.targets(self.causal)
         if targets is None or tuple(targets.shape) != layout.sequence:

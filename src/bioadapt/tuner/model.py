@@ -114,6 +114,8 @@ class BioModel(MergeableModel):
                 self._check_reach(model, adapter_name, given, passed_over, shared)
                 self._connect(model, adapter_name)
                 take_over_heads(self.model, adapter_name)
+                # By this PEFT's saving knows that an adapted embedding or head is as it was, and leaves it out.
+                vars(self.peft_config[adapter_name])["trainable_token_indices"] = {}
                 self.__dict__.setdefault("_unused", set()).add(adapter_name)
                 if adapter_name in self.active_adapters:
                     self.set_adapter(self.active_adapter, inference_mode=self.peft_config[adapter_name].inference_mode)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -164,3 +165,11 @@ def _own_modules(stack: nn.Module) -> Iterator[nn.Module]:
     foreign = {id(module) for child in inner for module in child.modules()}
     own = [module for module in stack.modules() if id(module) not in foreign]
     return iter(own if len(inner) != 1 or any(hasattr(m, "is_causal") for m in own) else stack.modules())
+
+
+def asked_for(model: Any, method: str) -> nn.Module | None:
+    """The embedding or the head of a model, by the method of transformers that returns it; None if it has none."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one that does not tell
+        return None

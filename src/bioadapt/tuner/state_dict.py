@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CONTAINER, ROOT, bare, check_keys
 from .circuit import AdapterCircuit
+from .placement import asked_for
 from .tree import named_bio_layers
 
 # What wrappers of torch put into the names of modules. State dicts leave the first two out, the compiler's they keep.
@@ -90,11 +91,8 @@ def _embeddings(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the base's input and output embeddings, by their names in the model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = set()
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            layer = getattr(base, ask)()
-        except (AttributeError, NotImplementedError):  # no model of transformers, or one without
-            continue
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        layer = asked_for(base, method)
         found |= {id(parameter) for parameter in layer.parameters()} if layer is not None else set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in found and f".{CONTAINER}." not in f".{name}":
