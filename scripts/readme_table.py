@@ -74,11 +74,16 @@ class Confirmed:
 # The question that stands behind each mechanism, with the answer, whichever it is.
 ROWS: tuple[Row | Confirmed, ...] = (
     Confirmed(
+        "words by their frequency, over a LoRA of its size: next word, opinions", "logogen", "mpqa:language_modelling"
+    ),
+    Confirmed("the same: Stack Overflow titles", "logogen", "stackoverflow:language_modelling"),
+    Confirmed("the same: texts of the model's own field", "logogen", "subj:language_modelling"),
+    Confirmed(
         "recall of what followed, over a LoRA of its size: next word, snippets",
         "sequence_memory",
         "searchsnippets:language_modelling",
     ),
-    Confirmed("the same: Stack Overflow titles", "sequence_memory", "stackoverflow:language_modelling"),
+    Confirmed("the same: docstrings", "sequence_memory", "new-texts:language_modelling"),
     Row(
         "memory beyond a short window, over a LoRA of its size: topic",
         "window",

@@ -71,6 +71,17 @@ def test_what_was_hardly_measured_ranks_close_to_the_mean(monkeypatch):
     assert [one.primitive for one in suggest("t")] == ["gap_junction", "gain_field", "neuro_ada", "kv_lif"]
 
 
+def test_what_wins_on_most_tasks_comes_before_what_one_task_carries(monkeypatch):
+    def finding(primitive, task, over_equal, spread):
+        bounds = {"low": over_equal - spread, "high": over_equal + spread, "seeds": 3, "alone": False}
+        return replace(record()[0], primitive=primitive, family="t", task=task, over_equal=over_equal, **bounds)
+
+    known = [finding("gain_field", "a", 70.0, 9.0), finding("gain_field", "b", -5.0, 1.0)]
+    known += [finding("kv_lif", "a", 3.0, 9.0), finding("kv_lif", "b", 2.0, 1.0), finding("neuro_ada", "a", 20.0, 30.0)]
+    monkeypatch.setattr("bioadapt.record.record", lambda: tuple(known))
+    assert [one.primitive for one in suggest("t")] == ["kv_lif", "gain_field", "neuro_ada"]
+
+
 def test_the_recommended_configuration_is_the_first_that_can_act():
     small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=20)
     (entry,) = BioConfig.recommended(BertModel(small), task="sts").primitives

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -112,7 +113,8 @@ def suggest(
     """Mechanisms that were measured beside a LoRA, the one furthest over a LoRA of its size first, losses last.
 
     One task and one seed say little of the next: the fewer there are of a mechanism, the closer its rank is to that of
-    the mean of all.
+    the mean of all. What has won on more tasks than it lost, by intervals beyond zero, comes before what has not,
+    however far one task has carried that.
 
     Args:
         task: a task of the record, or a family of tasks; None for those of sentence encoders but `PROMISES`.
@@ -146,7 +148,15 @@ def suggest(
         measured = sum(finding.seeds * finding.over_equal for finding in one.findings)
         return (measured + DOUBT * usual) / (runs + DOUBT)
 
-    return sorted(suggestions, key=expected, reverse=True)
+    return sorted(suggestions, key=lambda one: (_has_won(one.findings), expected(one)), reverse=True)
+
+
+def _has_won(findings: Iterable[Finding]) -> bool:
+    """Whether more of the intervals lie above zero than below it."""
+    bounds = [
+        (finding.low, finding.high) for finding in findings if finding.low is not None and finding.high is not None
+    ]
+    return sum(low > 0 for low, _ in bounds) > sum(high < 0 for _, high in bounds)
 
 
 def family_of(model: Any) -> str | None:
