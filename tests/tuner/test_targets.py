@@ -11,11 +11,11 @@ import transformers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from bioadapt.tuner.targets import EMBEDDINGS, RESIDUAL_WRITERS, residual_writers
+from bioadapt.tuner.targets import EMBEDDINGS, HEAD, RESIDUAL_WRITERS, residual_writers
 
 D, WIDE, LAYERS, VOCAB = 32, 48, 2, 50
 KINDS = (nn.Linear, Conv1D, nn.Conv2d)
@@ -463,6 +463,13 @@ def test_the_embedding_is_the_one_that_reads_tokens(name):
         model = base_model(configuration(CASES.get(name) or Case([], model_type=name)))
     named = [module for path, module in model.named_modules() if f".{path}".endswith(f".{EMBEDDINGS[name]}")]
     assert named == [model.get_input_embeddings()]
+
+
+@pytest.mark.parametrize("name", [of_type(name) for name in EMBEDDINGS if name in CASES])
+def test_the_head_is_the_one_that_has_a_unit_for_each_word(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration(CASES[name]))
+    assert model.get_output_embeddings() is model.get_submodule(HEAD)
 
 
 def test_unknown_model_types_have_no_default():

@@ -161,8 +161,8 @@ EMBEDDINGS: dict[str, str] = {
     **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), "word_embeddings"),
     "gpt_neox": "embed_in",
 }
-# By model type: the head of a language model that is not called lm_head.
-HEADS: dict[str, str] = {"gpt_neox": "embed_out"}
+# The head of each of them.
+HEAD = "lm_head"
 
 
 def default_sites(
@@ -178,7 +178,7 @@ def default_sites(
     if homes == {"embedding"} and model_type in EMBEDDINGS:
         return [EMBEDDINGS[model_type]], None
     if homes == {"head"} and model_type in EMBEDDINGS:
-        return [HEADS.get(model_type, "lm_head")], None
+        return [HEAD], None
     gains = config.rank is None and all(info.gain for info in infos)
     return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)
 
