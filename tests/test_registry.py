@@ -57,8 +57,8 @@ def test_the_whole_catalogue_is_there():
         "nmda_branches", "noradrenaline_reset", "oja_subspace", "on_off_rectification", "oscillatory_gating",
         "phase_coding", "place_fields", "population_code", "precision_weighted_error", "predictive_coding",
         "quadratic_dendrite", "resonate_and_fire", "san_scaling", "sequence_memory", "serotonin_horizon",
-        "short_term_depression",
-        "short_term_facilitation", "shunting_inhibition", "sparse_coding", "spike_frequency_adaptation",
+        "short_term_depression", "short_term_facilitation", "shunting_inhibition", "sparse_coding",
+        "spike_frequency_adaptation",
         "stdp_trace", "surround_suppression", "synaptic_consolidation", "synaptic_pruning", "synaptic_tagging",
         "thalamic_relay", "travelling_wave", "trn_searchlight", "vesicle_release", "vip_disinhibition",
     }  # fmt: skip

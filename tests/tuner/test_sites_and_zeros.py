@@ -23,7 +23,7 @@ SMALL = {
 }
 NAMES = list_primitives()
 ON_FEATURES = [name for name in NAMES if primitive_info(name).kind != "weight"]
-# Two have no effect before their first local update, and one fires only when driven for longer than a few tokens.
+# Three have no effect before their first local update, and one fires only when driven for longer than a few tokens.
 SILENT_AT_FIRST = ("homeostatic_scaling", "efference_copy", "logogen", "resonate_and_fire")
 AT_INPUT = {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]}
 
