@@ -34,7 +34,8 @@ import bioadapt
 from bioadapt.evaluation import Task, load_task
 from bioadapt.evaluation.prefix import cached_prefix, frozen_blocks
 from bioadapt.evaluation.training import DEFAULT_MODEL, transformer_of
-from bioadapt.search.contest.objective import Bench, BioObjective, without_test
+from bioadapt.search.contest.bench import Bench, without_test
+from bioadapt.search.contest.bio import Below, BioObjective
 from bioadapt.search.space.model import SearchedModel
 from bioadapt.search.space.space import SLOTS, SearchSpace
 
@@ -100,7 +101,7 @@ def seconds(run: Callable[[str | None], object], folder: str | None) -> float:
 
 def trials(bench: Bench, space: SearchSpace, block: int) -> Callable[[str | None], object]:
     params = only_at(space, block)
-    return lambda folder: BioObjective(space, replace(bench, prefix=folder), None, 0.0).run(params, lambda *_: None)
+    return lambda folder: BioObjective(space, replace(bench, prefix=folder), Below(), 0.0).run(params, lambda *_: None)
 
 
 def validations(bench: Bench, space: SearchSpace, block: int) -> Callable[[str | None], object]:

@@ -18,6 +18,7 @@ from typing import Any
 from bioadapt import BioConfig, list_primitives
 from bioadapt.evaluation.cells import CELLS, TUNING, Trial, at_edges
 from bioadapt.evaluation.cells import Cell as EvaluationCell
+from bioadapt.evaluation.statistics import in_points
 from bioadapt.record import Finding
 from experiments.cells import identity, read
 from experiments.ledger import over_seeds, paired
@@ -107,9 +108,8 @@ def confirmed(folder: Path) -> list[Finding]:
 
 
 def points(cell: Mapping[str, str]) -> float:
-    """The score on clean test rows, higher being better: of a perplexity, hundredths of a nat below none."""
-    score = float(cell["test_clean"])
-    return -100 * math.log(score) if cell.get("metric") == "perplexity" else score
+    """The score on clean test rows in points, of which more are better."""
+    return in_points(cell.get("metric", ""), float(cell["test_clean"]))
 
 
 def compared(

@@ -130,7 +130,7 @@ class SearchSettings:
     study: str | None = _option(None, "Name of the study; task and model, if not given.")
     workers: int = _option(1, "Processes that train at the same time.")
     seed: int = _option(0, "Seed of the search.", min=0)
-    epochs: float = _option(1.0, "Of the LoRA and of the bio adapter each; the LoRA of the same size gets both.")
+    epochs: float = _option(1.0, "Of every training.")
     batch_size: int = _option(64, _ROWS, min=2)
     rungs: int = _option(2, "How often a trial is validated, the end included.")
     limit: int | None = _option(None, _LIMIT)

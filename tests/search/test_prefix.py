@@ -23,7 +23,7 @@ from bioadapt import BioConfig
 from bioadapt.evaluation import StsTask
 from bioadapt.evaluation.prefix import _Store, cached_prefix, frozen_blocks
 from bioadapt.evaluation.training import adapt, load_encoder, model_path, transformer_of
-from bioadapt.search.contest.objective import Bench
+from bioadapt.search.contest.bench import Bench
 
 WORDS = (
     "the",

@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 
 import optuna
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
 
 from bioadapt import list_primitives, primitive_info, register_primitive
 from bioadapt.search.space import (
@@ -30,6 +30,7 @@ from bioadapt.search.space import (
     load_adapters,
     save_adapters,
 )
+from bioadapt.search.space.places import HOME
 
 POINTWISE, CAUSAL, WEIGHT = "lateral_inhibition", "leaky_integrator", "synaptic_tagging"
 
@@ -43,9 +44,24 @@ def bert(layers=2, hidden=16):
     return BertModel(config).eval()
 
 
-def host(layers=2, kinds=("attention.output.dense", "output.dense"), primitives=(POINTWISE, CAUSAL, WEIGHT)):
+HOMES = {
+    "logogen": SearchedModule("lm_head", 0, "lm_head", 16, 40),
+    "sequence_memory": SearchedModule("embed_tokens", 0, "embed_tokens", 16, 16),
+}
+
+
+def host(layers=2, kinds=("attention.output.dense", "output.dense"), primitives=(POINTWISE, CAUSAL, WEIGHT), homes=()):
     sites = [SearchedModule(f"layer.{i}.{kind}", i, kind, 16, 16) for i in range(layers) for kind in kinds]
-    return SearchedModel(tuple(sites), 10_000, tuple(primitives))
+    return SearchedModel(tuple(sites), 10_000, tuple(primitives), homes=dict(homes))
+
+
+def language_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, max_position_embeddings=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def random_params(space, generator):
@@ -102,6 +118,27 @@ def test_what_a_causal_model_refuses_is_no_choice_and_is_named(monkeypatch):
         SearchedModel.of(gpt2, ["looks_ahead"])
 
 
+def test_what_has_a_home_is_offered_there_alone():
+    model = language_model()
+    found = SearchedModel.of(model, [POINTWISE, "logogen", "sequence_memory"])
+    assert found.primitives == (POINTWISE, "logogen", "sequence_memory") and not found.refused
+    assert {name: (home.path, home.d_in, home.d_out) for name, home in found.homes.items()} == {
+        "logogen": ("lm_head", 16, 40), "sequence_memory": ("model.embed_tokens", 16, 16),
+    }  # fmt: skip
+    assert all("layers" in site.path for site in found.sites)
+    assert SearchedModel.from_record(found.record()) == found
+    lora = get_peft_model(language_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert SearchedModel.of(lora, ["logogen"]).homes == {"logogen": found.homes["logogen"]}
+    # A model without a head is no home for it: it can be anywhere.
+    assert SearchedModel.of(model.model, ["logogen"]).homes == SearchedModel.of(bert(), ["logogen"]).homes == {}
+
+
+def test_a_search_of_before_homes_goes_on():
+    record = host().record()
+    del record["homes"]
+    assert SearchedModel.from_record(record) == host()
+
+
 def test_an_unknown_primitive_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'lateral_inhibition'"):
         SearchedModel.of(bert(), ["lateral_inhibitio"])
@@ -114,12 +151,22 @@ def adapters(space):
     """Every distinct adapter, by brute force: what each module does, as far as order and settings mean something."""
     found = set()
     kind = {name: primitive_info(name).kind for name in space.primitives}
-    options = list(product(space.places.items(), space.strengths))
+    everywhere = [(place, set(sites)) for place, sites in space.places.items()]
+    homes = {name: home.kind for name, home in space.host.homes.items()}
+    options = {
+        name: [
+            (sites, strength)
+            for (layers, modules), sites in everywhere
+            if (modules == homes.get(name) if layers == HOME else name not in homes)
+            for strength in space.strengths
+        ]
+        for name in space.primitives
+    }
     for count in range(space.slots + 1):
         for names in permutations(space.primitives, count):
-            for chosen in product(options, repeat=count):
-                slots = [(name, set(sites), s) for name, ((_, sites), s) in zip(names, chosen, strict=True)]
-                free = [slot for slot in slots if kind[slot[0]] != "weight"]
+            for chosen in product(*(options[name] for name in names)):
+                slots = [(name, *place) for name, place in zip(names, chosen, strict=True)]
+                free = [slot for slot in slots if kind[slot[0]] != "weight" and slot[0] not in homes]
                 shared = any(a[1] & b[1] for a, b in combinations(free, 2))
                 what = frozenset((name, frozenset(sites), s) for name, sites, s in slots)
                 for composition, rank, rate in product(space.compositions, space.ranks, space.learning_rates):
@@ -144,6 +191,8 @@ def adapters(space):
 def test_the_size_is_the_number_of_distinct_adapters(layers, kinds, settings):
     space = SearchSpace(host(layers, kinds), **settings)
     assert space.size() == len(adapters(space))
+    at_home = SearchSpace(host(layers, kinds, (POINTWISE, CAUSAL, "logogen", "sequence_memory"), HOMES), **settings)
+    assert at_home.size() == len(adapters(at_home)) > space.size() / 2
 
 
 def test_the_whole_registry_on_six_layers_is_at_least_1e22():
@@ -289,6 +338,31 @@ def test_the_adapter_is_what_the_configuration_says_and_costs_what_the_space_say
         for config in configs:
             if any(primitive_info(entry["name"]).kind == "weight" for entry in config.primitives):
                 assert config.rank is None
+
+
+def test_at_home_it_is_wherever_its_slot_is_and_no_rank_holds_for_it():
+    space = SearchSpace(SearchedModel.of(language_model(), ["logogen", POINTWISE, "sequence_memory"]), slots=3)
+    assert HOME not in space.layers and len(space.places) == 2 + len(space.layers) * len(space.modules)
+    params = {name: distribution.choices[0] for name, distribution in space.distributions.items()}
+    params |= {"rank": 4, "slot1.primitive": "logogen", "slot2.primitive": POINTWISE, "slot2.layers": "upper"}
+    params |= {"slot3.primitive": "sequence_memory", "slot3.strength": 3.0}
+    configuration = space.realise(params)
+    assert configuration.slots == (
+        Slot(POINTWISE, "upper", "all", 0.3),
+        Slot("logogen", HOME, "lm_head", 0.3),
+        Slot("sequence_memory", HOME, "embed_tokens", 3.0),
+    )
+    assert space.realise(params | {"slot1.layers": "0", "slot1.modules": space.modules[-1]}) == configuration
+    assert space.features(params).keys() & {"logogen", "logogen @ home lm_head"} == {"logogen"}
+    alone = space.realise(space.alone("logogen") | {"rank": 8})
+    assert (alone.slots, alone.rank, space.parameters(alone)) == ((Slot("logogen", HOME, "lm_head", 1.0),), None, 1)
+
+    configs = space.configs(configuration)
+    adapted = add_adapters(language_model(), configs)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == space.parameters(configuration)
+    assert {tuple(entry["name"] for entry in config.primitives): config.rank for config in configs} == {
+        ("logogen",): None, (POINTWISE,): 4, ("sequence_memory",): None,
+    }  # fmt: skip
 
 
 def both(space):

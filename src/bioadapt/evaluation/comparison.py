@@ -20,10 +20,12 @@ from .statistics import (
     better,
     check_pairing,
     holm,
+    in_points,
     interval,
     mean_of_units,
     p_value,
     resampled,
+    unit_of,
     wilcoxon,
 )
 
@@ -41,10 +43,10 @@ class Difference:
     Attributes:
         task: by name.
         rival: by name; of several that stand for one, the better.
-        metric: in points of which it is.
-        interval: over seeds and test rows, not corrected.
+        metric: of the scores.
+        interval: in points (`in_points`), over seeds and test rows, not corrected.
         p: two-sided, corrected by Holm for the number of tasks.
-        relative: the difference in percent of the rival's score.
+        relative: by how many percent of the rival's score the candidate's is better.
         seeds: how many.
         rows: how many test rows.
     """
@@ -164,7 +166,8 @@ def compare(
 
     def drawn(task: str, name: str) -> np.ndarray:
         if (task, name) not in draws:
-            draws[task, name] = resampled(results[task][name], metrics[task], resamples=resamples, seed=seed)
+            scores = resampled(results[task][name], metrics[task], resamples=resamples, seed=seed)
+            draws[task, name] = in_points(metrics[task], scores)
         return draws[task, name]
 
     rivalries = []
@@ -181,7 +184,12 @@ def compare(
 
 def _best(arms: Mapping[str, Sequence[Evaluation]], names: Sequence[str], metric: str) -> str:
     present = [name for name in names if name in arms]
-    return max(present, key=lambda name: better(metric) * np.mean([run.scores[metric] for run in arms[name]]))
+    return max(present, key=lambda name: np.mean(_points(arms[name], metric)))
+
+
+def _points(runs: Sequence[Evaluation], metric: str) -> np.ndarray:
+    """Of each seed, (n,)."""
+    return in_points(metric, np.array([run.scores[metric] for run in runs]))
 
 
 def _rivalry(
@@ -197,26 +205,25 @@ def _rivalry(
     gaps: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     p_values = {}
     for task, rival in chosen.items():
-        metric, sign = metrics[task], better(metrics[task])
+        metric = metrics[task]
         own, other = _paired(results[task][candidate], results[task][rival])
         check_pairing(own, other, metric)
-        values = sign * np.array([a.scores[metric] - b.scores[metric] for a, b in zip(own, other, strict=True)])
-        on_rows = sign * (drawn(task, candidate) - drawn(task, rival))  # one row broadcasts over all seeds
-        gaps[task] = values, on_rows
+        on_rows = drawn(task, candidate) - drawn(task, rival)  # one row broadcasts over all seeds
+        gaps[task] = _points(own, metric) - _points(other, metric), on_rows
         p_values[task] = p_value(mean_of_units(on_rows, level=level, seed=seed))
     corrected = holm(p_values)
     differences = []
     for task, (values, on_rows) in gaps.items():
-        rival = chosen[task]
-        of_rival = float(np.mean([run.scores[metrics[task]] for run in results[task][rival]]))
+        rival, metric = chosen[task], metrics[task]
+        score, of_rival = (np.mean([run.scores[metric] for run in results[task][n]]) for n in (candidate, rival))
         differences.append(
             Difference(
                 task,
                 rival,
-                metrics[task],
+                metric,
                 interval(values, on_rows, level=level, seed=seed),
                 corrected[task],
-                100 * float(np.mean(values)) / of_rival if of_rival else float("nan"),
+                100 * better(metric) * float(score / of_rival - 1) if of_rival else float("nan"),
                 len(values),
                 len(results[task][rival][0].gold),
             )
@@ -239,7 +246,7 @@ def _sentence(candidate: str, rivalry: Rivalry) -> str:
     gain, count = rivalry.gain, len(rivalry.differences)
     if count == 1:
         (only,) = rivalry.differences
-        what = f"{only.interval} points of {only.metric}"
+        what = f"{only.interval} {unit_of(only.metric)}"
         words = {WIN: "is better than", LOSS: "is worse than"}.get(only.verdict)
         if words is None:
             return f"Undecided: {candidate} has {what} against {only.rival}, and the interval includes zero."
@@ -247,10 +254,16 @@ def _sentence(candidate: str, rivalry: Rivalry) -> str:
     wins, losses, ties = (rivalry.count(verdict) for verdict in (WIN, LOSS, TIE))
     words = {"higher": "is better than", "lower": "is worse than"}.get(gain.verdict, "is not told apart from")
     return (
-        f"{candidate} {words} {rivalry.rival}: {gain} points in the mean over {count} tasks; {_number(wins, 'win')}, "
-        f"{_number(losses, 'loss')} and {_number(ties, 'tie')} (corrected for their number), ahead by the mean on "
-        f"{rivalry.ahead}; Wilcoxon's p over tasks {rivalry.p:.2g}."
+        f"{candidate} {words} {rivalry.rival}: {gain} {_unit(rivalry)} in the mean over {count} tasks; "
+        f"{_number(wins, 'win')}, {_number(losses, 'loss')} and {_number(ties, 'tie')} (corrected for their number), "
+        f"ahead by the mean on {rivalry.ahead}; Wilcoxon's p over tasks {rivalry.p:.2g}."
     )
+
+
+def _unit(rivalry: Rivalry) -> str:
+    """Of a mean over tasks: what the points of all of them are, or points of any kind."""
+    units = {unit_of(difference.metric) for difference in rivalry.differences}
+    return units.pop() if len(units) == 1 else "points"
 
 
 def _number(count: int, word: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._extras import require
-from .statistics import Interval, score_interval
+from .statistics import Interval, score_interval, unit_of
 from .tasks.task import Task
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def draw(
         gaps,
         {name: intervals[metric] for name, intervals in differences.items()},
         colours,
-        f"{candidate} minus it, points of {metric}",
+        f"{candidate} minus it, {unit_of(metric)}",
     )
     figure.suptitle(f"{task.name}: bars are 95 % bootstrap intervals over test rows, one training seed")
     figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._extras import require
 from .comparison import LOSS, WIN, Comparison, Difference, Rivalry
-from .statistics import Interval
+from .statistics import Interval, unit_of
 
 _COLOURS = {WIN: "#1b7837", LOSS: "#b2182b"}
 _OTHER, _MEAN = "#555555", "#0b3c6f"
@@ -40,9 +40,9 @@ def write_report(
         f"<h1>{_text(comparison.candidate)}, compared fairly</h1>",
         *(f'<p class="verdict">{_text(sentence)}</p>' for sentence in comparison.sentences),
         forest(comparison),
-        "<p>Dots are means over seeds, bars 95 % intervals over seeds and test rows, and for a mean over tasks "
-        "over those, too. Green and red are wins and losses after Holm's correction for the number of tasks; grey is "
-        "a tie.</p>",
+        "<p>Points are percent of a metric; of a perplexity they are hundredths of a nat per token. Dots are means "
+        "over seeds, bars 95 % intervals over seeds and test rows, and for a mean over tasks over those, too. Green "
+        "and red are wins and losses after Holm's correction for the number of tasks; grey is a tie.</p>",
         *(_differences(comparison.candidate, rivalry) for rivalry in comparison.rivalries),
         "<h2>Every arm</h2>",
         _arms(cells),
@@ -91,8 +91,8 @@ def _differences(candidate: str, rivalry: Rivalry) -> str:
     header = (
         "task",
         "rival",
-        "metric",
         "difference",
+        "in",
         "95 % interval",
         "relative",
         "p (Holm)",
@@ -109,8 +109,8 @@ def _difference(difference: Difference) -> tuple[str, ...]:
     return (
         difference.task,
         difference.rival,
-        difference.metric,
         f"{interval.estimate:+.2f}",
+        unit_of(difference.metric),
         f"[{interval.low:+.2f}, {interval.high:+.2f}]",
         f"{difference.relative:+.1f} %",
         f"{difference.p:.3g}",

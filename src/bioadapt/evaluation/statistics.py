@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate in percent (points, where it is a difference) and the bounds of its bootstrap interval."""
+    """A score, or a difference in points (`in_points`), and the bounds of its bootstrap interval."""
 
     estimate: float
     low: float
@@ -152,6 +153,24 @@ def better(metric: str) -> int:
     return -1 if metric in LOWER_IS_BETTER else 1
 
 
+def in_points(metric: str, score: Any) -> Any:
+    """Scores in points, of which more are better and whose differences mean the same on every task.
+
+    They are percent, as most scores are already. Of a perplexity they are hundredths of a nat per token, below zero:
+    the perplexity of texts that are hard to foretell falls by more than that of easy ones for the same gain.
+
+    Args:
+        metric: of the scores.
+        score: a number, or an array of them.
+    """
+    return -100.0 * np.log(score) if metric == "perplexity" else score
+
+
+def unit_of(metric: str) -> str:
+    """What differences of `in_points` are, in words."""
+    return "hundredths of a nat" if metric == "perplexity" else f"points of {metric}"
+
+
 def best_threshold(values: np.ndarray, gold: np.ndarray, metric: str) -> float:
     """The threshold at and above which calling a row 1 gives the best ``accuracy`` or ``f1``.
 
@@ -198,7 +217,7 @@ def paired_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval of ``first - second`` over test rows, and over seeds where there are several of them.
+    """Bootstrap interval of ``first - second`` in points, over test rows, and over seeds where there are several.
 
     Args:
         first, second: an evaluation, or one for each seed of training, the same seeds in the same order.
@@ -208,16 +227,16 @@ def paired_interval(
         seed: of the draws.
 
     Returns:
-        `Interval`, in points of a percentage.
+        `Interval`, in points (`in_points`).
 
     Raises:
         ValueError: the two were not evaluated on the same rows or seeds.
     """
     one, two = ([given] if isinstance(given, Evaluation) else list(given) for given in (first, second))
     check_pairing(one, two, metric)
-    differences = [a.scores[metric] - b.scores[metric] for a, b in zip(one, two, strict=True)]
-    drawn = [resampled(runs, metric, resamples=resamples, seed=seed) for runs in (one, two)]
-    return interval(np.array(differences), drawn[0] - drawn[1], level=level, seed=seed)
+    values = [in_points(metric, np.array([run.scores[metric] for run in runs])) for runs in (one, two)]
+    drawn = [in_points(metric, resampled(runs, metric, resamples=resamples, seed=seed)) for runs in (one, two)]
+    return interval(values[0] - values[1], drawn[0] - drawn[1], level=level, seed=seed)
 
 
 def check_pairing(first: Sequence[Evaluation], second: Sequence[Evaluation], metric: str) -> None:

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from .. import BioTrainerCallback
 from .._extras import MissingExtra, only_errors_of, require
 from ..settings import DEFAULT_MODEL as DEFAULT_MODEL
+from .statistics import in_points
 from .tasks.task import Task
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Schedule:
 
 @dataclass
 class History:
-    """What training left behind: ``losses`` (epoch, loss), ``validation`` (epoch, main score in percent), seconds.
+    """What training left behind: ``losses`` (epoch, loss), ``validation`` (epoch, main score in points), seconds.
 
     ``seconds`` is training alone; scoring the validation split is not counted.
     """
@@ -155,11 +156,11 @@ def fit(
         task: gives data, loss and the validation split.
         schedule: epochs, learning rate, batch size, seed.
         validations_per_epoch: how often the validation split is scored on the way; 0: never.
-        start: the validation score before training, where it is known; else it is measured.
+        start: the validation score before training in points, where it is known; else it is measured.
         progress: called with (steps done, steps in all) after each step. What it raises ends the training.
         learning_rates: other rates than the schedule's, by regular expressions that are searched in the names of
             parameters.
-        report: called with (steps done, score) after each scoring of the validation split on the way. What it raises
+        report: called with (steps done, score in points) after each scoring on the way. What it raises
             ends the training.
 
     Raises:
@@ -240,6 +241,7 @@ class _Recorder(TrainerCallback):
             self.history.losses.append((float(state.epoch), float(logs["loss"])))
 
     def _validate(self, epoch: float) -> float:
-        score = self.task.evaluate(self.encoder, "validation").scores[self.task.metrics[0]]
+        metric = self.task.metrics[0]
+        score = float(in_points(metric, self.task.evaluate(self.encoder, "validation").scores[metric]))
         self.history.validation.append((float(epoch), score))
         return score

@@ -174,13 +174,19 @@ def default_sites(
     """
     model_type = model_config.get("model_type") or ""
     infos = [primitive_info(entry["name"]) for entry in config.primitives]
-    homes = {info.factory.home for info in infos}
-    if homes == {"embedding"} and model_type in EMBEDDINGS:
-        return [EMBEDDINGS[model_type]], None
-    if homes == {"head"} and model_type in EMBEDDINGS:
-        return [HEAD], None
+    homes = {home_of(info.name, model_type) for info in infos}
+    if len(homes) == 1 and None not in homes:
+        return [str(home) for home in homes], None
     gains = config.rank is None and all(info.gain for info in infos)
     return (GAIN_SITES.get(model_type) if gains else None) or (residual_writers(model_config), None)
+
+
+def home_of(primitive: str, model_type: str) -> str | None:
+    """What the one module is called where a primitive belongs in models of a type; None where it has no home there."""
+    home = primitive_info(primitive).factory.home
+    if home is None or model_type not in EMBEDDINGS:
+        return None
+    return {"embedding": EMBEDDINGS[model_type], "head": HEAD}[home]
 
 
 def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:

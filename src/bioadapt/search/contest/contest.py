@@ -37,8 +37,11 @@ from ..settings import AUTO, FREE, NO_LORA, SearchSettings, budget, check
 from ..space import Configuration, SearchedModel, SearchSpace, load_adapters
 from ..study import Child, Job, open_storage, prepare, run_study
 from ..study.tickets import count_tickets, count_used, runs_here, this_worker
+from .bench import Bench, searchable, without_test
+from .bio import Below, BioObjective
 from .cost import Pace, cost_in_words, trainings
 from .finale import (
+    BELOW,
     WINNER,
     Confirmation,
     Final,
@@ -46,13 +49,11 @@ from .finale import (
     caveats,
     confirm,
     contenders,
-    lora_size,
     open_test,
     shrinkage,
     summary,
 )
-from .lora import USUAL, LoraObjective, SavedLora, targets_of
-from .objective import Bench, BioObjective, searchable, without_test
+from .lora import USUAL, LoraObjective, SavedLora, lora_size, targets_of
 from .own import Training, first_trials, in_words, search_with
 from .script import winner_script
 
@@ -113,10 +114,8 @@ class Search:
     def join(self) -> None:
         """Take trials of a search that `run` has begun, on this or another machine, until none is left.
 
-        The folder ``output`` has to be the same one, since the tuned LoRA lies there.
-
         Raises:
-            ValueError: there is no such study, it was begun with other settings, or its tuned LoRA is not to be found.
+            ValueError: there is no such study, or it was begun with other settings.
         """
         study = self._begun()
         self._say("Joined: this process takes trials, and waits between the phases for the one that began the search.")
@@ -128,12 +127,7 @@ class Search:
             time.sleep(_PATIENCE)
         while not self._has_tickets(self.name):
             time.sleep(_PATIENCE)
-        lora_record = study.user_attrs.get("lora")
-        if lora_record and not Path(lora_record["folder"]).is_dir():
-            raise ValueError(
-                f"the LoRA {lora_record['folder']} is not here; --output has to be a folder that all machines share"
-            )
-        job = self._job(self.name, self._objective(study, lora_record))
+        job = self._job(self.name, self._objective(study, study.user_attrs.get("lora")))
         run_study(job, self.settings.workers, self.console, "searching bio adapters")
 
     def _has_tickets(self, name: str) -> bool:
@@ -175,8 +169,8 @@ class Search:
         """
         folder = self._tested(final["winner"]["number"]) / f"seed-{self._test_seeds[0]}"
         given = None if self.settings.lora in (AUTO, NO_LORA) else self.settings.lora
-        below = str(folder / "lora") if self.settings.lora == AUTO else given
-        encoder = self._bench.encoder(self.settings.seed, below)
+        trained = folder / (BELOW if (folder / BELOW).is_dir() else "lora")
+        encoder = self._bench.encoder(self.settings.seed, trained if self.settings.lora == AUTO else given)
         if (folder / "bio").is_dir():
             adapt(encoder, lambda lora: load_adapters(lora, folder / "bio"))
         return encoder
@@ -220,7 +214,8 @@ class Search:
 
     def _fixed(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        return json.loads(json.dumps(settings | self._rows))
+        # Earlier the bio adapters were trained over a LoRA that had been trained before.
+        return json.loads(json.dumps(settings | self._rows | {"trained": "together"}))
 
     def _begin(self) -> Study:
         if self.name in optuna.get_all_study_names(open_storage(self.storage)):
@@ -287,15 +282,19 @@ class Search:
 
     def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         settings = self.settings
-        prepare(self.storage, self.name, settings.trials, first_trials(self.space, settings.trials))
+        prepare(self.storage, self.name, settings.trials, self._first_trials(lora))
         recorded = study.user_attrs["settings"]
         study.set_user_attr("settings", {**recorded, "trials": count_tickets(study)})
         job = self._job(self.name, self._objective(study, lora))
         run_study(job, settings.workers, self.console, "searching bio adapters")
 
+    def _first_trials(self, lora: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        along = _below(lora).params
+        return first_trials(self.space, self.settings.trials, along["learning_rate"] if along else None)
+
     def _objective(self, study: Study, lora: Mapping[str, Any] | None) -> BioObjective:
-        start = lora["validation"] if lora else self._start(study)
-        return BioObjective(self.space, self._bench, lora["folder"] if lora else None, start, self.settings.seed)
+        alone = lora["validation"] if lora else self._start(study)
+        return BioObjective(self.space, self._bench, _below(lora), alone, self.settings.seed)
 
     def _confirm(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         """Of all trials that there are: more of them than the last time may have brought other ones to the top."""
@@ -305,7 +304,7 @@ class Search:
         if "confirmation" not in study.user_attrs:
             self._say(f"Confirming the best {settings.confirm} on {count(settings.confirm_seeds, 'fresh seed')} each.")
         with (
-            Child(Confirmation(self.space, self._bench, lora["folder"] if lora else None)) as child,
+            Child(Confirmation(self.space, self._bench, _below(lora))) as child,
             self._bar() as bar,
         ):
             follow = partial(bar.track, description="confirming")
@@ -423,6 +422,13 @@ def search(
     own = None if isinstance(task, (str, Path)) else load_task(task)
     chosen = SearchSettings(task=str(task) if own is None else own.name, model=str(model or DEFAULT_MODEL), **settings)
     return Search(chosen, console, task=own).run()
+
+
+def _below(lora: Mapping[str, Any] | None) -> Below:
+    """What the study records of the LoRA, as what lies below: trained along if it was tuned, frozen if it was given."""
+    if lora is None:
+        return Below()
+    return Below(folder=lora["folder"]) if lora["params"] is None else Below(params=lora["params"])
 
 
 def _load_given(encoder: Any, folder: str) -> None:

@@ -15,7 +15,7 @@ from ..settings import AUTO, SearchSettings
 from ..space import SearchSpace
 from ..study import Report
 from ..study.progress import in_words
-from .objective import Bench
+from .bench import Bench
 
 TUNING, SEARCHING, CONFIRMING, TESTING = "of the LoRA", "of bio adapters", "to confirm the best", "to test"
 _STEPS, _RATE = 6, 1e-4
@@ -86,10 +86,8 @@ def cost_in_words(
     scored = {CONFIRMING: 1.0, TESTING: rows["test"] / rows["validation"]}
     seconds = {}
     for phase, count in phases.items():
-        # Of the three that are tested, the LoRA of the same size trains twice as long.
-        longer = 4 / 3 if phase == TESTING and settings.lora == AUTO else 1.0
         validations = scored.get(phase, settings.rungs)
-        one = pace["load"] + longer * steps * pace["step"] + validations * pace["validation"]
+        one = pace["load"] + steps * pace["step"] + validations * pace["validation"]
         seconds[phase] = count * one
     parts = ", ".join(f"{count} {phase} (about {in_words(seconds[phase])})" for phase, count in phases.items())
     return (

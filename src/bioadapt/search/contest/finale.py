@@ -19,10 +19,13 @@ from ...evaluation.training import History, transformer_of
 from ..space import Configuration, SearchSpace, save_adapters
 from ..study import Report
 from ..thompson import ThompsonSampler
-from .lora import train_lora
-from .objective import Bench, train_bio
+from .bench import Bench
+from .bio import Below, train_bio
+from .lora import lora_size, train_lora
 
 BASE, LORA, WINNER, SAME_SIZE = "model as it comes", "tuned LoRA", "LoRA + bio", "LoRA, same size"
+# Folder of the LoRA that was trained with the winner.
+BELOW = "lora-below"
 _FEWEST = 5
 
 
@@ -32,15 +35,23 @@ class Confirmation:
 
     space: SearchSpace
     bench: Bench
-    below: str | None
+    below: Below
 
     def __call__(self, argument: tuple[dict[str, Any], int], report: Report) -> float:
         record, seed = argument
-        encoder = self.bench.encoder(seed, self.below)
         configuration = Configuration.from_record(record)
         if not configuration.slots:
-            return self.bench.validate(encoder)
+            return self._alone(seed)
+        encoder = self.below.encoder(self.bench, seed)
         _, history = train_bio(self.bench, encoder, self.space, configuration, seed, rungs=1)
+        return history.validation[-1][1]
+
+    def _alone(self, seed: int) -> float:
+        """What lies below, without bio adapters."""
+        encoder = self.bench.encoder(seed, self.below.folder)
+        if self.below.params is None:
+            return self.bench.validate(encoder)
+        _, history = train_lora(self.bench, encoder, self.below.params, seed, rungs=1)
         return history.validation[-1][1]
 
 
@@ -67,10 +78,13 @@ class Final:
     def __call__(self, argument: tuple[str, int], report: Report) -> dict[str, Any]:
         name, seed = argument
         folder = Path(self.folder, f"seed-{seed}")
-        encoder = self.bench.encoder(seed, self._below(name, folder))
+        encoder = self._below(name, folder).encoder(self.bench, seed)
         size, trained, history = lora_size(transformer_of(encoder)), 0.0, History()
         if name == WINNER and self.winner.slots:
+            lora = transformer_of(encoder)
             model, history = train_bio(self.bench, encoder, self.space, self.winner, seed, rungs=0)
+            if self.lora is not None:
+                lora.save_pretrained(str(folder / BELOW))
             save_adapters(model, folder / "bio")
             size, trained = size + self.space.parameters(self.winner), self.bench.epochs
         elif name == LORA and self.lora is not None:
@@ -79,13 +93,10 @@ class Final:
             size, trained = lora_size(model), self.bench.epochs
         elif name == SAME_SIZE:
             assert self.lora is not None
-            wanted, trained = self._below_winner(seed)["parameters"] + self.space.parameters(self.winner), self._both
-            model, history = train_lora(self.bench, encoder, self.lora, seed, size=wanted, epochs=trained, rungs=0)
+            known = json.loads(_file(self.folder, WINNER, seed).read_text(encoding="utf-8"))
+            model, history = train_lora(self.bench, encoder, self.lora, seed, size=known["parameters"], rungs=0)
             model.save_pretrained(str(folder / "lora-same-size"))
-            size = lora_size(model)
-        seconds = history.seconds
-        if name == WINNER and self.lora is not None:
-            seconds, trained = seconds + self._below_winner(seed)["seconds"], trained + self.bench.epochs
+            size, trained = lora_size(model), self.bench.epochs
         evaluation = self.bench.test(encoder)
         metric = self.bench.task.metrics[0]
         for card in sorted((folder / "bio").glob("*/README.md")) if name == WINNER else ():
@@ -98,27 +109,16 @@ class Final:
             "gold": evaluation.gold.tolist(),
             "parameters": size,
             "epochs": trained,
-            "seconds": seconds,
+            "seconds": history.seconds,
         }
 
-    @property
-    def _both(self) -> float:
-        """Epochs of the LoRA and of the bio adapter over it."""
-        return (2 if self.winner.slots else 1) * self.bench.epochs
-
-    def _below(self, name: str, folder: Path) -> str | None:
-        """The LoRA that is loaded: the one that was given, or under the winner the one of the same seed."""
+    def _below(self, name: str, folder: Path) -> Below:
+        """The LoRA that was given, or under the winner one that is trained along; a winner without slots is a LoRA."""
         if self.given is not None and name in (LORA, WINNER):
-            return self.given
-        return str(folder / "lora") if self.lora is not None and name == WINNER else None
-
-    def _below_winner(self, seed: int) -> dict[str, Any]:
-        return json.loads(_file(self.folder, LORA, seed).read_text(encoding="utf-8"))
-
-
-def lora_size(model: Any) -> int:
-    """How many numbers the LoRAs in a model have, trained or frozen."""
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+            return Below(folder=self.given)
+        if self.lora is not None and name == WINNER:
+            return Below(params=self.lora) if self.winner.slots else Below(folder=str(folder / "lora"))
+        return Below()
 
 
 def contenders(lora: Mapping[str, Any] | None, given: str | None) -> tuple[str, ...]:

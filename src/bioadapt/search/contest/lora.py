@@ -13,9 +13,10 @@ from torch import nn
 
 from ...evaluation import arms
 from ...evaluation.training import History, adapt, trainable_parameters, transformer_of
+from ...tuner.placement import asked_for
 from ...tuner.targets import block_of
 from ..study import Report
-from .objective import Bench
+from .bench import Bench
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 RANKS = (2, 4, 8, 16, 32)
 ALPHAS_PER_RANK = (1, 2, 4)
 DROPOUTS = (0.0, 0.05, 0.1)
-QUERY_VALUE, QUERY_KEY_VALUE, ALL_LINEAR = "query + value", "query + key + value", "all linear"
-LEARNING_RATES = (1e-4, 1e-2)
+QUERY_VALUE, QUERY_KEY_VALUE = "query + value", "query + key + value"
+ALL_LINEAR, AND_HEAD = "all linear", "all linear + head"
+LEARNING_RATES = (1e-4, 3e-2)
 
 # The settings that most people start from. The tuning starts from them, too, at the model's first choice of targets.
 USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "learning_rate": 1e-3}
@@ -33,7 +35,8 @@ USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "learning_rate": 1e-3}
 def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """The modules of each choice of targets on a model, as ends of their names.
 
-    Where PEFT knows no default targets for the model's type, there is one choice, all linear layers.
+    Where PEFT knows no default targets for the model's type, all linear layers come first. A language model's head is
+    offered with them, since bio adapters may be there as well.
     """
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
     keys = [name.replace("query", "key").replace("q_", "k_") if name != "q" else "k" for name in usual]
@@ -41,8 +44,12 @@ def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     choices = {
         QUERY_VALUE: sorted(usual),
         QUERY_KEY_VALUE: sorted({*usual, *keys}),
-        ALL_LINEAR: sorted({block[1] for block in blocks if block is not None}),
+        ALL_LINEAR: (linear := sorted({block[1] for block in blocks if block is not None})),
     }
+    head = asked_for(model, "get_output_embeddings")
+    called = [path for path, module in model.named_modules() if module is head]
+    if called and isinstance(head, nn.Linear):
+        choices[AND_HEAD] = [*linear, *called]
     return {choice: ends for choice, ends in choices.items() if ends}
 
 
@@ -75,9 +82,15 @@ def lora_of_size(model: PreTrainedModel, params: Mapping[str, Any], parameters: 
     return config
 
 
+def lora_size(model: Any, *, trained: bool = False) -> int:
+    """How many numbers the LoRAs in a model have; those alone that are trained, if ``trained``."""
+    numbers = [p for name, p in model.named_parameters() if "lora_" in name]
+    return sum(p.numel() for p in numbers if p.requires_grad or not trained)
+
+
 @dataclass(frozen=True)
 class LoraObjective:
-    """Validation score, in percent, of a LoRA; the same bench and the same seed as for the bio adapters.
+    """Validation score, in points, of a LoRA; the same bench and the same seed as for the bio adapters.
 
     Attributes:
         bench: what trains.
@@ -134,7 +147,6 @@ def train_lora(
     report: Report = lambda step, score: None,
     *,
     size: int | None = None,
-    epochs: float | None = None,
     rungs: int | None = None,
 ) -> tuple[PeftModel, History]:
     """Put a LoRA into an encoder and train it.
@@ -147,13 +159,10 @@ def train_lora(
         start: validation score before, for the history.
         report: see `Bench.train`.
         size: how many numbers it should have, in the place of the rank.
-        epochs: the bench's if None.
         rungs: the bench's if None.
     """
     base = transformer_of(encoder)
     config = lora_config(base, params) if size is None else lora_of_size(base, params, size)
     model = adapt(encoder, lambda base: get_peft_model(base, config))
-    history = bench.train(
-        encoder, params["learning_rate"], seed, epochs=epochs, start=start, report=report, rungs=rungs
-    )
+    history = bench.train(encoder, params["learning_rate"], seed, start=start, report=report, rungs=rungs)
     return model, history

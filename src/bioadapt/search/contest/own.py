@@ -147,8 +147,14 @@ def in_words(space: SearchSpace) -> list[str]:
     return lines
 
 
-def first_trials(space: SearchSpace, trials: int) -> list[dict[str, Any]]:
-    """Primitives alone, for a third of the trials at most; spread over the alphabet where not all have room."""
-    alone = [space.alone(name) for name in space.primitives]
+def first_trials(space: SearchSpace, trials: int, learning_rate: float | None = None) -> list[dict[str, Any]]:
+    """Primitives alone, for a third of the trials at most; spread over the alphabet where not all have room.
+
+    Args:
+        space: what is searched.
+        trials: how many there will be.
+        learning_rate: the one next to it is taken; the middle one if None.
+    """
+    alone = [space.alone(name, learning_rate) for name in space.primitives]
     count = min(len(alone), trials // WARM_UP)
     return [alone[i * len(alone) // count] for i in range(count)]

@@ -45,14 +45,17 @@ def winner_script(
             "lora = LoraConfig(\n"
             f"    r={chosen['rank']}, lora_alpha={chosen['rank'] * chosen['alpha_per_rank']}, "
             f"lora_dropout={chosen['dropout']}, target_modules={targets!r},\n)\n"
-            "adapt(model, lambda plain: get_peft_model(plain, lora))\n" + train.format(chosen["learning_rate"])
+            "adapt(model, lambda plain: get_peft_model(plain, lora))\n"
         )
+        if not configs:
+            body += train.format(chosen["learning_rate"])
     elif settings.lora != NO_LORA:
         body += f"load_adapted(model, [{settings.lora!r}])\n"
     if configs:
         calls = ",\n".join(config_call(config, seed="seed") for config in configs)
+        # A LoRA that was tuned is trained along.
+        body += "" if settings.lora == AUTO else "transformer_of(model).requires_grad_(False)\n"
         body += (
-            "transformer_of(model).requires_grad_(False)\n"
             f"configs = [\n{indent(calls, '    ')},\n]\n"
             "adapt(model, lambda below: add_adapters(below, configs))\n" + train.format(learning_rate)
         )

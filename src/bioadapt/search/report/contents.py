@@ -14,6 +14,7 @@ from typing import Any
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from ...evaluation.statistics import LOWER_IS_BETTER, unit_of
 from ..space import SearchSpace
 from ..study.tickets import DIED
 from ..thompson import Effect, FeatureMap, ThompsonSampler
@@ -130,9 +131,21 @@ class Contents:
 
     @property
     def metric(self) -> str:
-        """What the scores are, with their unit."""
+        """By what the trials are scored."""
         metrics = self.task.get("metrics") or [self.final.get("metric")]
-        return f"{metrics[0]}, percent" if metrics[0] else "value"
+        return metrics[0] or ""
+
+    @property
+    def score(self) -> str:
+        """What the scores of trials are, with their unit."""
+        if not self.is_search or not self.metric:
+            return "value"
+        return f"validation {self.metric}, {unit_of(self.metric) if self.metric in LOWER_IS_BETTER else 'percent'}"
+
+    @property
+    def unit(self) -> str:
+        """What differences of scores are."""
+        return unit_of(self.metric) if self.metric else "value"
 
     @property
     def verdict(self) -> str:
@@ -162,7 +175,7 @@ class Contents:
             )
             for d in self.differences
         ]
-        return figures.forest(bars, f"difference on test, points of {self.final.get('metric', 'the metric')}", "final")
+        return figures.forest(bars, f"difference on test, {self.unit}", "final")
 
     def forest_in_words(self) -> str:
         lines = "; ".join(f"{d['name']}: {in_brackets(d)}" for d in self.differences)
@@ -233,7 +246,7 @@ class Contents:
                 steps = sorted(trial.intermediate_values)
                 kind = "best" if trial.number == best else kinds[trial.state]
                 lines.append(ReportedScores(steps, [trial.intermediate_values[step] for step in steps], kind))
-        return figures.curves(lines, f"validation {self.metric}" if self.is_search else "reported value", "curves")
+        return figures.curves(lines, self.score if self.is_search else "reported value", "curves")
 
     def progress(self) -> str:
         shown = {"search": self.study}
@@ -241,7 +254,7 @@ class Contents:
             shown["LoRA"] = self.lora_study
         return figures.progress(
             {title: (*_scores(study), self.higher) for title, study in shown.items() if _scores(study)[0]},
-            f"validation {self.metric}" if self.is_search else "value",
+            self.score,
             "progress",
         )
 
@@ -301,7 +314,7 @@ class Contents:
     def effects_figure(self) -> str:
         shown = sorted(self.mechanisms[:SHOWN], key=lambda effect: -effect.mean if self.higher else effect.mean)
         bars = [Bar(f"{e.name} ({e.support})", e.mean, e.low, e.high, self._colour(e)) for e in shown]
-        return figures.forest(bars, f"what it adds, points of {self.metric}" if self.is_search else "effect", "effects")
+        return figures.forest(bars, f"what it adds, {self.unit}" if self.is_search else "effect", "effects")
 
     def effects_in_words(self) -> str:
         helping = [e.name for e in self.mechanisms[:SHOWN] if self._colour(e) == GOOD]

@@ -18,7 +18,8 @@ class Slot:
 
     Attributes:
         primitive: its registry name.
-        layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one.
+        layers: ``all``, ``lower`` or ``upper`` (halves of the blocks), or the number of one; ``home`` where the
+            primitive has a home in this model.
         modules: ``all``, or the name of one module within a block.
         strength: factor on what is zero at birth in the primitive: how much faster than usual it learns.
     """

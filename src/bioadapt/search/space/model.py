@@ -1,17 +1,23 @@
-"""What a model offers to a search: the places where adapters can sit, and the primitives that can act there."""
+"""What a model offers to a search: the places where adapters can sit, and the primitives that can act there.
+
+A primitive that has a home, such as the head of a language model, is offered there alone; all others are offered the
+projections that write into the residual stream.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ... import BioConfig, list_primitives, primitive_info
-from ...tuner.targets import block_of
+from ...tuner.sites import describe
+from ...tuner.targets import block_of, home_of
 
 _PROBE = "probe"
 
@@ -22,7 +28,7 @@ class SearchedModule:
 
     Attributes:
         path: its full name in the plain model.
-        layer: number of the block that it belongs to.
+        layer: number of the block that it belongs to; 0 outside of blocks.
         kind: its name within the block, such as ``attention.output.dense``.
         d_in: features that it reads.
         d_out: features that it writes.
@@ -42,14 +48,16 @@ class SearchedModel:
     Attributes:
         sites: the default targets of `BioConfig`, in the model's order.
         parameters: how many numbers the plain model has.
-        primitives: names of those that can act at every site.
+        primitives: names of those that can act at every site, or at their home.
         refused: the others, with the reason.
+        homes: by primitive the one module where it acts, of those that have a home in this model.
     """
 
     sites: tuple[SearchedModule, ...]
     parameters: int
     primitives: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
+    homes: dict[str, SearchedModule] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, primitives: Sequence[str] | None = None) -> SearchedModel:
@@ -73,7 +81,8 @@ class SearchedModel:
         adapted = get_peft_model(model, BioConfig(primitives=[harmless]), adapter_name=_PROBE)
         try:
             sites = tuple(_site(adapted, path) for path in adapted.base_model.targeted_module_names)
-            refused = _refused(adapted, sites, names)
+            homes = {name: home for name in names if (home := _home(adapted, name)) is not None}
+            refused = _refused(adapted, sites, homes, names)
         finally:
             adapted.unload()
             for parameter, requires_grad in trainable:
@@ -81,7 +90,7 @@ class SearchedModel:
         accepted = tuple(name for name in names if name not in refused)
         if not accepted:
             raise ValueError(f"primitives={names}: none can act on this model: {next(iter(refused.values()))}")
-        return cls(sites, parameters, accepted, refused)
+        return cls(sites, parameters, accepted, refused, {n: home for n, home in homes.items() if n in accepted})
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it; `from_record` is the way back."""
@@ -90,7 +99,8 @@ class SearchedModel:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> SearchedModel:
         sites = tuple(SearchedModule(**site) for site in record["sites"])
-        return cls(sites, record["parameters"], tuple(record["primitives"]), dict(record["refused"]))
+        homes = {name: SearchedModule(**home) for name, home in record.get("homes", {}).items()}
+        return cls(sites, record["parameters"], tuple(record["primitives"]), dict(record["refused"]), homes)
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -103,12 +113,26 @@ def _site(adapted: PeftModel, path: str) -> SearchedModule:
     return SearchedModule(path, number, kind, layer.in_features, layer.out_features)
 
 
-def _refused(adapted: PeftModel, sites: Sequence[SearchedModule], names: Sequence[str]) -> dict[str, str]:
-    """Which primitives cannot act at one site of each shape, and why."""
+def _home(adapted: PeftModel, name: str) -> SearchedModule | None:
+    """The one module of this model where a primitive belongs; None for those that can be anywhere."""
+    config = getattr(adapted.base_model.model, "config", None)
+    called = home_of(name, getattr(config, "model_type", ""))
+    for path, module in adapted.base_model.model.named_modules():
+        if called is not None and path.rpartition(".")[2] == called:
+            site = describe(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+            return SearchedModule(path, 0, called, site.d_in, site.d_out)
+    return None
+
+
+def _refused(
+    adapted: PeftModel, sites: Sequence[SearchedModule], homes: Mapping[str, SearchedModule], names: Sequence[str]
+) -> dict[str, str]:
+    """Which primitives cannot act at their home, or else at one site of each shape, and why."""
     shapes = {(site.kind, site.d_in, site.d_out): site.path for site in sites}
-    targets = list(shapes.values())
+    anywhere = list(shapes.values())
     refused = {}
     for name in names:
+        targets = [homes[name].path] if name in homes else anywhere
         state = torch.get_rng_state()
         try:
             adapted.add_adapter(name, BioConfig(primitives=[name], target_modules=targets))

@@ -16,14 +16,15 @@ from ..settings import SLOTS
 from ..thompson import Feature
 from .configuration import Configuration, Slot
 from .model import SearchedModel, SearchedModule
+from .places import ALL, HOME, LOWER, UPPER, Place, places_of
 from .size import disjoint_tuples, heaps
 
-NONE, FULL, ALL, LOWER, UPPER = "none", "full", "all", "lower", "upper"
+NONE, FULL = "none", "full"
 RANKS: tuple[int | str, ...] = (FULL, 4, 8, 16, 32)
 STRENGTHS = (0.3, 1.0, 3.0)
 COMPOSITIONS = ("serial", "staged", "parallel")
-# About the usual rate of a LoRA, which trains a bio adapter as well.
-LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+# As far as a LoRA's own go, which is trained at the same rate where it is trained along.
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 # How far effects are believed to reach before anything is seen, relative to that of a primitive being there.
 _AT_PLACE, _STRENGTH, _STAGE, _ORDER = 0.5, 0.33, 0.5, 0.5
@@ -33,7 +34,8 @@ class SearchSpace:
     """Every way to put from none to ``slots`` primitives into a model, within a budget of parameters.
 
     A primitive occurs at most once in a configuration, in one slot, which may cover many modules. The order of the
-    slots matters where the composition is serial and two of them share a module.
+    slots matters where the composition is serial and two of them share a module. One that has a home in this model,
+    such as the head of a language model, is there wherever a slot puts it.
 
     What the constraints forbid cannot be proposed: primitives that some site refuses are no choice, nor are those that
     exceed the budget wherever they are put; slots that no longer fit the budget are dropped, from the last on, and so
@@ -44,7 +46,8 @@ class SearchSpace:
         budget: the most trainable numbers that a configuration may have; None for no limit.
         slots: the most primitives that a configuration may have.
         ranks: sizes of the population, or ``"full"`` for the layer's full output; those that exceed the narrowest
-            module's width are left out. Primitives of kind ``weight``, which have sizes of their own, ignore it.
+            module's width are left out. Primitives of kind ``weight``, which have sizes of their own, ignore it, and
+            so do those at home.
         strengths: factors on what is zero at birth in a primitive (its setting ``zero_scale``): how fast it learns.
         compositions: as in `BioConfig`.
         learning_rates: the grid.
@@ -74,10 +77,16 @@ class SearchSpace:
         self.compositions, self.learning_rates = tuple(compositions), tuple(float(rate) for rate in learning_rates)
         self._kinds = {name: primitive_info(name).kind for name in host.primitives}
         self._stages = {name: primitive_info(name).stage for name in host.primitives}
-        self.places = _places(host.sites)
+        # Those at home and those of kind weight: no rank holds for them, and in which order they come means nothing.
+        self._apart = {name for name in host.primitives if self._kinds[name] == "weight" or name in host.homes}
+        self._sites = (*host.sites, *dict.fromkeys(host.homes.values()))
+        self._homes = {name: (HOME, home.kind) for name, home in host.homes.items()}
+        self._anywhere = places_of(host.sites)
+        at_home = {(HOME, home.kind): (self._sites.index(home),) for home in host.homes.values()}
+        self.places = self._anywhere | at_home
         self._masks = {place: sum(1 << i for i in sites) for place, sites in self.places.items()}
         self._counts: dict[tuple[str, int, int], int] = {}
-        self._costs: dict[tuple[str, tuple[str, str], int | None], int] = {}
+        self._costs: dict[tuple[str, Place, int | None], int] = {}
         self.too_large = tuple(name for name in host.primitives if not self._fits_somewhere(name))
         self.primitives = tuple(name for name in host.primitives if name not in self.too_large)
         if not self.primitives:
@@ -85,11 +94,11 @@ class SearchSpace:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(layers for layers, _ in self.places))
+        return tuple(dict.fromkeys(layers for layers, _ in self._anywhere))
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(modules for _, modules in self.places))
+        return tuple(dict.fromkeys(modules for _, modules in self._anywhere))
 
     # -- from a trial to a configuration --
 
@@ -123,20 +132,23 @@ class SearchSpace:
                     params[f"slot{number}.{part}"] = choose(f"slot{number}.{part}")
         return params
 
-    def alone(self, primitive: str) -> dict[str, Any]:
-        """Parameters of the configuration with one primitive, at the widest place that the budget allows."""
+    def alone(self, primitive: str, learning_rate: float | None = None) -> dict[str, Any]:
+        """Parameters of the configuration with one primitive, at the widest place that the budget allows.
+
+        Its rate is the one next to ``learning_rate``, the middle one if None.
+        """
         rank, fitting = next(
             (rank, places)
             for rank in sorted(self.ranks, key=lambda rank: rank != FULL)
-            if (places := [p for p in self.places if self._within(self._cost([(primitive, p)], _number(rank)))])
+            if (places := [place for place in self._anywhere if self._fits(primitive, place, rank)])
         )
         layers, modules = max(fitting, key=lambda place: len(self.places[place]))
         params: dict[str, Any] = {f"slot{number}.primitive": NONE for number in range(2, self.slots + 1)}
-        middle = self.learning_rates[len(self.learning_rates) // 2]
+        usual = learning_rate or self.learning_rates[len(self.learning_rates) // 2]
         strength = min(self.strengths, key=lambda s: abs(math.log(s)))
         return params | {
             "composition": self.compositions[0],
-            "learning_rate": middle,
+            "learning_rate": min(self.learning_rates, key=lambda rate: abs(math.log(rate / usual))),
             "rank": rank,
             "slot1.primitive": primitive,
             "slot1.layers": layers,
@@ -148,10 +160,10 @@ class SearchSpace:
         """The configuration that parameters stand for. A missing slot is an empty one."""
         rank = _number(params.get("rank", self.ranks[0]))
         slots: list[Slot] = []
-        placed: list[tuple[str, tuple[str, str]]] = []
+        placed: list[tuple[str, Place]] = []
         for number in range(1, self.slots + 1):
             name = params.get(f"slot{number}.primitive", NONE)
-            place = (params.get(f"slot{number}.layers"), params.get(f"slot{number}.modules"))
+            place = self._place(name, (params.get(f"slot{number}.layers"), params.get(f"slot{number}.modules")))
             if name == NONE or place not in self.places or any(name == slot.primitive for slot in slots):
                 continue
             placed.append((name, place))
@@ -165,7 +177,7 @@ class SearchSpace:
         """Equal for equal adapters: what means nothing has its first choice, what commutes is in order of name."""
         composition = params.get("composition", self.compositions[0])
         rate = float(params.get("learning_rate", self.learning_rates[0]))
-        free = [slot for slot in slots if self._kinds[slot.primitive] != "weight"]
+        free = [slot for slot in slots if slot.primitive not in self._apart]
         if not free:
             rank = _number(self.ranks[0])
         if not slots:
@@ -187,7 +199,11 @@ class SearchSpace:
 
     def _bound(self, a: Slot, b: Slot) -> bool:
         """Whether it matters in a series which of two comes first."""
-        return "weight" not in (self._kinds[a.primitive], self._kinds[b.primitive]) and self._share(a, b)
+        return not self._apart & {a.primitive, b.primitive} and self._share(a, b)
+
+    def _place(self, primitive: str, place: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Where a slot with this place has a primitive."""
+        return self._homes.get(primitive, place)
 
     def _share(self, a: Slot, b: Slot) -> bool:
         return bool(self._masks[a.layers, a.modules] & self._masks[b.layers, b.modules])
@@ -203,17 +219,18 @@ class SearchSpace:
         return self.budget is None or count <= self.budget
 
     def _fits_somewhere(self, name: str) -> bool:
-        return any(
-            self._within(self._cost([(name, place)], _number(rank))) for place in self.places for rank in self.ranks
-        )
+        return any(self._fits(name, place, rank) for place in self._anywhere for rank in self.ranks)
 
-    def _cost(self, placed: Sequence[tuple[str, tuple[str, str]]], rank: int | None) -> int:
+    def _fits(self, name: str, place: Place, rank: int | str) -> bool:
+        return self._within(self._cost([(name, self._place(name, place))], _number(rank)))
+
+    def _cost(self, placed: Sequence[tuple[str, Place]], rank: int | None) -> int:
         total, populated = 0, 0
         for name, place in placed:
-            population = None if self._kinds[name] == "weight" else rank
+            population = None if name in self._apart else rank
             key = (name, place, population)
             if key not in self._costs:
-                self._costs[key] = sum(self._count(name, self.host.sites[i], population) for i in self.places[place])
+                self._costs[key] = sum(self._count(name, self._sites[i], population) for i in self.places[place])
             total += self._costs[key]
             if population is not None:
                 populated |= self._masks[place]
@@ -233,12 +250,12 @@ class SearchSpace:
     def configs(self, configuration: Configuration) -> list[BioConfig]:
         """The adapters, to be active together: modules with equal lists share one; none for an empty configuration."""
         lists: dict[tuple[tuple[Slot, ...], int | None], list[str]] = {}
-        for i, site in enumerate(self.host.sites):
+        for i, site in enumerate(self._sites):
             here = [slot for slot in configuration.slots if i in self.places[slot.layers, slot.modules]]
-            on_weight = tuple(slot for slot in here if self._kinds[slot.primitive] == "weight")
-            others = tuple(slot for slot in here if slot not in on_weight)
-            groups = [(on_weight + others, None)] if configuration.rank is None else [
-                (on_weight, None), (others, configuration.rank)
+            apart = tuple(slot for slot in here if slot.primitive in self._apart)
+            others = tuple(slot for slot in here if slot not in apart)
+            groups = [(apart + others, None)] if configuration.rank is None else [
+                (apart, None), (others, configuration.rank)
             ]  # fmt: skip
             for slots, rank in groups:
                 if slots:
@@ -272,7 +289,8 @@ class SearchSpace:
             stage = f"stage {self._stages[slot.primitive]}"
             features[stage] = features.get(stage, 0.0) + _STAGE
             features[slot.primitive] = 1.0
-            features[f"{slot.primitive} @ {slot.place}"] = _AT_PLACE
+            if slot.layers != HOME:
+                features[f"{slot.primitive} @ {slot.place}"] = _AT_PLACE
             if slot.strength != 1:
                 features[f"{slot.primitive} strength"] = _STRENGTH * math.log(slot.strength, 3)
         serial = configuration.composition == "serial"
@@ -296,10 +314,11 @@ class SearchSpace:
         ``n! [t^n] 1 / sum_j (-1)^j d_j t^j / j!`` heaps, where d_j counts j-tuples of disjoint places (Viennot, 1986,
         "Heaps of pieces, I: basic definitions and combinatorial lemmas").
         """
-        on_weight = sum(self._kinds[name] == "weight" for name in self.primitives)
-        others = len(self.primitives) - on_weight
-        places, rates, ranks = len(self.places), len(self.learning_rates), len(self.ranks)
-        disjoint = disjoint_tuples(self.places, self.slots, (ALL, LOWER, UPPER))
+        at_home = sum(name in self._homes for name in self.primitives)
+        on_weight = sum(name in self._apart for name in self.primitives) - at_home
+        others = len(self.primitives) - on_weight - at_home
+        places, rates, ranks = len(self._anywhere), len(self.learning_rates), len(self.ranks)
+        disjoint = disjoint_tuples(self._anywhere, self.slots, (ALL, LOWER, UPPER))
         heaped = heaps(disjoint)
         serial, commuting = "serial" in self.compositions, len(self.compositions) - ("serial" in self.compositions)
         total = 1
@@ -307,10 +326,11 @@ class SearchSpace:
             sharing = places**free - disjoint[free]
             arranged = disjoint[free] + commuting * sharing + serial * (heaped[free] - disjoint[free])
             for bound in range(self.slots + 1 - free):
-                if free + bound:
-                    chosen = math.comb(others, free) * math.comb(on_weight, bound)
-                    settings = len(self.strengths) ** (free + bound) * rates * (ranks if free else 1)
-                    total += chosen * arranged * places**bound * settings
+                for resident in range(self.slots + 1 - free - bound):
+                    if filled := free + bound + resident:
+                        chosen = math.comb(others, free) * math.comb(on_weight, bound) * math.comb(at_home, resident)
+                        settings = len(self.strengths) ** filled * rates * (ranks if free else 1)
+                        total += chosen * arranged * places**bound * settings
         return total
 
     def record(self) -> dict[str, Any]:
@@ -343,26 +363,6 @@ def _number(rank: int | str) -> int | None:
 def _exactly(paths: Sequence[str]) -> list[str] | str:
     """Targets that mean these modules alone: PEFT reads a name in a list as the end of a path."""
     return "|".join(path.replace(".", r"\.") for path in paths)
-
-
-def _places(sites: Sequence[SearchedModule]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Indices of the sites at each (layers, modules); of two names for the same sites, the wider one stays."""
-    numbers = sorted({site.layer for site in sites})
-    half = len(numbers) // 2
-    layers = {ALL: set(numbers), LOWER: set(numbers[:half]), UPPER: set(numbers[half:])}
-    layers |= {str(number): {number} for number in numbers}
-    kinds = list(dict.fromkeys(site.kind for site in sites))
-    modules = {ALL: set(kinds)} | {kind: {kind} for kind in kinds}
-    if len(kinds) == 1:
-        modules.pop(kinds[0])
-    distinct = {frozenset(members): name for name, members in reversed(layers.items()) if members}
-    kept = [name for name in layers if name in distinct.values()]
-    return {
-        (layer, module): inside
-        for layer in kept
-        for module in modules
-        if (inside := tuple(i for i, s in enumerate(sites) if s.layer in layers[layer] and s.kind in modules[module]))
-    }
 
 
 def _check(

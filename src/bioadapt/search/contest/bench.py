@@ -1,10 +1,9 @@
-"""Training and validating one configuration on the model of a task."""
+"""What all trainings of a search have in common: model, task, epochs, and how the scores on the way are told."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from ... import BioConfig
 from ...evaluation import Evaluation, Task
 from ...evaluation.models import load_model
 from ...evaluation.prefix import cached_prefix
-from ...evaluation.statistics import better
+from ...evaluation.statistics import in_points
 from ...evaluation.tasks.cuts import with_validation
 from ...evaluation.tasks.task import SENTENCES
-from ...evaluation.training import History, Schedule, adapt, fit, load_adapted, trainable_parameters
-from ..space import Configuration, SearchSpace, SpaceObjective, add_adapters
+from ...evaluation.training import History, Schedule, adapt, fit, load_adapted
+from ..space import add_adapters
 from ..study import Report
 
 with suppress(ImportError):
@@ -43,17 +42,12 @@ def searchable(task: Task) -> Task:
     """The task with all that a search needs; where it has no validation rows, some of the training rows serve.
 
     Raises:
-        ValueError: there is nothing to train or to test on, or a lower score is the better one.
+        ValueError: there is nothing to train or to test on.
     """
     task = with_validation(task)
     for split in ("train", "validation", "test"):
         if not task.sizes.get(split):
             raise ValueError(f"task {task.name!r} has no {split} rows, which a search needs; take one that has")
-    if better(task.metrics[0]) < 0:
-        raise ValueError(
-            f"task {task.name!r} is scored by {task.metrics[0]}, of which a search cannot make less: "
-            "give a function that returns its negative as objective="
-        )
     return task
 
 
@@ -64,7 +58,7 @@ class Bench:
     Attributes:
         model: a name or path, as for `load_model`.
         task: to train, validate and, where it has its test rows, test on. It says which kind of model it is.
-        epochs: of each stage.
+        epochs: of each training.
         batch_size: rows per training step.
         rungs: how often the validation split is scored on the way, the end included.
         device: where to train; the fastest there is if None.
@@ -90,8 +84,9 @@ class Bench:
         return encoder if below is None else load_adapted(encoder, [below])
 
     def validate(self, encoder: Any) -> float:
-        """Score on the validation split, in percent."""
-        return self.task.evaluate(encoder, "validation").scores[self.task.metrics[0]]
+        """Score on the validation split, in points."""
+        metric = self.task.metrics[0]
+        return float(in_points(metric, self.task.evaluate(encoder, "validation").scores[metric]))
 
     def test(self, encoder: Any) -> Evaluation:
         """Scores on the test split, and the rows that they are made of."""
@@ -103,7 +98,6 @@ class Bench:
         learning_rate: float,
         seed: int,
         *,
-        epochs: float | None = None,
         start: float | None = 0.0,
         report: Report = lambda step, score: None,
         rungs: int | None = None,
@@ -114,7 +108,6 @@ class Bench:
             encoder: changed in place.
             learning_rate: of all that is trained.
             seed: of the order of the rows and of dropout.
-            epochs: the bench's if None.
             start: the validation score before training, for the history.
             report: called with (step, score) at each rung.
             rungs: the bench's if None; 0 for no validation.
@@ -123,14 +116,13 @@ class Bench:
             TooSlow: a step takes longer than ``max_step_time``.
             Diverged: the loss is not finite.
         """
-        epochs = self.epochs if epochs is None else epochs
         rungs = self.rungs if rungs is None else rungs
         with cached_prefix(encoder, self.task, self.prefix if self.task.reads == SENTENCES else None):
             return fit(
                 encoder,
                 self.task,
-                Schedule(epochs, learning_rate, self.batch_size, seed),
-                validations_per_epoch=rungs / epochs,
+                Schedule(self.epochs, learning_rate, self.batch_size, seed),
+                validations_per_epoch=rungs / self.epochs,
                 start=start,
                 progress=_StepClock(self.max_step_time) if self.max_step_time else lambda step, steps: None,
                 report=_all_but_last(report, rungs),
@@ -167,53 +159,3 @@ class _StepClock:
             middle = statistics.median(between)
             if middle > self._most:
                 raise TooSlow(f"a training step takes {middle:.2f} s, allowed are {self._most:g} s")
-
-
-@dataclass(frozen=True)
-class BioObjective(SpaceObjective):
-    """Validation score, in percent, of a bio adapter trained over a frozen LoRA.
-
-    Every trial has the same seed, so that trials are compared on the same order of rows and the same dropout.
-
-    Attributes:
-        space: what is searched.
-        bench: what trains.
-        below: folder of the LoRA to stack over, or None.
-        start: validation score of what lies below.
-        seed: of all trials.
-    """
-
-    bench: Bench
-    below: str | None
-    start: float
-    seed: int = 0
-
-    def run(self, params: Mapping[str, Any], report: Report) -> float:
-        """Train one configuration from scratch; one without primitives is what lies below."""
-        configuration = self.space.realise(params)
-        if not configuration.slots:
-            return self.start
-        encoder = self.bench.encoder(self.seed, self.below)
-        _, history = train_bio(self.bench, encoder, self.space, configuration, self.seed, self.start, report)
-        return history.validation[-1][1]
-
-
-def train_bio(
-    bench: Bench,
-    encoder: Any,
-    space: SearchSpace,
-    configuration: Configuration,
-    seed: int,
-    start: float | None = 0.0,
-    report: Report = lambda step, score: None,
-    rungs: int | None = None,
-) -> tuple[PeftModel, History]:
-    """Put a configuration's adapters into an encoder and train them."""
-    configs = space.configs(configuration)
-    for config in configs:
-        config.seed = seed
-    model = bench.bio(encoder, configs)
-    size, expected = trainable_parameters(model), space.parameters(configuration)
-    assert size == expected, (size, expected)
-    history = bench.train(encoder, configuration.learning_rate, seed, start=start, report=report, rungs=rungs)
-    return model, history
