@@ -169,7 +169,8 @@ def page(info: PrimitiveInfo, capabilities: Capabilities, cost: dict[str, str] |
 
 def use(info: PrimitiveInfo) -> str:
     """When to take it, from what the registry knows."""
-    cost = f"It trains {info.parameter_count(384, 384):,} numbers on a layer from 384 to 384 features"
+    count = info.parameter_count(384, 384)
+    cost = f"It trains {count:,} {'number' if count == 1 else 'numbers'} on a layer from 384 to 384 features"
     merges = "folds into the weight" if info.mergeable else "stays in the model, as it depends on its input"
     return f"{USES[info.stage]}, and {KINDS[info.kind]}. {cost}, and {merges}."
 

@@ -1,5 +1,7 @@
 """The comparison on data whose truth is known: who wins, by how much, and what is called a tie."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -55,15 +57,32 @@ def test_of_two_rivals_that_stand_for_one_the_better_counts_on_each_task():
     assert rivalry.rival == "equal"
 
 
-def test_a_lower_perplexity_is_a_win():
+def test_a_lower_perplexity_is_a_win_and_hard_texts_count_no_more_than_easy_ones():
     def evaluations(loss):
         rows = np.stack([np.full(50, loss) + np.random.default_rng(0).random(50), np.ones(50)], axis=1)
         score = STATISTICS["perplexity"](rows, np.arange(50))
         return [Evaluation({"perplexity": score}, {"perplexity": rows}, np.arange(50))] * 2
 
-    tables = {"texts": {"bio": evaluations(1.0), "lora": evaluations(2.0)}}
-    (rivalry,) = compare(tables, {"texts": "perplexity"}, "bio").rivalries
-    assert rivalry.differences[0].verdict == WIN and rivalry.gain.estimate > 0
+    tables = {
+        "easy": {"bio": evaluations(1.0), "lora": evaluations(2.0)},
+        "hard": {"bio": evaluations(7.9), "lora": evaluations(8.0)},
+    }
+    found = compare(tables, {"easy": "perplexity", "hard": "perplexity"}, "bio")
+    (rivalry,) = found.rivalries
+    assert [difference.verdict for difference in rivalry.differences] == [WIN, WIN]
+    assert [difference.interval.estimate for difference in rivalry.differences] == pytest.approx([100.0, 10.0])
+    assert [difference.relative for difference in rivalry.differences] == pytest.approx(
+        [100 * (1 - math.exp(-1.0)), 100 * (1 - math.exp(-0.1))]
+    )
+    assert rivalry.gain.estimate == pytest.approx(55.0) and "+55.00" in found.verdict
+    assert "hundredths of a nat in the mean over 2 tasks" in found.verdict
+
+
+def test_points_of_several_kinds_have_no_name_of_one():
+    tables, metrics = results(bio=[0.8], lora=[0.5])
+    other = {name: runs(ability, task=1, metric="mrr@10") for name, ability in (("bio", 0.8), ("lora", 0.5))}
+    found = compare({**tables, "search": other}, {**metrics, "search": "mrr@10"}, "bio")
+    assert "points in the mean over 2 tasks" in found.verdict
 
 
 def test_what_is_not_trained_stands_for_every_seed():

@@ -11,8 +11,10 @@ from bioadapt.evaluation.statistics import (
     Evaluation,
     Interval,
     best_threshold,
+    in_points,
     paired_interval,
     score_interval,
+    unit_of,
 )
 
 
@@ -61,6 +63,16 @@ def test_a_difference_in_each_metric_has_its_sign(metric):
     assert paired_interval(b, a, metric, resamples=200).verdict == "lower"
     assert interval.estimate == pytest.approx(a.scores[metric] - b.scores[metric])
     assert interval == paired_interval(a, b, metric, resamples=200)
+
+
+def test_perplexities_differ_by_hundredths_of_a_nat_and_less_is_better():
+    tokens = np.array([3.0, 5.0, 8.0])
+    good, bad = (evaluation("perplexity", np.stack([loss * tokens, tokens], 1)) for loss in (2.0, 2.1))
+    interval = paired_interval(good, bad, "perplexity", resamples=50)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((10.0, 10.0, 10.0))
+    assert interval.verdict == "higher"
+    assert score_interval(good, "perplexity").estimate == pytest.approx(np.exp(2.0))
+    assert in_points("spearman", 81.5) == 81.5 and unit_of("spearman") == "points of spearman"
 
 
 def test_the_same_rows_differ_by_nothing():

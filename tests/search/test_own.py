@@ -73,7 +73,7 @@ def test_a_function_and_a_model_are_enough(tmp_path, kind):
     names = {"objective": objective_of(inputs), "model": MODELS[kind]()[0]}
     names["model"].load_state_dict(before)
     exec(compile(script, "best.py", "exec"), names)
-    assert names["score"] == pytest.approx(found["score"], abs=1e-6)
+    assert names["score"] == pytest.approx(found["score"], abs=1e-5)  # processes round differently
 
 
 def study_of(folder, name, trials):

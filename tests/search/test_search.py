@@ -29,13 +29,13 @@ from typer.testing import CliRunner
 import bioadapt
 from bioadapt.cli import app
 from bioadapt.evaluation import load_task
-from bioadapt.evaluation.training import Diverged, transformer_of
+from bioadapt.evaluation.training import Diverged, adapt, transformer_of
 from bioadapt.search.contest import Search, finale
 from bioadapt.search.contest.bench import Bench, TooSlow, searchable, without_test
 from bioadapt.search.contest.bio import Below, train_bio
 from bioadapt.search.contest.lora import USUAL, train_lora
 from bioadapt.search.settings import SearchSettings
-from bioadapt.search.space import SearchedModel, SearchSpace, describe
+from bioadapt.search.space import SearchedModel, SearchSpace, describe, load_adapters, save_adapters
 from bioadapt.search.study import open_storage
 from bioadapt.search.study.tickets import this_worker
 
@@ -273,8 +273,10 @@ def test_more_trials_for_a_finished_search_are_confirmed_tested_and_counted_anew
 
 def test_a_lora_that_was_given_stays_as_it_is_and_one_of_the_search_is_trained_along(data, tmp_path):
     bench = Bench("all-MiniLM-L6-v2", without_test(searchable(load_task("tiny", data, limit=16))), batch_size=8)
-    space = SearchSpace(SearchedModel.of(transformer_of(bench.encoder(0)), PRIMITIVES), slots=1)
-    configuration = space.realise(space.alone("lateral_inhibition"))
+    space = SearchSpace(SearchedModel.of(transformer_of(bench.encoder(0)), PRIMITIVES), slots=2)
+    second = {"slot2.primitive": "synaptic_tagging", "slot2.layers": "5", "slot2.modules": "all", "slot2.strength": 1.0}
+    configuration = space.realise(space.alone("lateral_inhibition", 3e-2) | second)
+    assert len(space.configs(configuration)) == 2
     params = {"rank": 2, "alpha_per_rank": 2, "dropout": 0.0, "targets": "query + value", "learning_rate": 1e-3}
     encoder = Below(params=params).encoder(bench, 0)
     lora = transformer_of(encoder)
@@ -282,8 +284,13 @@ def test_a_lora_that_was_given_stays_as_it_is_and_one_of_the_search_is_trained_a
     for below, moves in ((Below(params=params), True), (Below(folder=str(tmp_path)), False)):
         encoder = below.encoder(bench, 0)
         before = loras(encoder)
-        train_bio(bench, encoder, space, configuration, 0)
+        model, _ = train_bio(bench, encoder, space, configuration, 0)
         assert all(torch.equal(before[name], after) != moves for name, after in loras(encoder).items())
+        save_adapters(model, tmp_path / f"bio {moves}")
+        again = bench.encoder(0, below.folder)
+        adapt(again, lambda plain, moves=moves: load_adapters(plain, tmp_path / f"bio {moves}"))
+        texts = bench.task.texts("validation")
+        assert torch.equal(*(torch.as_tensor(one.encode(texts)) for one in (encoder, again)))
 
 
 def loras(encoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -262,15 +263,36 @@ def test_what_compares_tokens_goes_to_the_embedding_of_a_language_model():
 
     decoder = Qwen2Config(**SMALL, num_key_value_heads=2)
     assert targets(Qwen2ForCausalLM(decoder), "sequence_memory") == {"embed_tokens"}
-    assert targets(Qwen2ForCausalLM(decoder), "sequence_memory", "leaky_integrator") == {"o_proj", "down_proj"}
-    assert targets(bert(), "sequence_memory") == {"output.dense"}
+    alone = "sequence_memory belongs at 'embed_tokens', but goes to .*'o_proj', 'down_proj'.*: give it a configuration"
+    with pytest.warns(UserWarning, match=alone):
+        assert targets(Qwen2ForCausalLM(decoder), "sequence_memory", "leaky_integrator") == {"o_proj", "down_proj"}
+    with pytest.warns(UserWarning, match="belongs at the embedding of a language model, and none is known of 'bert'"):
+        assert targets(bert(), "sequence_memory") == {"output.dense"}
 
 
 def test_what_has_a_unit_for_each_word_goes_to_the_head_of_a_language_model():
     decoder = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2))
     model = get_peft_model(decoder, BioConfig("logogen"))
     assert [layer.path for layer in model.base_model.layers()] == ["lm_head"]
-    assert get_peft_model(bert(), BioConfig("logogen")).peft_config["default"].target_modules == {"output.dense"}
+    with pytest.warns(
+        UserWarning, match="logogen belongs at the head of a language model, and none is known of 'bert'"
+    ):
+        assert get_peft_model(bert(), BioConfig("logogen")).peft_config["default"].target_modules == {"output.dense"}
+
+
+def test_two_with_different_homes_are_told_that_one_configuration_has_one_list_of_modules():
+    decoder = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2))
+    with pytest.warns(UserWarning) as said:
+        get_peft_model(decoder, BioConfig(["logogen", "sequence_memory"]))
+    homes = {str(one.message).partition(", but")[0] for one in said if "belongs at" in str(one.message)}
+    assert homes == {"logogen belongs at 'lm_head'", "sequence_memory belongs at 'embed_tokens'"}
+
+
+def test_where_the_user_puts_it_nothing_is_said():
+    decoder = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*belongs at")
+        get_peft_model(decoder, BioConfig("logogen", target_modules=["down_proj"]))
 
 
 def test_gains_go_where_ia3_goes_and_the_rest_into_the_residual_stream():

@@ -29,7 +29,7 @@ from .refusals import base_of, check_attributes, check_layers, check_names, free
 from .scope import Scope
 from .sites import bypassed
 from .state_dict import circuit_tensors, hide_adapters, placed
-from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, shared_modules, unmatched
+from .targets import RESIDUAL_WRITERS, default_sites, fused_experts, shared_modules, tell_of_homes, unmatched
 from .tree import bio_layers, forget_configs, undone_on_failure
 from .unloading import MergeableModel
 
@@ -199,6 +199,7 @@ class BioModel(MergeableModel):
                     f"target_modules=None: no default targets are known for model type "
                     f"{model_config.get('model_type')!r}; give target_modules, a list of module names or 'all-linear'"
                 )
+            tell_of_homes(peft_config, str(model_config.get("model_type")), targets)
             # Not written into the user's object: one configuration may serve several model types.
             peft_config = self._replace_config(peft_config)
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)

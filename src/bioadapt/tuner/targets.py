@@ -20,6 +20,7 @@ module on the way, both names are listed.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -187,6 +188,16 @@ def home_of(primitive: str, model_type: str) -> str | None:
     if home is None or model_type not in EMBEDDINGS:
         return None
     return {"embedding": EMBEDDINGS[model_type], "head": HEAD}[home]
+
+
+def tell_of_homes(config: BioConfig, model_type: str, targets: list[str] | str) -> None:
+    """Warn of primitives that the default targets do not have where they belong."""
+    for name in (entry["name"] for entry in config.primitives):
+        belongs, home = primitive_info(name).factory.home, home_of(name, model_type)
+        if belongs is not None and targets != [home]:
+            where = f"{home!r}" if home else f"the {belongs} of a language model, and none is known of {model_type!r}"
+            ways = "give it a configuration of its own, or target_modules" if home else "give target_modules"
+            warnings.warn(f"{name} belongs at {where}, but goes to the default targets {targets}: {ways}")
 
 
 def residual_writers(model_config: Mapping[str, Any]) -> list[str] | str | None:

@@ -41,7 +41,6 @@ from .bench import Bench, searchable, without_test
 from .bio import Below, BioObjective
 from .cost import Pace, cost_in_words, trainings
 from .finale import (
-    BELOW,
     WINNER,
     Confirmation,
     Final,
@@ -169,9 +168,10 @@ class Search:
         """
         folder = self._tested(final["winner"]["number"]) / f"seed-{self._test_seeds[0]}"
         given = None if self.settings.lora in (AUTO, NO_LORA) else self.settings.lora
-        trained = folder / (BELOW if (folder / BELOW).is_dir() else "lora")
-        encoder = self._bench.encoder(self.settings.seed, trained if self.settings.lora == AUTO else given)
-        if (folder / "bio").is_dir():
+        bio = (folder / "bio").is_dir()  # a LoRA that was trained along is loaded with them
+        alone = str(folder / "lora") if self.settings.lora == AUTO and not bio else given
+        encoder = self._bench.encoder(self.settings.seed, alone)
+        if bio:
             adapt(encoder, lambda lora: load_adapters(lora, folder / "bio"))
         return encoder
 

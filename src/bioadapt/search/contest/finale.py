@@ -24,8 +24,6 @@ from .bio import Below, train_bio
 from .lora import lora_size, train_lora
 
 BASE, LORA, WINNER, SAME_SIZE = "model as it comes", "tuned LoRA", "LoRA + bio", "LoRA, same size"
-# Folder of the LoRA that was trained with the winner.
-BELOW = "lora-below"
 _FEWEST = 5
 
 
@@ -78,16 +76,13 @@ class Final:
     def __call__(self, argument: tuple[str, int], report: Report) -> dict[str, Any]:
         name, seed = argument
         folder = Path(self.folder, f"seed-{seed}")
-        encoder = self._below(name, folder).encoder(self.bench, seed)
+        encoder = self._below(name).encoder(self.bench, seed)
         size, trained, history = lora_size(transformer_of(encoder)), 0.0, History()
         if name == WINNER and self.winner.slots:
-            lora = transformer_of(encoder)
             model, history = train_bio(self.bench, encoder, self.space, self.winner, seed, rungs=0)
-            if self.lora is not None:
-                lora.save_pretrained(str(folder / BELOW))
             save_adapters(model, folder / "bio")
             size, trained = size + self.space.parameters(self.winner), self.bench.epochs
-        elif name == LORA and self.lora is not None:
+        elif name in (LORA, WINNER) and self.lora is not None:  # a winner without slots is the tuned LoRA
             model, history = train_lora(self.bench, encoder, self.lora, seed, rungs=0)
             model.save_pretrained(str(folder / "lora"))
             size, trained = lora_size(model), self.bench.epochs
@@ -112,13 +107,11 @@ class Final:
             "seconds": history.seconds,
         }
 
-    def _below(self, name: str, folder: Path) -> Below:
-        """The LoRA that was given, or under the winner one that is trained along; a winner without slots is a LoRA."""
-        if self.given is not None and name in (LORA, WINNER):
-            return Below(folder=self.given)
-        if self.lora is not None and name == WINNER:
-            return Below(params=self.lora) if self.winner.slots else Below(folder=str(folder / "lora"))
-        return Below()
+    def _below(self, name: str) -> Below:
+        """The LoRA that was given, or one that is trained along under the winner's bio adapters."""
+        if name == WINNER and self.winner.slots:
+            return Below(self.given, self.lora)
+        return Below(folder=self.given if name in (LORA, WINNER) else None)
 
 
 def contenders(lora: Mapping[str, Any] | None, given: str | None) -> tuple[str, ...]:

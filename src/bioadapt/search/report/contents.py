@@ -1,4 +1,7 @@
-"""What a report shows of a study, each part computed when the page's template asks for it."""
+"""What a report shows of a study, each part computed when the page's template asks for it.
+
+One file because the template reads all of it from one object.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ... import BioConfig
+from ...checkpoint import ALONG
 from .configuration import Slot
 
 _NAME = "bio"
@@ -35,12 +36,12 @@ def add_adapters(model: Any, configs: Sequence[BioConfig]) -> PeftModel:
 
 
 def save_adapters(model: PeftModel, folder: str | Path) -> None:
-    """Write every adapter into a subfolder of its name."""
+    """Write every adapter into a subfolder of its name, and a LoRA that trains along beside it."""
     model.save_pretrained(str(folder))
 
 
 def load_adapters(model: Any, folder: str | Path) -> PeftModel:
-    """Load what `save_adapters` wrote, all of them active and frozen.
+    """Load what `save_adapters` wrote, all of them active and frozen, over the LoRA that trained along, if one did.
 
     Plain PEFT does the same::
 
@@ -59,6 +60,9 @@ def load_adapters(model: Any, folder: str | Path) -> PeftModel:
     names = [name for _, name in sorted(numbered.items())]
     if not (Path(folder) / _NAME).is_dir():
         raise ValueError(f"{folder}: no adapter {_NAME!r} is in this folder")
+    plain = not isinstance(model, PeftModel)
+    for config in sorted(Path(folder, _NAME, ALONG).glob("*/adapter_config.json")) if plain else ():
+        model = PeftModel.from_pretrained(model, str(config.parent), adapter_name=config.parent.name)
     adapted = PeftModel.from_pretrained(model, str(Path(folder) / _NAME), adapter_name=_NAME)
     for name in names[1:]:
         adapted.load_adapter(str(Path(folder) / name), adapter_name=name)
