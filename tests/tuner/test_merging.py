@@ -186,11 +186,20 @@ def mlp_of_large_numbers() -> nn.Module:
 def test_merging_into_a_tied_weight_is_refused():
     base = gpt2(tie_word_embeddings=True)
     assert base.lm_head.weight is base.transformer.wte.weight
-    model = get_peft_model(base, awake("mergeable", ["lm_head"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tied")  # the adapter alone does no harm to it
+        model = get_peft_model(base, awake("mergeable", ["lm_head"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own, of the same
         with unchanged(model), pytest.raises(ValueError, match="lm_head is tied"):
             model.merge_adapter()
+
+
+def test_a_tied_head_that_is_trained_itself_is_warned_of():
+    config = awake("mergeable")
+    config.modules_to_save = ["lm_head"]
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        get_peft_model(gpt2(tie_word_embeddings=True), config)
 
 
 def test_beside_a_tied_weight_merging_is_allowed():

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .._words import suggest
+from ..config import BioConfig
 from .heads import release_heads
 from .layer import BioLayer
 from .tree import forget_configs, remove_adapter
@@ -97,6 +98,11 @@ class MergeableModel(BaseTuner):
                     f"the weight of {layer.path} is tied to another module's, which merging would change as well: "
                     "clone it first (tie_word_embeddings=False)"
                 )
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: BioConfig) -> None:
+        """Without PEFT's warning of a tied head or embedding: its weight stays, and merging into it is refused."""
+        if peft_config.modules_to_save:
+            super()._check_tied_modules(model, peft_config)
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         """Raise `ValueError` if a tensor that is to be merged, of a method below too, is not finite."""

@@ -214,8 +214,9 @@ class Search:
 
     def _fixed(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        # Earlier the bio adapters were trained over a LoRA that had been trained before.
-        return json.loads(json.dumps(settings | self._rows | {"trained": "together"}))
+        # Earlier a tuned LoRA was trained before the bio adapters, and frozen: such trials cannot be gone on with.
+        trained = {"lora_trained": "with the bio adapters"} if self.settings.lora == AUTO else {}
+        return json.loads(json.dumps(settings | self._rows | trained))
 
     def _begin(self) -> Study:
         if self.name in optuna.get_all_study_names(open_storage(self.storage)):
