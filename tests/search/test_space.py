@@ -31,6 +31,7 @@ from bioadapt.search.space import (
     save_adapters,
 )
 from bioadapt.search.space.places import HOME
+from bioadapt.search.thompson import ThompsonSampler
 
 POINTWISE, CAUSAL, WEIGHT = "lateral_inhibition", "leaky_integrator", "synaptic_tagging"
 
@@ -452,3 +453,18 @@ def test_the_rate_of_a_gate_times_s_is_the_gate_times_s():
 
     assert torch.allclose(trained(3.0, 1.0), trained(1.0, 3.0), atol=1e-5)
     assert not torch.allclose(trained(1.0, 1.0), trained(1.0, 3.0), atol=1e-2)
+
+
+def test_a_search_finds_what_has_a_home():
+    space = SearchSpace(SearchedModel.of(language_model(), ["logogen", POINTWISE, CAUSAL, "sequence_memory"]), slots=3)
+    worth = {"logogen": 2.0, "sequence_memory": 1.0, POINTWISE: -0.5, CAUSAL: -0.5}
+
+    def score(trial):
+        return sum(worth[slot.primitive] for slot in space.realise(space.suggest(trial)).slots)
+
+    study = optuna.create_study(direction="maximize", sampler=ThompsonSampler(seed=0, features=space.features))
+    # As a search begins: all other slots are empty, so that the sampler first proposes primitives without a strength.
+    for name, rate in product(space.primitives, space.learning_rates[:3]):
+        study.enqueue_trial(space.alone(name, rate))
+    study.optimize(score, n_trials=40)
+    assert {slot.primitive for slot in space.realise(study.best_params).slots} == {"logogen", "sequence_memory"}

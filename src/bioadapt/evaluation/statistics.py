@@ -167,7 +167,7 @@ def in_points(metric: str, score: Any) -> Any:
 
 
 def unit_of(metric: str) -> str:
-    """What differences of `in_points` are, in words."""
+    """What differences between scores in points are, in words."""
     return "hundredths of a nat" if metric == "perplexity" else f"points of {metric}"
 
 

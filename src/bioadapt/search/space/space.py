@@ -157,17 +157,18 @@ class SearchSpace:
         }
 
     def realise(self, params: Mapping[str, Any]) -> Configuration:
-        """The configuration that parameters stand for. A missing slot is an empty one."""
+        """The configuration that parameters stand for. A slot that is missing, or has no strength, is an empty one."""
         rank = _number(params.get("rank", self.ranks[0]))
         slots: list[Slot] = []
         placed: list[tuple[str, Place]] = []
         for number in range(1, self.slots + 1):
-            name = params.get(f"slot{number}.primitive", NONE)
+            name, strength = params.get(f"slot{number}.primitive", NONE), params.get(f"slot{number}.strength")
             place = self._place(name, (params.get(f"slot{number}.layers"), params.get(f"slot{number}.modules")))
-            if name == NONE or place not in self.places or any(name == slot.primitive for slot in slots):
+            taken = any(name == slot.primitive for slot in slots)
+            if name == NONE or strength is None or place not in self.places or taken:
                 continue
             placed.append((name, place))
-            slots.append(Slot(name, *place, strength=float(params[f"slot{number}.strength"])))
+            slots.append(Slot(name, *place, strength=float(strength)))
         while slots and not self._within(self._cost(placed, rank)):
             slots.pop()
             placed.pop()
