@@ -76,8 +76,10 @@ ROWS: tuple[Row | Confirmed, ...] = (
     Confirmed(
         "words by their frequency, over a LoRA of its size: next word, opinions", "logogen", "mpqa:language_modelling"
     ),
+    Confirmed("the same: opinions, six times the rows", "logogen", "mpqa:language_modelling (logogen_long)"),
     Confirmed("the same: Stack Overflow titles", "logogen", "stackoverflow:language_modelling"),
     Confirmed("the same: texts of the model's own field", "logogen", "subj:language_modelling"),
+    Confirmed("the same: docstrings, second model", "logogen", "new-texts:language_modelling"),
     Confirmed(
         "recall of what followed, over a LoRA of its size: next word, snippets",
         "sequence_memory",

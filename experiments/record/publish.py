@@ -244,6 +244,11 @@ def promised(found: Sequence[Finding]) -> str:
     return "\n\n".join(tables)
 
 
+def question_of(finding: Finding) -> tuple[str, str, bool]:
+    """What the record answers once: of a second study of the same, the task is named after the study as well."""
+    return finding.primitive, finding.task, finding.alone
+
+
 def put_into(page: Path, lines: str, mark: str = "table") -> None:
     """Between the marks of a page."""
     first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
@@ -254,11 +259,15 @@ def put_into(page: Path, lines: str, mark: str = "table") -> None:
 
 def main() -> None:
     studies = [cells.parent for cells in sorted(EVIDENCE.glob("*/cells.csv"))]
-    sure = [finding for study in studies for finding in confirmed(study)]
-    known = {(finding.primitive, finding.task, finding.alone) for finding in sure}
+    sure: dict[tuple[str, str, bool], Finding] = {}
+    for study in studies:
+        for finding in confirmed(study):
+            again = question_of(finding) in sure
+            told = replace(finding, task=f"{finding.task} ({study.name})") if again else finding
+            sure[question_of(told)] = told
     screened = findings(list(read(HERE / "cells.csv", Result)))
-    left = (finding for finding in screened if (finding.primitive, finding.task, finding.alone) not in known)
-    found = sorted([*left, *sure], key=lambda finding: (finding.primitive, finding.task, finding.alone))
+    left = (finding for finding in screened if question_of(finding) not in sure)
+    found = sorted([*left, *sure.values()], key=question_of)
     with RECORD.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Finding)], lineterminator="\n")
         writer.writeheader()
