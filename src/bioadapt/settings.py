@@ -122,7 +122,10 @@ class SearchSettings:
     model: str = _option(DEFAULT_MODEL, _MODEL)
     lora: str = _option(AUTO, "auto: tuned with as many trials; none; or the folder of a trained one.")
     trials: int = _option(40, "How many configurations are tried; give more to go on.")
-    budget_params: str | int = _option("1%", "Most trainable numbers: 200000, or 1% of the model.")
+    budget_params: str | int = _option("1%", "Most numbers of the bio adapters: 200000, or 1% of the model.")
+    lora_params: str | int | None = _option(
+        None, "Most numbers of the LoRA that is tuned, as for --budget-params; any, if not given."
+    )
     output: str = _option("search_output", "Where adapters and report go.")
     storage: str | None = _option(
         None, "PATH.journal, sqlite:///PATH, postgresql://..., grpc://...; a journal in --output, if not given."

@@ -23,6 +23,7 @@ pytest.importorskip("matplotlib")
 import optuna
 import torch
 from optuna.trial import TrialState
+from peft import get_peft_model
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -33,7 +34,15 @@ from bioadapt.evaluation.training import Diverged, adapt, transformer_of
 from bioadapt.search.contest import Search, finale
 from bioadapt.search.contest.bench import Bench, TooSlow, searchable, without_test
 from bioadapt.search.contest.bio import Below, train_bio
-from bioadapt.search.contest.lora import USUAL, train_lora
+from bioadapt.search.contest.lora import (
+    USUAL,
+    LoraObjective,
+    first_params,
+    highest_ranks,
+    lora_config,
+    lora_size,
+    train_lora,
+)
 from bioadapt.search.settings import SearchSettings
 from bioadapt.search.space import SearchedModel, SearchSpace, describe, load_adapters, save_adapters
 from bioadapt.search.study import open_storage
@@ -297,6 +306,26 @@ def loras(encoder):
     """The up-projections, by their place among all."""
     named = transformer_of(encoder).named_parameters()
     return dict(enumerate(p.detach().clone() for name, p in named if "lora_B" in name))
+
+
+@pytest.mark.parametrize(("most", "first_rank"), [(None, 8), (40_000, 4), (200_000, 8)])
+def test_no_lora_of_the_tuning_exceeds_its_bound(data, most, first_rank):
+    bench = Bench("all-MiniLM-L6-v2", without_test(searchable(load_task("tiny", data, limit=16))))
+    plain = transformer_of(bench.encoder(0))
+    ranks = highest_ranks(plain, most)
+    objective = LoraObjective(bench, ranks, 0.0)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    proposed = [first_params(ranks), *(objective.suggest(study.ask()) for _ in range(200))]
+    assert proposed[0]["rank"] == first_rank
+    sizes = {(params["targets"], params["rank"]): params for params in proposed}
+    for place, params in sizes.items():
+        sizes[place] = lora_size(get_peft_model(copy.deepcopy(plain), lora_config(plain, params)))
+    cost = {targets: size // rank for (targets, rank), size in sizes.items()}
+    for targets, highest in ranks.items():  # the highest one fits, and one more would not
+        assert max(rank for place, rank in sizes if place == targets) <= highest
+        assert most is None or highest * cost[targets] <= most
+        assert highest == 32 or (highest + 1) * cost[targets] > most
+    assert max(sizes.values()) <= (most or math.inf)
 
 
 def test_a_perplexity_is_searched_in_points(tmp_path, monkeypatch):

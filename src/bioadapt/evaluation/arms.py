@@ -262,6 +262,12 @@ def lora_of_size(
     return config
 
 
+def cost_of_rank(model: nn.Module, paths: Sequence[str]) -> int:
+    """How many numbers one rank of a LoRA on these modules has."""
+    modules = dict(model.named_modules())
+    return sum(_cost(modules[path]) for path in paths)
+
+
 def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:
     """The rank at which a LoRA has as nearly so many numbers as it can, and the modules that get one rank more.
 

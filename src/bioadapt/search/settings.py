@@ -40,6 +40,12 @@ def check(settings: SearchSettings) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"{name} {value!r}: a number above zero is needed")
     budget(settings.budget_params, 10**12)
+    if settings.lora_params is not None:
+        budget(settings.lora_params, 10**12)
+        if settings.lora != AUTO:
+            raise ValueError(
+                f"lora_params {settings.lora_params!r}: only a LoRA that is tuned has a bound; lora={AUTO!r}"
+            )
     if settings.lora not in (AUTO, NO_LORA) and not Path(settings.lora, "adapter_config.json").is_file():
         raise ValueError(
             f"lora {settings.lora!r}: no adapter_config.json is there; accepted: auto, none, a LoRA's folder"

@@ -52,7 +52,7 @@ from .finale import (
     shrinkage,
     summary,
 )
-from .lora import USUAL, LoraObjective, SavedLora, lora_size, targets_of
+from .lora import LoraObjective, SavedLora, first_params, highest_ranks, lora_size, targets_of
 from .own import Training, first_trials, in_words, search_with
 from .script import winner_script
 
@@ -102,6 +102,8 @@ class Search:
         plain = transformer_of(encoder)
         self._lora_targets = targets_of(plain)
         host = SearchedModel.of(plain, settings.primitives)
+        bound = settings.lora_params
+        self._lora_ranks = highest_ranks(plain, None if bound is None else budget(bound, host.parameters))
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
         if settings.lora not in (AUTO, NO_LORA):
             _load_given(encoder, settings.lora)
@@ -262,8 +264,7 @@ class Search:
             return study.user_attrs["lora"]
         if settings.lora == AUTO:
             name = f"{self.name}-lora"
-            first = next(iter(self._lora_targets))
-            prepare(self.storage, name, settings.trials, [{**USUAL, "targets": first}])
+            prepare(self.storage, name, settings.trials, [first_params(self._lora_ranks)])
             tuned = run_study(self._job(name, self._lora_objective(start)), settings.workers, self.console, _TUNING)
             best = _best(tuned)
             folder = str((self.output / "lora").absolute())
@@ -279,7 +280,7 @@ class Search:
         return study.user_attrs["lora"]
 
     def _lora_objective(self, start: float) -> LoraObjective:
-        return LoraObjective(self._bench, tuple(self._lora_targets), start, self.settings.seed)
+        return LoraObjective(self._bench, self._lora_ranks, start, self.settings.seed)
 
     def _search(self, study: Study, lora: Mapping[str, Any] | None) -> None:
         settings = self.settings

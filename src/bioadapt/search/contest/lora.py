@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,11 @@ from .bench import Bench
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RANKS = (2, 4, 8, 16, 32)
+HIGHEST_RANK = 32
 ALPHAS_PER_RANK = (1, 2, 4)
 DROPOUTS = (0.0, 0.05, 0.1)
 QUERY_VALUE, QUERY_KEY_VALUE = "query + value", "query + key + value"
-ALL_LINEAR, AND_HEAD = "all linear", "all linear + head"
+ALL_LINEAR, AND_HEAD, HEAD = "all linear", "all linear + head", "head"
 LEARNING_RATES = (1e-4, 3e-2)
 
 # The settings that most people start from. The tuning starts from them, too, at the model's first choice of targets.
@@ -36,7 +36,7 @@ def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """The modules of each choice of targets on a model, as ends of their names.
 
     Where PEFT knows no default targets for the model's type, all linear layers come first. A language model's head is
-    offered with them, since bio adapters may be there as well.
+    offered with them and alone, since bio adapters may be there as well.
     """
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
     keys = [name.replace("query", "key").replace("q_", "k_") if name != "q" else "k" for name in usual]
@@ -50,7 +50,35 @@ def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     called = [path for path, module in model.named_modules() if module is head]
     if called and isinstance(head, nn.Linear):
         choices[AND_HEAD] = [*linear, *called]
+        choices[HEAD] = called
     return {choice: ends for choice, ends in choices.items() if ends}
+
+
+def highest_ranks(model: PreTrainedModel, most: int | None = None) -> dict[str, int]:
+    """How high the rank may be at each choice of targets; without the choices where rank one is too much.
+
+    Args:
+        model: the plain model.
+        most: how many numbers the LoRA may have; as many as the highest rank of the space makes if None.
+
+    Raises:
+        ValueError: no LoRA is as small as that.
+    """
+    costs = {choice: arms.cost_of_rank(model, _paths(model, ends)) for choice, ends in targets_of(model).items()}
+    ranks = {
+        choice: HIGHEST_RANK if most is None else min(HIGHEST_RANK, most // cost) for choice, cost in costs.items()
+    }
+    if not any(ranks.values()):
+        raise ValueError(
+            f"lora_params {most:,}: the smallest LoRA of this model has {min(costs.values()):,} numbers; allow as many"
+        )
+    return {choice: rank for choice, rank in ranks.items() if rank}
+
+
+def first_params(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What the tuning starts from: what most people take, or the nearest to it that the ranks allow."""
+    targets, highest = next(iter(ranks.items()))
+    return {**USUAL, "rank": min(USUAL["rank"], highest), "targets": targets}
 
 
 def lora_config(model: PreTrainedModel, params: Mapping[str, Any]) -> LoraConfig:
@@ -71,15 +99,19 @@ def lora_of_size(model: PreTrainedModel, params: Mapping[str, Any], parameters: 
         params: parameters of the LoRA's space; the rank is replaced.
         parameters: how many trainable numbers there should be.
     """
-    ends = targets_of(model)[params["targets"]]
-    paths = [
+    paths = _paths(model, targets_of(model)[params["targets"]])
+    config = arms.lora_of_size(model, paths, parameters, alpha_per_rank=params["alpha_per_rank"])
+    config.lora_dropout = params["dropout"]
+    return config
+
+
+def _paths(model: PreTrainedModel, ends: Sequence[str]) -> list[str]:
+    """Full names of the linear layers whose names end so."""
+    return [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(path == end or path.endswith(f".{end}") for end in ends)
     ]
-    config = arms.lora_of_size(model, paths, parameters, alpha_per_rank=params["alpha_per_rank"])
-    config.lora_dropout = params["dropout"]
-    return config
 
 
 def lora_size(model: Any, *, trained: bool = False) -> int:
@@ -94,23 +126,24 @@ class LoraObjective:
 
     Attributes:
         bench: what trains.
-        targets: the choices of modules that the model offers.
+        ranks: the highest rank at each choice of modules.
         start: validation score of the model as it comes.
         seed: of all trials.
     """
 
     bench: Bench
-    targets: tuple[str, ...]
+    ranks: Mapping[str, int]
     start: float
     seed: int = 0
     features = None
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        targets = trial.suggest_categorical("targets", tuple(self.ranks))
         return {
-            "rank": trial.suggest_categorical("rank", RANKS),
+            "targets": targets,
+            "rank": trial.suggest_int("rank", 1, self.ranks[targets], log=True),
             "alpha_per_rank": trial.suggest_categorical("alpha_per_rank", ALPHAS_PER_RANK),
             "dropout": trial.suggest_categorical("dropout", DROPOUTS),
-            "targets": trial.suggest_categorical("targets", self.targets),
             "learning_rate": trial.suggest_float("learning_rate", *LEARNING_RATES, log=True),
         }
 
