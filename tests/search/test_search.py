@@ -25,6 +25,7 @@ import torch
 from optuna.trial import TrialState
 from peft import get_peft_model
 from rich.console import Console
+from transformers import AutoModel, ResNetConfig
 from typer.testing import CliRunner
 
 import bioadapt
@@ -326,6 +327,17 @@ def test_no_lora_of_the_tuning_exceeds_its_bound(data, most, first_rank):
         assert most is None or highest * cost[targets] <= most
         assert highest == 32 or (highest + 1) * cost[targets] > most
     assert max(sizes.values()) <= (most or math.inf)
+
+
+def test_a_model_without_a_place_for_a_lora_is_refused_by_name(data, tmp_path, monkeypatch):
+    resnet = AutoModel.from_config(ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1]))
+    assert highest_ranks(resnet) == highest_ranks(resnet, 1_000) == {}
+    monkeypatch.setattr("bioadapt.search.contest.contest.highest_ranks", lambda plain, most: {})
+    chosen = replace(settings(data), output=str(tmp_path))
+    refused = "lora 'auto': no linear layer of this model stands in a block.* accepted: none"
+    with pytest.raises(ValueError, match=refused):
+        Search(chosen)
+    Search(replace(chosen, lora="none"))
 
 
 def test_a_perplexity_is_searched_in_points(tmp_path, monkeypatch):

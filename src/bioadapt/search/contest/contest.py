@@ -105,6 +105,11 @@ class Search:
         bound = settings.lora_params
         self._lora_ranks = highest_ranks(plain, None if bound is None else budget(bound, host.parameters))
         self.space = SearchSpace(host, budget=budget(settings.budget_params, host.parameters), slots=settings.slots)
+        if settings.lora == AUTO and not self._lora_ranks:
+            raise ValueError(
+                f"lora {AUTO!r}: no linear layer of this model stands in a block, where the tuning puts a LoRA; "
+                f"accepted: {NO_LORA}, or the folder of a trained one"
+            )
         if settings.lora not in (AUTO, NO_LORA):
             _load_given(encoder, settings.lora)
         self.output.mkdir(parents=True, exist_ok=True)

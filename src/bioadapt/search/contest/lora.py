@@ -57,6 +57,8 @@ def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
 def highest_ranks(model: PreTrainedModel, most: int | None = None) -> dict[str, int]:
     """How high the rank may be at each choice of targets; without the choices where rank one is too much.
 
+    It is empty where no linear layer stands in a block.
+
     Args:
         model: the plain model.
         most: how many numbers the LoRA may have; as many as the highest rank of the space makes if None.
@@ -68,7 +70,7 @@ def highest_ranks(model: PreTrainedModel, most: int | None = None) -> dict[str, 
     ranks = {
         choice: HIGHEST_RANK if most is None else min(HIGHEST_RANK, most // cost) for choice, cost in costs.items()
     }
-    if not any(ranks.values()):
+    if costs and not any(ranks.values()):
         raise ValueError(
             f"lora_params {most:,}: the smallest LoRA of this model has {min(costs.values()):,} numbers; allow as many"
         )
