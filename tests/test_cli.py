@@ -132,7 +132,7 @@ def test_the_example_that_show_prints_is_valid():
         (["search", "--trials", "0"], "trials 0: a whole number above zero is needed"),
         (["search", "--epochs", "0"], "epochs 0.0: a number above zero is needed"),
         (["search", "--budget-params", "1 percent"], "budget of parameters '1 percent': a whole number or a share"),
-        (["search", "--lora-params", "few"], "budget of parameters 'few': a whole number or a share"),
+        (["search", "--lora-params", "few"], "lora_params 'few': a whole number or a share"),
         (["search", "--lora-params", "1%", "--lora", "none"], "only a LoRA that is tuned has a bound"),
         (["search", "--lora-params", "100"], "lora_params 100: the smallest LoRA of this model has 9,216 numbers"),
         (["search", "--lora", "no/such/folder"], "lora 'no/such/folder': no adapter_config.json is there"),

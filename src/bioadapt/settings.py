@@ -124,7 +124,7 @@ class SearchSettings:
     trials: int = _option(40, "How many configurations are tried; give more to go on.")
     budget_params: str | int = _option("1%", "Most numbers of the bio adapters: 200000, or 1% of the model.")
     lora_params: str | int | None = _option(
-        None, "Most numbers of the LoRA that is tuned, as for --budget-params; any, if not given."
+        None, "Most numbers of the LoRA that is tuned, in the same way; no bound, if not given."
     )
     output: str = _option("search_output", "Where adapters and report go.")
     storage: str | None = _option(

@@ -25,7 +25,15 @@ import torch
 from optuna.trial import TrialState
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModel, ResNetConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    Qwen2Config,
+    ResNetConfig,
+)
 from typer.testing import CliRunner
 
 import bioadapt
@@ -41,7 +49,9 @@ from bioadapt.search.contest.lora import (
     first_params,
     highest_ranks,
     lora_config,
+    lora_of_size,
     lora_size,
+    targets_of,
     train_lora,
 )
 from bioadapt.search.settings import SearchSettings
@@ -309,24 +319,46 @@ def loras(encoder):
     return dict(enumerate(p.detach().clone() for name, p in named if "lora_B" in name))
 
 
-@pytest.mark.parametrize(("most", "first_rank"), [(None, 8), (40_000, 4), (200_000, 8)])
-def test_no_lora_of_the_tuning_exceeds_its_bound(data, most, first_rank):
-    bench = Bench("all-MiniLM-L6-v2", without_test(searchable(load_task("tiny", data, limit=16))))
-    plain = transformer_of(bench.encoder(0))
-    ranks = highest_ranks(plain, most)
-    objective = LoraObjective(bench, ranks, 0.0)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    proposed = [first_params(ranks), *(objective.suggest(study.ask()) for _ in range(200))]
-    assert proposed[0]["rank"] == first_rank
-    sizes = {(params["targets"], params["rank"]): params for params in proposed}
-    for place, params in sizes.items():
-        sizes[place] = lora_size(get_peft_model(copy.deepcopy(plain), lora_config(plain, params)))
-    cost = {targets: size // rank for (targets, rank), size in sizes.items()}
+TINY = {"vocab_size": 50, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+MODELS = {
+    "bert": lambda: AutoModel.from_config(BertConfig(**TINY)),
+    "gpt2": lambda: AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2)),
+    "bloom": lambda: AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2)),
+    "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**TINY, num_key_value_heads=2)),
+}
+
+
+@pytest.mark.parametrize("most", [None, 700, 4_000])
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_lora_of_the_tuning_exceeds_its_bound(kind, most):
+    ranks = highest_ranks(MODELS[kind](), most)
+
+    def size(targets, rank):
+        model = MODELS[kind]()
+        return lora_size(get_peft_model(model, lora_config(model, {**USUAL, "targets": targets, "rank": rank})))
+
     for targets, highest in ranks.items():  # the highest one fits, and one more would not
-        assert max(rank for place, rank in sizes if place == targets) <= highest
-        assert most is None or highest * cost[targets] <= most
-        assert highest == 32 or (highest + 1) * cost[targets] > most
-    assert max(sizes.values()) <= (most or math.inf)
+        assert most is None or size(targets, highest) <= most
+        assert highest == 32 or size(targets, highest + 1) > most
+    offered = targets_of(MODELS[kind]())
+    assert most is None or all(size(targets, 1) > most for targets in offered.keys() - ranks.keys())
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    objective = LoraObjective(None, ranks, 0.0)  # to propose it needs no bench
+    proposed = [first_params(ranks), *(objective.suggest(study.ask()) for _ in range(200))]
+    assert proposed[0]["rank"] == min(8, ranks[proposed[0]["targets"]])
+    assert {params["targets"] for params in proposed} == set(ranks)
+    assert all(1 <= params["rank"] <= ranks[params["targets"]] for params in proposed)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_choice_of_targets_can_be_made_into_a_lora_of_a_size(kind):
+    model = MODELS[kind]()
+    offered = targets_of(model)
+    assert len({tuple(ends) for ends in offered.values()}) == len(offered)  # none is offered twice
+    for targets in offered:
+        wanted = lora_of_size(model, {**USUAL, "targets": targets}, 3_000)
+        assert lora_size(get_peft_model(MODELS[kind](), wanted)) == pytest.approx(3_000, rel=0.05)
+    assert ("head" in offered) == (kind != "bert")
 
 
 def test_a_model_without_a_place_for_a_lora_is_refused_by_name(data, tmp_path, monkeypatch):

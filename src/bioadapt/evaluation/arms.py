@@ -252,8 +252,7 @@ def lora_of_size(
         parameters: how many trainable numbers there should be.
         alpha_per_rank: the scale of what it adds.
     """
-    modules = dict(model.named_modules())
-    rank, raised = rank_of_size({path: _cost(modules[path]) for path in paths}, parameters)
+    rank, raised = rank_of_size(rank_costs(model, paths), parameters)
     if not rank:
         return lora_config(raised, 1, alpha_per_rank)
     config = lora_config(paths, rank, alpha_per_rank)
@@ -262,10 +261,10 @@ def lora_of_size(
     return config
 
 
-def cost_of_rank(model: nn.Module, paths: Sequence[str]) -> int:
-    """How many numbers one rank of a LoRA on these modules has."""
+def rank_costs(model: nn.Module, paths: Sequence[str]) -> dict[str, int]:
+    """How many numbers one rank of a LoRA has at each of these modules."""
     modules = dict(model.named_modules())
-    return sum(_cost(modules[path]) for path in paths)
+    return {path: _cost(modules[path]) for path in paths}
 
 
 def rank_of_size(costs: Mapping[str, int], parameters: int) -> tuple[int, list[str]]:

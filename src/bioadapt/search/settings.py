@@ -13,7 +13,7 @@ from ..settings import SearchSettings as SearchSettings
 FREE = ("output", "storage", "study", "workers", "timeout", "trials", "data_dir", "device")
 
 
-def budget(wanted: str | int, parameters: int) -> int:
+def budget(wanted: str | int, parameters: int, name: str = "budget of parameters") -> int:
     """A budget in numbers: an integer, or a share of ``parameters`` in percent.
 
     Raises:
@@ -25,7 +25,7 @@ def budget(wanted: str | int, parameters: int) -> int:
     except (ValueError, OverflowError):
         count = 0
     if count < 1:
-        raise ValueError(f"budget of parameters {wanted!r}: a whole number or a share such as 1% is needed, above zero")
+        raise ValueError(f"{name} {wanted!r}: a whole number or a share such as 1% is needed, above zero")
     return count
 
 
@@ -41,10 +41,10 @@ def check(settings: SearchSettings) -> None:
             raise ValueError(f"{name} {value!r}: a number above zero is needed")
     budget(settings.budget_params, 10**12)
     if settings.lora_params is not None:
-        budget(settings.lora_params, 10**12)
+        budget(settings.lora_params, 10**12, "lora_params")
         if settings.lora != AUTO:
             raise ValueError(
-                f"lora_params {settings.lora_params!r}: only a LoRA that is tuned has a bound; lora={AUTO!r}"
+                f"lora_params {settings.lora_params!r}: only a LoRA that is tuned has a bound, with lora={AUTO!r}"
             )
     if settings.lora not in (AUTO, NO_LORA) and not Path(settings.lora, "adapter_config.json").is_file():
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import optuna
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...evaluation import arms
 from ...evaluation.training import History, adapt, trainable_parameters, transformer_of
@@ -27,6 +29,7 @@ DROPOUTS = (0.0, 0.05, 0.1)
 QUERY_VALUE, QUERY_KEY_VALUE = "query + value", "query + key + value"
 ALL_LINEAR, AND_HEAD, HEAD = "all linear", "all linear + head", "head"
 LEARNING_RATES = (1e-4, 3e-2)
+_LINEAR = nn.Linear | Conv1D
 
 # The settings that most people start from. The tuning starts from them, too, at the model's first choice of targets.
 USUAL = {"rank": 8, "alpha_per_rank": 2, "dropout": 0.0, "learning_rate": 1e-3}
@@ -38,20 +41,26 @@ def targets_of(model: PreTrainedModel) -> dict[str, list[str]]:
     Where PEFT knows no default targets for the model's type, all linear layers come first. A language model's head is
     offered with them and alone, since bio adapters may be there as well.
     """
+    paths = [path for path, module in model.named_modules() if isinstance(module, _LINEAR)]
     usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+    if isinstance(usual, str):  # a pattern of whole names, where the ends of names do not tell enough
+        usual = [path for path in paths if re.fullmatch(usual, path)]
     keys = [name.replace("query", "key").replace("q_", "k_") if name != "q" else "k" for name in usual]
-    blocks = [block_of(path) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    choices = {
-        QUERY_VALUE: sorted(usual),
-        QUERY_KEY_VALUE: sorted({*usual, *keys}),
-        ALL_LINEAR: (linear := sorted({block[1] for block in blocks if block is not None})),
-    }
+    blocks = [block_of(path) for path in paths]
+    linear = sorted({block[1] for block in blocks if block is not None})
+    choices = {QUERY_VALUE: sorted(usual), QUERY_KEY_VALUE: sorted({*usual, *keys}), ALL_LINEAR: linear}
     head = asked_for(model, "get_output_embeddings")
-    called = [path for path, module in model.named_modules() if module is head]
-    if called and isinstance(head, nn.Linear):
-        choices[AND_HEAD] = [*linear, *called]
-        choices[HEAD] = called
-    return {choice: ends for choice, ends in choices.items() if ends}
+    called = [path for path in paths if model.get_submodule(path) is head]
+    if called:
+        choices |= {AND_HEAD: [*linear, *called], HEAD: called}
+    there = {choice: [end for end in ends if _ends_any(paths, end)] for choice, ends in choices.items()}
+    if there[QUERY_KEY_VALUE] == there[QUERY_VALUE]:  # one layer makes all three
+        del there[QUERY_KEY_VALUE]
+    return {choice: ends for choice, ends in there.items() if ends}
+
+
+def _ends_any(paths: Sequence[str], end: str) -> bool:
+    return any(path == end or path.endswith(f".{end}") for path in paths)
 
 
 def highest_ranks(model: PreTrainedModel, most: int | None = None) -> dict[str, int]:
@@ -66,11 +75,12 @@ def highest_ranks(model: PreTrainedModel, most: int | None = None) -> dict[str, 
     Raises:
         ValueError: no LoRA is as small as that.
     """
-    costs = {choice: arms.cost_of_rank(model, _paths(model, ends)) for choice, ends in targets_of(model).items()}
-    ranks = {
-        choice: HIGHEST_RANK if most is None else min(HIGHEST_RANK, most // cost) for choice, cost in costs.items()
-    }
-    if costs and not any(ranks.values()):
+    paths = {choice: arms.lora_paths(model, ends) for choice, ends in targets_of(model).items()}
+    costs = {choice: sum(arms.rank_costs(model, own).values()) for choice, own in paths.items()}
+    ranks = dict.fromkeys(costs, HIGHEST_RANK)
+    if most is not None:
+        ranks = {choice: min(HIGHEST_RANK, most // cost) for choice, cost in costs.items()}
+    if ranks and not any(ranks.values()):
         raise ValueError(
             f"lora_params {most:,}: the smallest LoRA of this model has {min(costs.values()):,} numbers; allow as many"
         )
@@ -101,19 +111,10 @@ def lora_of_size(model: PreTrainedModel, params: Mapping[str, Any], parameters: 
         params: parameters of the LoRA's space; the rank is replaced.
         parameters: how many trainable numbers there should be.
     """
-    paths = _paths(model, targets_of(model)[params["targets"]])
+    paths = arms.lora_paths(model, targets_of(model)[params["targets"]])
     config = arms.lora_of_size(model, paths, parameters, alpha_per_rank=params["alpha_per_rank"])
     config.lora_dropout = params["dropout"]
     return config
-
-
-def _paths(model: PreTrainedModel, ends: Sequence[str]) -> list[str]:
-    """Full names of the linear layers whose names end so."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(path == end or path.endswith(f".{end}") for end in ends)
-    ]
 
 
 def lora_size(model: Any, *, trained: bool = False) -> int:
